@@ -1,0 +1,29 @@
+# One command each: `make demo` installs and runs the main job, `make test` installs and passes the tests.
+PYTHON ?= python3
+BIN    := .venv/bin
+STORE  := data/demo.zarr
+RUNS   := data/runs
+
+demo: .venv/ready  ## harvest the built-in model, inspect the store, train two autoencoders, compare them
+	$(BIN)/posae harvest $(STORE) --contexts 1024
+	$(BIN)/posae inspect-store $(STORE) --verify
+	$(BIN)/posae train $(STORE) $(RUNS)/hierarchical --steps 1000
+	$(BIN)/posae train $(STORE) $(RUNS)/baseline --steps 1000 --preset paper-baseline
+	$(BIN)/posae inspect-store $(STORE) --brief
+	$(BIN)/posae report $(RUNS)/hierarchical $(RUNS)/baseline
+
+test: .venv/ready  ## the tests
+	$(BIN)/python -m pytest -q
+
+check: .venv/ready  ## format, lint, types
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/basedpyright
+
+lock:  ## renew constraints.txt
+	uv pip compile -q --universal --python-version 3.11 pyproject.toml --extra dev -c pins.in -o constraints.txt
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+.PHONY: demo test check lock

@@ -1,0 +1,5 @@
+"""``python -m posae``."""
+
+from posae.cli.app import main
+
+main()

@@ -1,0 +1,164 @@
+"""What people see: tables, progress, small plots, errors."""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+_PLAIN_SECONDS = 10.0
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def show_error(error: Exception) -> None:
+    """One line in red."""
+    text = " ".join(str(error).split())
+    errors.print(Text(f"error: {text}", style="bold red"), soft_wrap=True)
+
+
+def quantity(n_bytes: float) -> str:
+    """Bytes for people.
+
+    >>> quantity(1536), quantity(2.5e12)
+    ('1.54 kB', '2.50 TB')
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n_bytes < 1000 or unit == "TB":
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.2f} {unit}"
+        n_bytes /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> duration(75), duration(90000)
+    ('1 min 15 s', '25 h 0 min')
+    """
+    if not math.isfinite(seconds):
+        return "unknown"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def plot(values: Sequence[float], width: int = 64, height: int = 4) -> list[str]:
+    """Bars from 0 to the greatest value, top line first; a bar over several values shows the greatest.
+
+    >>> plot([4, 2, 1, 1], width=4, height=1)
+    ['█▄▂▂']
+    """
+    finite = [value if math.isfinite(value) else 0.0 for value in values]
+    n_bars = min(width, len(finite))
+    edges = [len(finite) * i // n_bars for i in range(n_bars + 1)]
+    bars = [max(finite[a:b]) for a, b in pairwise(edges)]
+    top = max(bars, default=0.0) or 1.0
+    levels = [round(bar / top * 8 * height) for bar in bars]
+    return [
+        "".join(_BLOCKS[min(8, max(0, level - 8 * row))] for level in levels)
+        for row in reversed(range(height))
+    ]
+
+
+class _Rate(ProgressColumn):
+    """Units, and bytes where a unit has some, to the second of this session."""
+
+    def render(self, task: Task) -> Text:
+        """The rate so far."""
+        return Text(_rate(task.completed - task.fields["before"], task.elapsed or 0.0, task), style="cyan")
+
+
+def _rate(done: float, seconds: float, task: Task) -> str:
+    rate = done / seconds if seconds > 0 else 0.0
+    text = f"{rate:,.0f} {task.fields['unit']}/s"
+    if task.fields["unit_bytes"]:
+        text += f", {quantity(rate * task.fields['unit_bytes'])}/s"
+    return text
+
+
+class LiveProgress:
+    """Progress as a bar on a terminal, and as a plain line every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        """Draw on standard error, so that standard output stays for results."""
+        self._is_live = errors.is_terminal
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=errors,
+            disable=not self._is_live,
+        )
+        self._task = None
+        self._said = 0.0
+
+    def begin(self, task: str, total: int, unit: str, done: int = 0, unit_bytes: int = 0) -> None:
+        """Start a bar."""
+        self._bars.start()
+        self._task = self._bars.add_task(
+            task, total=total, completed=done, unit=unit, note="", before=done, unit_bytes=unit_bytes
+        )
+        self._said = time.monotonic()
+        if not self._is_live:
+            before = f" ({done:,} were there)" if done else ""
+            self.say(f"{task} {total:,} {unit}{before}")
+
+    def advance(self, amount: int, note: str = "") -> None:
+        """Move the bar."""
+        assert self._task is not None
+        self._bars.advance(self._task, amount)
+        if note:
+            self._bars.update(self._task, note=note)
+        if not self._is_live and time.monotonic() - self._said > _PLAIN_SECONDS:
+            self._said = time.monotonic()
+            self._say_plainly()
+
+    def end(self) -> None:
+        """Stop the bar, at its end."""
+        assert self._task is not None
+        if not self._is_live:
+            self._say_plainly()
+        self._bars.update(self._task, note="", refresh=True)
+        self._bars.stop()
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+    def _say_plainly(self) -> None:
+        task = self._bars.tasks[-1]
+        started = task.start_time or task.get_time()
+        seconds = task.get_time() - started
+        done = task.completed - task.fields["before"]
+        left = (task.total or 0) - task.completed
+        eta = duration(left * seconds / done) if done else "unknown"
+        parts = [
+            f"{task.description} {task.completed:,.0f}/{task.total or 0:,.0f} {task.fields['unit']}",
+            _rate(done, seconds, task),
+            f"{eta} left" if left > 0 else f"{duration(seconds)}",
+        ]
+        self.say("  ".join([*parts, task.fields["note"]]).rstrip())

@@ -1,0 +1,66 @@
+"""``posae harvest``: a language model's activations into a store."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..pipeline.settings import HARVEST_PRESETS, HarvestSettings, resolve_settings
+from .display import LiveProgress, console, duration, quantity
+from .options import Config, with_settings
+
+
+@with_settings(HarvestSettings)
+def harvest(
+    store: Annotated[Path, typer.Argument(help="Folder of the store, such as pile.zarr.")],
+    options: dict[str, Any],
+    preset: Annotated[
+        str | None, typer.Option("--preset", help=f"Settings to start from: {', '.join(HARVEST_PRESETS)}.")
+    ] = None,
+    config: Config = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")
+    ] = False,
+    rate: Annotated[
+        float | None, typer.Option("--rate", help="Tokens per second that --dry-run reckons with.", min=1)
+    ] = None,
+) -> None:
+    """Run a language model over text and keep its activations in a store.
+
+    Run again with the same words it goes on where it stopped; --layers may add layers.
+
+    Example: posae harvest pile.zarr --preset gemma-2-2b --tokens 100000000
+    """
+    settings = resolve_settings(
+        HarvestSettings, "harvest", presets=HARVEST_PRESETS, preset=preset, config=config, options=options
+    )
+    from ..pipeline.harvest import Harvest
+
+    work = Harvest(store, settings)
+    plan = work.plan()
+    if dry_run:
+        lines = {
+            "model": f"{plan.model}, layers {', '.join(map(str, plan.layers))}",
+            "contexts": f"{plan.n_contexts:,} of {settings.context_length} tokens",
+            "tokens": f"{plan.n_tokens:,}",
+            "raw": quantity(plan.raw_bytes),
+            "on disk, expected": f"{quantity(plan.expected_bytes)} ({settings.codec})",
+            "free": quantity(plan.free_bytes),
+            "time": f"{duration(plan.n_tokens / rate)} at {rate:,.0f} tokens/s" if rate else "give --rate",
+        }
+        for name, text in lines.items():
+            console.print(f"{name:18} {text}")
+        if plan.expected_bytes > plan.free_bytes:
+            console.print("[bold red]this will not fit[/]: free some space, or ask for fewer contexts")
+        return
+    if plan.expected_bytes > plan.free_bytes and not store.exists():
+        LiveProgress().say(
+            f"warning: about {quantity(plan.expected_bytes)} will be written, "
+            f"and {quantity(plan.free_bytes)} are free"
+        )
+    done = work.run(LiveProgress())
+    what = f"{done.n_contexts:,} contexts in layers {', '.join(map(str, done.layers))}"
+    if done.n_tokens:
+        console.print(f"{store}: {what}, sealed as {done.identity[:16]}", soft_wrap=True)
+    else:
+        console.print(f"{store}: finished before, {what}, sealed as {done.identity[:16]}", soft_wrap=True)

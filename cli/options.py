@@ -1,0 +1,81 @@
+"""Options made from settings: one declaration, in ``pipeline/settings.py``, makes both."""
+
+import inspect
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+
+from ..pipeline.settings import Settings
+from ..store.errors import SettingsError
+
+Config = Annotated[
+    Path | None, typer.Option("--config", help="TOML file with settings; options given here win over it.")
+]
+
+
+def with_settings(stage: type[Settings], leave_out: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+    """Give a command an option for each setting; the command gets those given as ``options``.
+
+    Args:
+        stage: the settings class.
+        leave_out: fields that the command declares itself.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command).parameters
+        fields = {name: field for name, field in stage.model_fields.items() if name not in leave_out}
+
+        def wrapped(**values: Any) -> None:
+            options = {name: _value(name, values.pop(name)) for name in fields}
+            command(**values, options=options)
+
+        parameters = [parameter for name, parameter in own.items() if name != "options"]
+        for name, field in fields.items():
+            kind = _option_type(field.annotation)
+            text = (field.description or "").replace("\n", " ")
+            if field.default is not None:
+                text = f"{text} [dim]\\[default: {field.default}][/dim]"
+            option = typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False)
+            if kind is bool:
+                flag = name.replace("_", "-")
+                option = typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)
+            parameters.append(
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=None,
+                    annotation=Annotated[Union[kind, None], option],  # noqa: UP007
+                )
+            )
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        wrapped.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+        wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+        wrapped.__doc__ = command.__doc__
+        wrapped.__name__ = command.__name__
+        return wrapped
+
+    return decorate
+
+
+def _option_type(annotation: Any) -> Any:
+    """The type that typer parses; lists of numbers are written as ``5,12,19``."""
+    arguments = [a for a in get_args(annotation) if a is not types.NoneType]
+    if get_origin(annotation) in (Union, types.UnionType) and len(arguments) == 1:
+        return _option_type(arguments[0])
+    if get_origin(annotation) is tuple:
+        return str
+    if get_origin(annotation) is Literal:
+        return annotation
+    return annotation
+
+
+def _value(name: str, given: Any) -> Any:
+    if name == "layers" and isinstance(given, str):
+        try:
+            return tuple(int(part) for part in given.split(","))
+        except ValueError:
+            raise SettingsError(f"layers {given!r}: write them as 5,12,19") from None
+    return given

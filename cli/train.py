@@ -1,0 +1,51 @@
+"""``posae train``: an autoencoder from a store."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..pipeline.settings import TRAIN_PRESETS, EvaluateSettings, TrainSettings, resolve_settings
+from ..store.reader import ActivationStore
+from .display import LiveProgress, console
+from .options import Config, with_settings
+from .report import comparison
+
+
+@with_settings(TrainSettings)
+def train(
+    store: Annotated[Path, typer.Argument(help="Store to train from.")],
+    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    options: dict[str, Any],
+    preset: Annotated[
+        str | None, typer.Option("--preset", help=f"Settings to start from: {', '.join(TRAIN_PRESETS)}.")
+    ] = None,
+    config: Config = None,
+) -> None:
+    """Train an autoencoder on one layer of a store, and score it on the held-out part.
+
+    Run again with the same words it goes on at its last checkpoint.
+
+    Example: posae train pile.zarr runs/paper --layer 12
+    """
+    settings = resolve_settings(
+        TrainSettings, "train", presets=TRAIN_PRESETS, preset=preset, config=config, options=options
+    )
+    opened = ActivationStore.open(store)
+    if settings.layer is not None or opened.layers:
+        layer = settings.layer if settings.layer is not None else opened.layers[len(opened.layers) // 2]
+        # Damage and hostile files are found before anything heavy is loaded.
+        opened.check_layer(layer)
+    from ..pipeline.evaluate import evaluate
+    from ..pipeline.train import Training
+
+    training = Training(opened, run, settings)
+    trained = training.train(LiveProgress())
+    if not trained.steps_done and (run / "evaluation.json").exists():
+        console.print(f"{run}: finished before", soft_wrap=True)
+    elif opened.held_out_part(training.layer)[0] < opened.contexts_by_layer[training.layer]:
+        evaluate(run, EvaluateSettings(store=store, device=settings.device), LiveProgress())
+    else:
+        console.print(f"{run}: trained; the store holds nothing out, so nothing was scored", soft_wrap=True)
+        return
+    console.print(comparison([run]))

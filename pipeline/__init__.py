@@ -1,0 +1,24 @@
+"""The two stages and their parts: harvest, train, evaluate, report."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .batches import as_torch as as_torch
+    from .batches import shuffled_batches as shuffled_batches
+    from .sae.saving import load_autoencoder as load_autoencoder
+
+_HOMES = {
+    "as_torch": "batches",
+    "load_autoencoder": "sae.saving",
+    "shuffled_batches": "batches",
+}
+
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home when it is first asked for (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,298 @@
+"""Stage one: text through a language model into an activation store.
+
+Tokens first: all contexts are tokenised, permuted and committed, and only then does the model run
+over them, shard by shard. So a killed harvest goes on from the store alone, any number of processes
+may share one store, and equal settings give equal bytes. One forward pass serves all layers and
+stops after the last; encoding, statistics and writing run in threads beside it. Memory: the model,
+the tokens, and a few batches of activations.
+"""
+
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from ..store.errors import ModelError
+from ..store.layout import CHUNK_CONTEXTS, shard_contexts
+from ..store.manifest import Manifest, token_specs
+from ..store.reader import ActivationStore
+from ..store.shards import ShardReader
+from ..store.writer import ShardOfLayers, StoreWriter
+from .language_model import (
+    LanguageModel,
+    ModelFacts,
+    check_layers,
+    choose_device,
+    default_layers,
+    load_tokenizer,
+    model_facts,
+)
+from .progress import Progress, Silent
+from .settings import HarvestSettings
+from .text.contexts import (
+    Contexts,
+    count_duplicates,
+    held_out_contexts,
+    permute_contexts,
+    special_tokens,
+    take_contexts,
+    tokenizer_hash,
+)
+from .text.documents import Corpus, open_corpus
+
+EXPECTED_RATIO = {"small": 1.42, "fast": 1.27, "raw": 1.0}
+"""Raw bytes to stored bytes, before anything is measured; what was seen lies within 10 % of it."""
+
+_ENCODING_THREADS = 4
+_VERSIONS_THAT_MATTER = ("posae", "torch", "transformers", "tokenizers", "numpy", "numcodecs")
+
+
+class Plan(NamedTuple):
+    """What a harvest would write."""
+
+    model: str
+    layers: tuple[int, ...]
+    n_contexts: int
+    n_tokens: int
+    raw_bytes: int
+    expected_bytes: int
+    free_bytes: int
+
+
+class Harvested(NamedTuple):
+    """What a harvest left."""
+
+    layers: tuple[int, ...]
+    n_contexts: int
+    n_tokens: int
+    """Tokens that went through the model this time; 0 if all was there."""
+
+    identity: str
+
+
+class Harvest:
+    """A harvest about to run; nothing is loaded but configurations."""
+
+    def __init__(self, path: Path, settings: HarvestSettings) -> None:
+        """Resolve what ``settings`` leave open.
+
+        Raises:
+            ModelError: no such model, or it lacks a layer.
+        """
+        self.path = path
+        self.settings = settings
+        self.facts: ModelFacts = model_facts(settings.model, settings.model_revision)
+        self.layers: tuple[int, ...] = tuple(
+            sorted(set(settings.layers or default_layers(self.facts.n_layers)))
+        )
+        check_layers(self.facts, self.layers)
+        self.device = choose_device(settings.device)
+
+    def plan(self) -> Plan:
+        """Sizes, without touching the dataset or the disk."""
+        n_contexts, length = self.settings.n_contexts, self.settings.context_length
+        raw = n_contexts * length * self.facts.d_model * 2 * len(self.layers)
+        beside = n_contexts * length * 3
+        folder = next(f for f in [self.path.absolute(), *self.path.absolute().parents] if f.exists())
+        return Plan(
+            self.facts.id,
+            self.layers,
+            n_contexts,
+            n_contexts * length,
+            raw,
+            int(raw / EXPECTED_RATIO[self.settings.codec]) + beside,
+            shutil.disk_usage(folder).free,
+        )
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return load_tokenizer(self.settings.model, self.facts.revision)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The text, resolved to a revision."""
+        s = self.settings
+        return open_corpus(
+            s.dataset, split=s.split, column=s.column, config=s.dataset_config, revision=s.dataset_revision
+        )
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """All that the store's bytes depend on."""
+        s = self.settings
+        special = special_tokens(self.tokenizer)
+        held_out = held_out_contexts(s.n_contexts, s.held_out, CHUNK_CONTEXTS)
+        return Manifest(
+            model=self.facts.id,
+            model_revision=self.facts.revision,
+            model_config_hash=self.facts.config_hash,
+            model_layers=self.facts.n_layers,
+            d_model=self.facts.d_model,
+            attention=s.attention,
+            device=self.device.type,
+            batch_contexts=s.batch_contexts,
+            n_contexts=s.n_contexts,
+            context_length=s.context_length,
+            skip_contexts=s.skip_contexts,
+            held_out=(s.n_contexts - held_out, s.n_contexts),
+            packing=s.packing,
+            dataset=self.corpus.id,
+            dataset_revision=self.corpus.revision,
+            dataset_config=s.dataset_config,
+            dataset_split=self.corpus.split,
+            dataset_column=self.corpus.column,
+            tokenizer_hash=tokenizer_hash(self.tokenizer),
+            first_token=special.first,
+            separator_token=special.separator if s.packing == "pack" else None,
+            special_token_ids=special.ids,
+            vocabulary_size=len(self.tokenizer),
+            seed=s.seed,
+            codec=s.codec,
+            chunk_contexts=CHUNK_CONTEXTS,
+            shard_contexts=shard_contexts(s.n_contexts),
+            versions={name: version(name) for name in _VERSIONS_THAT_MATTER},
+        )
+
+    def run(self, progress: Progress | None = None) -> Harvested:
+        """Harvest what is missing, and seal the store.
+
+        Raises:
+            CorpusError: text that is missing, too little or not text.
+            ModelError: weights that cannot be loaded, or activations that are not finite.
+            StoreMismatchError: the store was begun with other settings.
+            StoreWriteError: the disk refused.
+        """
+        progress = progress or Silent()
+        writer = StoreWriter.begin(self.path, self.manifest)
+        with writer.lock():
+            if not writer.has_tokens:
+                contexts = self._take_contexts(progress)
+                writer.write_tokens(contexts.tokens, contexts.documents, self._counts(contexts))
+            store = ActivationStore.open(self.path)
+            sealed = set(store.layers) if store.is_sealed else set[int]()
+            # What an unfinished harvest has begun is finished with it.
+            begun = () if store.is_sealed else writer.begun_layers()
+            layers = tuple(sorted({*self.layers, *begun} - sealed))
+            writer.add_layers(layers)
+        n_tokens = self._fill(writer, layers, progress) if layers else 0
+        with writer.lock():
+            store = ActivationStore.open(self.path)
+            identity = store.identity
+            if identity is None or set(layers) - set(store.layers):
+                identity = writer.seal()
+        return Harvested(self.layers, self.manifest.n_contexts, n_tokens, identity)
+
+    def _take_contexts(self, progress: Progress) -> Contexts:
+        s = self.settings
+        progress.begin("tokenising", s.n_contexts + s.skip_contexts, "contexts")
+        done = 0
+
+        def advance(n_contexts: int) -> None:
+            nonlocal done
+            progress.advance(n_contexts - done)
+            done = n_contexts
+
+        contexts = take_contexts(
+            self.corpus.documents(),
+            self.tokenizer,
+            n_contexts=s.n_contexts,
+            context_length=s.context_length,
+            packing=s.packing,
+            skip_contexts=s.skip_contexts,
+            progress=advance,
+        )
+        progress.end()
+        held_out = self.manifest.held_out
+        return permute_contexts(contexts, seed=s.seed, held_out=held_out[1] - held_out[0])
+
+    def _counts(self, contexts: Contexts) -> dict[str, object]:
+        ids, counts = np.unique(contexts.tokens, return_counts=True)
+        special = set(self.manifest.special_token_ids)
+        return {
+            "documents": contexts.n_documents,
+            "documents_left_out": contexts.n_left_out,
+            "duplicate_contexts": count_duplicates(contexts.tokens),
+            "special_tokens": {
+                str(token): int(count)
+                for token, count in zip(ids.tolist(), counts.tolist(), strict=True)
+                if token in special
+            },
+        }
+
+    def _fill(self, writer: StoreWriter, layers: Sequence[int], progress: Progress) -> int:
+        """Commit every shard of ``layers``: first those that are free, then what others leave."""
+        manifest = self.manifest
+        tokens = ShardReader(writer.files, token_specs(manifest)["tokens"])
+        n_tokens = 0
+        model: LanguageModel | None = None
+        left = list(range(manifest.n_shards))
+        missing = [shard for shard in left if not all(writer.is_committed(layer, shard) for layer in layers)]
+        length = manifest.context_length
+        done = manifest.n_contexts - sum(len(manifest.contexts_of(shard)) for shard in missing)
+        bytes_to_a_token = manifest.d_model * 2 * len(layers)
+        progress.begin("harvesting", manifest.n_contexts * length, "tokens", done * length, bytes_to_a_token)
+        with ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="posae-encode") as pool:
+            for wait in (False, True):
+                for shard in list(missing):
+                    locked = writer.lock_shard(layers, shard, wait=wait)
+                    if locked is None:
+                        continue
+                    with locked:
+                        if model is None:
+                            model = self._load_model()
+                        rows = tokens.read_rows(np.array(locked.contexts))
+                        self._fill_shard(locked, rows, model, pool, progress)
+                        locked.commit()
+                    missing.remove(shard)
+                    n_tokens += rows.size
+        progress.end()
+        return n_tokens
+
+    def _load_model(self) -> LanguageModel:
+        return LanguageModel.load(
+            self.settings.model,
+            self.facts.revision,
+            device=str(self.device),
+            attention=self.settings.attention,
+        )
+
+    def _fill_shard(
+        self,
+        shard: ShardOfLayers,
+        tokens: NDArray[np.int32],
+        model: LanguageModel,
+        pool: ThreadPoolExecutor,
+        progress: Progress,
+    ) -> None:
+        manifest = self.manifest
+        special = np.array(manifest.special_token_ids)
+        for start in range(0, len(tokens), manifest.batch_contexts):
+            batch = tokens[start : start + manifest.batch_contexts]
+            contexts = shard.contexts[start : start + manifest.batch_contexts]
+            ordinary = ~np.isin(batch, special)
+            ordinary[np.array(contexts) >= manifest.held_out[0]] = False
+            activations = model.activations(torch.from_numpy(batch), shard.layers)  # pyright: ignore[reportUnknownMemberType]
+            for layer in shard.layers:
+                try:
+                    shard.append(layer, _bits(activations[layer]), ordinary, pool)
+                except FloatingPointError:
+                    raise ModelError(
+                        f"layer {layer} of {manifest.model} gives values that are not finite, in contexts "
+                        f"{contexts[0]} to {contexts[-1]}; try another device or attention implementation"
+                    ) from None
+            progress.advance(batch.size)
+
+
+def _bits(activations: torch.Tensor) -> NDArray[np.uint16]:
+    """bfloat16 on any device as uint16 bits in memory; [contexts, positions, d_model]."""
+    bits: NDArray[np.int16] = activations.contiguous().view(torch.int16).cpu().numpy()
+    return bits.view(np.uint16)

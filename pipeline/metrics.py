@@ -1,0 +1,195 @@
+"""How good an autoencoder is, added up batch by batch: sparsity, and what it fails to reconstruct.
+
+Every score is one sum divided by another, both over all rows seen, never a mean over batches: how
+the rows were cut into batches changes nothing but the rounding of float64.
+
+Cost: a batch is read once, one range after the other, with a few float64 copies of that range's
+activations; what is kept is [n_ranges, d_model] and [dictionary_size]. The sums stay on the device
+of the first batch, so nothing waits for a GPU before ``scores``.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ABOVE = 1e-3
+"""From what size on ``l0_above`` counts: a dense code holds many numbers that are nearly 0."""
+
+
+class Scores(NamedTuple):
+    """NaN is what these rows cannot tell: of a range without rows, or where nothing varies."""
+
+    l0: float
+    """Numbers of a code that are not 0, mean over rows."""
+    l0_above: float
+    """Numbers of a code larger than ``ABOVE`` in size, mean over rows."""
+    l0_by_range: tuple[float, ...]
+    fvu: float
+    """Fraction of variance unexplained: Σ‖x - x̂‖² / Σ‖x - mean‖², the mean over all rows."""
+    fvu_by_range: tuple[float, ...]
+    """Both sums over the rows of one range, but around the same mean over all rows."""
+    fvu_base: float | None
+    """``fvu`` of the base code's reconstruction; None where none was given."""
+    dead_fraction: float
+    """Features that were 0 on every row, as a fraction of the dictionary."""
+    n_rows: int
+
+
+@dataclass
+class _Sums:
+    """What is added up, on one device; float64 and int64, [n_ranges] where not said otherwise."""
+
+    shift: Tensor
+    """[d_model]: taken from activations before they are added, see ``ScoreKeeper``."""
+    shifted: Tensor
+    """[n_ranges, d_model]: Σ (x - shift)."""
+    squares: Tensor
+    """Σ ‖x - shift‖²."""
+    errors: Tensor
+    """Σ ‖x - x̂‖²."""
+    base_error: Tensor
+    """A scalar, as is ``active_above``."""
+    active: Tensor
+    active_above: Tensor
+    fired: Tensor
+    """bool [dictionary_size]: whether a feature was ever active."""
+
+
+class ScoreKeeper:
+    """Adds up what ``Scores`` are made of.
+
+    Variance is added up around the mean of the first batch, not around 0: activations have large
+    constant directions, which would leave the small difference of two huge sums.
+    """
+
+    def __init__(self, d_model: int, dictionary_size: int, n_ranges: int) -> None:
+        """Begin with no rows."""
+        self._d_model, self._dictionary_size = d_model, dictionary_size
+        self._n_rows = [0] * n_ranges
+        self._n_base_rows = 0
+        self._sums: _Sums | None = None
+
+    @torch.no_grad()
+    def add(
+        self,
+        x: Tensor,
+        reconstruction: Tensor,
+        code: Tensor,
+        range_offsets: Sequence[int] | Tensor,
+        base_reconstruction: Tensor | None = None,
+    ) -> None:
+        """Add a batch, its rows sorted by range.
+
+        Args:
+            x: activations [rows, d_model] in raw units, any float dtype.
+            reconstruction: of the same shape and units.
+            code: [rows, dictionary_size].
+            range_offsets: int64 [n_ranges + 1] on the CPU: range r has the rows from
+                ``range_offsets[r]`` up to ``range_offsets[r + 1]``.
+            base_reconstruction: what the base code alone decodes to; in each batch or in none.
+        """
+        if len(x) == 0:
+            return
+        if self._sums is None:
+            self._sums = self._zeros_around(x.double().mean(0))
+        sums = self._sums
+        edges = pairwise(int(edge) for edge in range_offsets)
+        for r, (start, stop) in zip(range(len(self._n_rows)), edges, strict=True):
+            self._n_rows[r] += stop - start
+            exact = x[start:stop].double()
+            shifted = exact - sums.shift
+            sums.shifted[r] += shifted.sum(0)
+            sums.squares[r] += shifted.square().sum()
+            sums.errors[r] += (exact - reconstruction[start:stop]).square().sum()
+            if base_reconstruction is not None:
+                self._n_base_rows += stop - start
+                sums.base_error += (exact - base_reconstruction[start:stop]).square().sum()
+            active = code[start:stop] != 0
+            sums.active[r] += active.sum()
+            sums.active_above += (code[start:stop].abs() > ABOVE).sum()
+            sums.fired |= active.any(0)
+
+    def _zeros_around(self, shift: Tensor) -> _Sums:
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=shift.device)
+
+        n_ranges = len(self._n_rows)
+        return _Sums(
+            shift=shift,
+            shifted=zeros(n_ranges, self._d_model),
+            squares=zeros(n_ranges),
+            errors=zeros(n_ranges),
+            base_error=zeros(),
+            active=zeros(n_ranges, dtype=torch.int64),
+            active_above=zeros(dtype=torch.int64),
+            fired=zeros(self._dictionary_size, dtype=torch.bool),
+        )
+
+    def scores(self) -> Scores:
+        """The scores of all rows added so far.
+
+        Raises:
+            ValueError: no row was added, or only some batches had a base reconstruction.
+        """
+        n_rows = sum(self._n_rows)
+        if self._sums is None:
+            raise ValueError("no row was added, so there is nothing to score")
+        if self._n_base_rows not in (0, n_rows):
+            raise ValueError("give a base reconstruction with every batch or with none")
+        sums = self._sums
+        # Σ‖x - mean‖² = Σ‖y‖² - 2 m·Σy + n‖m‖², where y = x - shift and m is the mean of y.
+        mean = sums.shifted.sum(0) / n_rows
+        counts = torch.tensor(self._n_rows, dtype=torch.float64, device=mean.device)
+        variation = sums.squares - 2 * sums.shifted @ mean + counts * mean.square().sum()
+        base_error = float(sums.base_error)
+        return Scores(
+            l0=float(sums.active.sum()) / n_rows,
+            l0_above=float(sums.active_above) / n_rows,
+            l0_by_range=_ratios(sums.active, counts),
+            fvu=_ratio(float(sums.errors.sum()), float(variation.sum())),
+            fvu_by_range=_ratios(sums.errors, variation),
+            fvu_base=_ratio(base_error, float(variation.sum())) if self._n_base_rows else None,
+            dead_fraction=float((~sums.fired).sum()) / self._dictionary_size,
+            n_rows=n_rows,
+        )
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator > 0 else math.nan
+
+
+def _ratios(numerators: Tensor, denominators: Tensor) -> tuple[float, ...]:
+    pairs = zip(numerators.cpu(), denominators.cpu(), strict=True)
+    return tuple(_ratio(float(numerator), float(denominator)) for numerator, denominator in pairs)
+
+
+def position_r2(sums: Tensor, counts: Tensor, squares: Tensor) -> float:
+    """The share of an activation's variance that its exact position explains, less chance's share.
+
+    Where positions mean nothing, the means of G positions over n rows still explain (G - 1)/(n - 1)
+    of the variance on average. With c that share and R² the raw one, (R² - c)/(1 - c) is 0 on
+    average then, at times a little below, and 1 where the position determines the activation.
+
+    Args:
+        sums: of the activations by position, [positions, d_model].
+        counts: rows by position, [positions]; positions without rows are left out.
+        squares: Σ x² over all rows, [d_model].
+
+    Returns:
+        NaN where nothing varies or no position has a second row.
+    """
+    seen = counts > 0
+    sums, counts, squares = sums[seen].double(), counts[seen].double(), squares.double()
+    n_rows, n_positions = float(counts.sum()), len(counts)
+    if n_rows <= n_positions:
+        return math.nan
+    mean = sums.sum(0) / n_rows
+    total = float((squares - n_rows * mean.square()).sum())
+    between = float((counts * (sums / counts[:, None] - mean).square().sum(1)).sum())
+    by_chance = (n_positions - 1) / (n_rows - 1)
+    return (_ratio(between, total) - by_chance) / (1 - by_chance)

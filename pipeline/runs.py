@@ -1,0 +1,169 @@
+"""A run: the folder of one training, and what lies where in it.
+
+    config.json                 settings, the store that was read and its digests, versions
+    metrics.jsonl               a line every log_steps
+    checkpoint/state.safetensors  weights, optimizer and generator, to go on from
+    sae_weights.safetensors, cfg.json   the autoencoder, once training is done
+    evaluation.json             scores on the held-out part
+
+Every file is written whole or not at all, and nothing in it is pickled.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..store.errors import RunError, RunMismatchError, RunNotFoundError
+from ..store.files import StoreFiles
+
+CONFIG, METRICS, EVALUATION = "config.json", "metrics.jsonl", "evaluation.json"
+CHECKPOINT = "checkpoint/state.safetensors"
+WEIGHTS = "sae_weights.safetensors"
+
+
+class Run:
+    """One training's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Speak of ``folder``; nothing is read yet."""
+        self.folder = folder
+        self._files = StoreFiles(folder)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is a configuration to go on from."""
+        return (self.folder / CONFIG).exists()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether training is done."""
+        return (self.folder / WEIGHTS).exists() and (self.folder / "cfg.json").exists()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` says.
+
+        Raises:
+            RunNotFoundError: there is no run here.
+            RunError: not JSON.
+        """
+        return self._read_json(
+            CONFIG, f"there is no run at {self.folder}; train one: posae train STORE {self.folder}"
+        )
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """What ``evaluation.json`` says.
+
+        Raises:
+            RunNotFoundError: the run was never evaluated.
+            RunError: not JSON.
+        """
+        return self._read_json(
+            EVALUATION, f"{self.folder} has no scores yet; run posae evaluate {self.folder}"
+        )
+
+    def _read_json(self, name: str, missing: str) -> dict[str, Any]:
+        try:
+            found = json.loads((self.folder / name).read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            raise RunNotFoundError(missing) from None
+        except (ValueError, RecursionError, OSError) as error:
+            raise RunError(f"{self.folder / name} cannot be read: {error}; train the run anew") from None
+        if not isinstance(found, dict):
+            raise RunError(f"{self.folder / name} is no JSON object; train the run anew")
+        return cast("dict[str, Any]", found)
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Write the configuration, or check that the one there is the same.
+
+        Raises:
+            RunMismatchError: the run was begun otherwise; says what differs.
+            RunError: the folder holds something else.
+        """
+        wanted = json.loads(json.dumps(config))
+        if self.is_begun:
+            differ = list(_differences(self.config, wanted))
+            if differ:
+                raise RunMismatchError(
+                    f"{self.folder} was begun otherwise: {'; '.join(differ)}; "
+                    "give the same words to go on, or another folder"
+                )
+            return
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise RunError(f"{self.folder} is there already and is no run; give another folder")
+        self.write_json(CONFIG, wanted)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write one of the JSON files.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        self._files.write(name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; one cut short by a kill is left out."""
+        found: list[dict[str, Any]] = []
+        if (self.folder / METRICS).exists():
+            for line in (self.folder / METRICS).read_text().splitlines():
+                try:
+                    found.append(json.loads(line))
+                except ValueError:
+                    break
+        return found
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop the lines after ``step``: they will be written again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        self._files.write(METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def add_metrics(self, line: Mapping[str, Any]) -> None:
+        """Append one line."""
+        with (self.folder / METRICS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Put what is needed to go on after ``step`` steps in place of the last checkpoint.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        data = safetensors.torch.save(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, {"step": str(step)}
+        )
+        self._files.write(CHECKPOINT, data)
+
+    def load_checkpoint(self) -> tuple[int, dict[str, Tensor]] | None:
+        """Steps done and the tensors of the last checkpoint, or None where there is none.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:  # pyright: ignore[reportUnknownVariableType]
+                step = int(file.metadata()["step"])  # pyright: ignore
+                names = cast("list[str]", file.keys())  # pyright: ignore
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}  # pyright: ignore
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{path} is damaged ({error}); remove it to train from the start") from None
+        return step, tensors
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(
+                cast("dict[str, Any]", old), cast("dict[str, Any]", new), f"{place}{key}."
+            )
+        elif old != new:
+            yield f"{place}{key} is {old!r} there and {new!r} now"

@@ -1,0 +1,55 @@
+"""The ordinary sparse autoencoder: ReLU and L1, the same for every position.
+
+With the decoder's bias taken from the input, as SAELens has it (``apply_b_dec_to_input``):
+
+    h = ReLU(W_encᵀ (x - b_dec) + b_enc)        x̂ = W_decᵀ h + b_dec
+
+and the loss ‖x - x̂‖² + λ‖h‖₁: equation 1 of the paper, with no position in it. Cost: a forward
+pass is 4 · d_model · dictionary_size operations a row.
+"""
+
+from typing import ClassVar, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from .autoencoder import Autoencoder, CommonSettings, empty_weight
+
+
+class Standard(Autoencoder):
+    """ReLU and L1; its ranges only say by which ranges it is scored."""
+
+    architecture: ClassVar[str] = "standard"
+    saelens_architecture: ClassVar[str] = "standard"
+
+    def __init__(self, **common: Unpack[CommonSettings]) -> None:
+        """Make the weights: tied at the start, feature directions random.
+
+        Raises:
+            SettingsError: see ``Autoencoder``.
+        """
+        super().__init__(**common)
+        self.b_dec = empty_weight(self.d_model, device=self.W_enc.device)
+        self._start()
+
+    def _initialise(self) -> None:
+        nn.init.normal_(self.W_dec, generator=self.generator)
+        self.normalise_decoder()
+        self.W_enc.copy_(self.W_dec.T)
+        nn.init.zeros_(self.b_enc)
+        nn.init.zeros_(self.b_dec)
+
+    def encode(self, x: Tensor, positions: Tensor) -> Tensor:
+        """As in ``Autoencoder``, but positions do not matter and nothing is sorted."""
+        code, _ = self._codes(self._scaled(x.reshape(-1, self.d_model)), [])
+        return code.reshape(*x.shape[:-1], self.dictionary_size)
+
+    def _codes(self, scaled: Tensor, lengths: list[int]) -> tuple[Tensor, None]:
+        return torch.addmm(self.b_enc, scaled - self.b_dec, self.W_enc).relu_(), None
+
+    def _sparsity(self, code: Tensor, base_code: Tensor | None) -> Tensor:
+        # Nothing in the code is negative, so its sum is its L1 norm.
+        return self.l1_coefficient * code.sum() / len(code)
+
+    def _decoded(self, code: Tensor) -> Tensor:
+        return torch.addmm(self.b_dec, code, self.W_dec)

@@ -1,0 +1,315 @@
+"""The settings of each stage: one declaration makes an option, a key of a TOML file and its help.
+
+A class per stage, frozen; the string under a field is its only description. Values come, later
+ones first, from: default < preset < TOML file < option. What contradicts itself is refused here,
+before anything is loaded. No torch: ``posae --help`` stays quick.
+"""
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..store.errors import SettingsError
+
+
+class Settings(BaseModel):
+    """What all stages' settings share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class HarvestSettings(Settings):
+    """Settings of ``posae harvest``: what is harvested from what."""
+
+    model: str = "demo"
+    """Language model: a hub id, a local folder, or demo (built in)."""
+
+    model_revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+
+    layers: tuple[int, ...] | None = None
+    """Layers to harvest, as 5,12,19; by default an early, a middle and a late one."""
+
+    dataset: str = "stdlib"
+    """Text: a hub dataset's id, a local .txt, .jsonl or .parquet file or a folder of them, or stdlib."""
+
+    dataset_config: str | None = None
+    """Configuration (subset) of a hub dataset."""
+
+    dataset_revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+
+    split: str | None = None
+    """Split of the dataset; by default train, and all of stdlib."""
+
+    column: str = "text"
+    """Column of the dataset that holds the text."""
+
+    contexts: int | None = Field(default=None, ge=1)
+    """How many contexts to harvest; 4,096 where neither this nor tokens is given."""
+
+    tokens: int | None = Field(default=None, ge=1)
+    """How many tokens to harvest instead, rounded up to whole contexts; BOS is counted."""
+
+    context_length: int = Field(default=128, ge=2)
+    """Tokens to a context."""
+
+    skip_contexts: int = Field(default=0, ge=0)
+    """Contexts of the corpus to pass over first."""
+
+    packing: Literal["pack", "truncate"] = "pack"
+    """pack joins documents, separated by EOS; truncate takes the first tokens of each."""
+
+    held_out: float = Field(default=0.05, ge=0, le=0.5)
+    """Share of the contexts that training never reads: the last of the corpus."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of the permutation of contexts."""
+
+    codec: Literal["small", "fast", "raw"] = "small"
+    """Compression: small (zstd), fast (lz4), or raw (none, rows readable from the memory map)."""
+
+    batch_contexts: int = Field(default=32, ge=8, multiple_of=8)
+    """Contexts to a forward pass; part of what the bytes depend on."""
+
+    attention: Literal["eager", "sdpa"] = "eager"
+    """Attention implementation; Gemma 2 needs eager for its soft-capping."""
+
+    device: str = "auto"
+    """Device to run the model on: cuda, mps, cpu, or auto."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.contexts is not None and self.tokens is not None:
+            raise ValueError("contexts and tokens contradict each other; give one of them")
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            raise ValueError("layers are whole numbers from 0, at least one")
+        return self
+
+    @property
+    def n_contexts(self) -> int:
+        """Contexts to harvest."""
+        if self.tokens is not None:
+            return -(-self.tokens // self.context_length)
+        return self.contexts if self.contexts is not None else 4096
+
+
+class TrainSettings(Settings):
+    """Settings of ``posae train``: one autoencoder on one layer of a store."""
+
+    layer: int | None = Field(default=None, ge=0)
+    """Layer to train on; by default the middle one of the store."""
+
+    architecture: Literal["standard", "hierarchical"] = "hierarchical"
+    """standard (ReLU, L1, decoder bias) or hierarchical (the paper's adapters by position range)."""
+
+    dictionary_size: int | None = Field(default=None, ge=1)
+    """Features, k; by default as many as the model is wide, as in the paper."""
+
+    ranges: str = "4"
+    """Position ranges: a count of equal ones, or edges such as 0:1,1:4,4:128."""
+
+    steps: int = Field(default=10_000, ge=1)
+    """Updates of the weights."""
+
+    batch_size: int = Field(default=2048, ge=1)
+    """Tokens to a batch; batches of one window differ by at most one from their mean."""
+
+    window_contexts: int = Field(default=2048, ge=8, multiple_of=8)
+    """Contexts decoded at once, among which tokens are shuffled; two windows lie in memory."""
+
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps with the base alone (alpha 0); by default a tenth of the steps."""
+
+    ramp_steps: int | None = Field(default=None, ge=1)
+    """Steps over which alpha then rises to 1; by default the rest."""
+
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Learning rate of AdamW."""
+
+    weight_decay: float = Field(default=1e-2, ge=0)
+    """Weight decay of AdamW, on every parameter."""
+
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+
+    l1_coefficient: float = Field(default=0.04, ge=0)
+    """Weight of the L1 norm of the code in the loss, lambda."""
+
+    activation_scale: Literal["rms", "none"] = "rms"
+    """rms scales activations to a root mean square norm of sqrt(d_model); none leaves them."""
+
+    adapter_width: int | None = Field(default=None, ge=1)
+    """Hidden width of each range's adapter; by default half the model's width, as in the paper."""
+
+    adapter_gain: float = 1.0
+    """Initial gain of the adapters' layer norm; narrow adapters need 0."""
+
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Dropout on the adapters' output."""
+
+    special_tokens: bool = False
+    """Train on BOS and other special tokens too."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of initialisation and dropout."""
+
+    data_seed: int = Field(default=0, ge=0)
+    """Seed of the order of tokens."""
+
+    log_steps: int = Field(default=50, ge=1)
+    """A line of metrics every so many steps."""
+
+    checkpoint_steps: int = Field(default=1000, ge=1)
+    """A checkpoint to resume from every so many steps."""
+
+    device: str = "auto"
+    """Device to train on: cuda, mps, cpu, or auto."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        warmup, ramp = self.warmup_steps, self.ramp_steps
+        if warmup is not None and warmup > self.steps:
+            raise ValueError(f"warmup_steps {warmup} does not fit into {self.steps} steps")
+        if warmup is not None and ramp is not None and warmup + ramp > self.steps:
+            raise ValueError(
+                f"warmup_steps {warmup} and ramp_steps {ramp} do not fit into {self.steps} steps"
+            )
+        if warmup is None and ramp is not None and ramp > self.steps:
+            raise ValueError(f"ramp_steps {ramp} does not fit into {self.steps} steps")
+        return self
+
+
+class EvaluateSettings(Settings):
+    """Settings of ``posae evaluate``: scores on the held-out part of a store."""
+
+    store: Path | None = None
+    """Store to score on; by default the one that the run was trained from."""
+
+    contexts: int | None = Field(default=None, ge=1)
+    """How many held-out contexts to read; by default all."""
+
+    device: str = "auto"
+    """Device to score on: cuda, mps, cpu, or auto."""
+
+
+PILE = {"dataset": "monology/pile-uncopyrighted", "attention": "eager"}
+
+HARVEST_PRESETS: dict[str, dict[str, Any]] = {
+    "gemma-2-2b": {"model": "google/gemma-2-2b", "layers": (5, 12, 19), **PILE},
+    "gemma-2b": {"model": "google/gemma-2b", "layers": (3, 8, 13), **PILE},
+}
+"""``gemma-2-2b`` is the paper's setting: it says "Gemma-2B", but its width and layers are Gemma-2-2B's."""
+
+PAPER = {
+    "steps": 10_000,
+    "batch_size": 2048,
+    "learning_rate": 3e-4,
+    "weight_decay": 1e-2,
+    "clip_norm": 1.0,
+    "l1_coefficient": 0.04,
+}
+
+TRAIN_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"architecture": "hierarchical", "ranges": "4", "dropout": 0.1, **PAPER},
+    "paper-baseline": {"architecture": "standard", **PAPER},
+}
+"""``paper``: the text, to the letter. ``paper-baseline``: its settings without adapters or layer norm."""
+
+BEST_PRACTICE = {"hierarchical": "paper", "standard": "paper-baseline"}
+"""What ``--architecture X`` alone takes its settings from."""
+
+Stage = TypeVar("Stage", bound=Settings)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint at what ``word`` may have been meant to be, or at all there is."""
+    names = sorted(known)
+    close = get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}"
+
+
+def resolve_settings(
+    stage: type[Stage],
+    table: str,
+    *,
+    presets: Mapping[str, Mapping[str, Any]],
+    preset: str | None = None,
+    config: Path | None = None,
+    options: Mapping[str, Any],
+) -> Stage:
+    """Settings of one stage: default < preset < TOML file < option.
+
+    Args:
+        stage: the settings class.
+        table: name of the stage's table in the file.
+        presets: presets by name.
+        preset: one of them; a file's key ``preset`` counts where this is None.
+        config: TOML file.
+        options: what was given on the command line; None means not given.
+
+    Raises:
+        SettingsError: unknown key or preset, a value out of bounds, or a contradiction.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    from_file = read_config(config, table) if config else {}
+    preset = preset if preset is not None else from_file.pop("preset", None)
+    from_file.pop("preset", None)
+    if preset is None and stage is TrainSettings:
+        preset = BEST_PRACTICE.get(str(given.get("architecture", from_file.get("architecture", ""))), "paper")
+    if preset is not None and preset not in presets:
+        raise SettingsError(f"there is no preset {preset!r}; {nearest(preset, presets)}")
+    base = dict(presets[preset]) if preset is not None else {}
+    wanted = {**from_file, **given}
+    if "architecture" in base and wanted.get("architecture", base["architecture"]) != base["architecture"]:
+        raise SettingsError(
+            f"preset {preset!r} is of architecture {base['architecture']!r}, and "
+            f"{wanted['architecture']!r} was asked for; leave one of them out"
+        )
+    return build(stage, {**base, **wanted}, place=f"[{table}]")
+
+
+def build(stage: type[Stage], values: Mapping[str, Any], place: str) -> Stage:
+    """The settings of these values.
+
+    Raises:
+        SettingsError: one clear line for the first thing that is wrong.
+    """
+    for name in values:
+        if name not in stage.model_fields:
+            hint = nearest(name, stage.model_fields)
+            raise SettingsError(f"{place} has no setting {name!r}; {hint}")
+    try:
+        return stage.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][:1])
+        message = str(first["msg"]).removeprefix("Value error, ")
+        raise SettingsError(f"{name}: {message}, got {first['input']!r}" if name else message) from None
+
+
+def read_config(path: Path, table: str) -> dict[str, Any]:
+    """One table of a TOML file.
+
+    Raises:
+        SettingsError: no such file, no TOML, or tables that posae does not have.
+    """
+    tables = ("harvest", "train", "evaluate")
+    try:
+        with path.open("rb") as file:
+            parsed = tomllib.load(file)
+    except FileNotFoundError:
+        raise SettingsError(f"there is no file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise SettingsError(f"{path} cannot be read as TOML: {error}") from None
+    for name in parsed:
+        if name not in tables:
+            raise SettingsError(f"{path} has a table or key {name!r} outside all; {nearest(name, tables)}")
+    found = parsed.get(table, {})
+    if not isinstance(found, dict):
+        raise SettingsError(f"{path}: {table} should be a table: [{table}]")
+    return cast("dict[str, Any]", found)

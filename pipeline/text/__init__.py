@@ -1,0 +1,1 @@
+"""Text: which documents, and how they become contexts of token ids."""

@@ -1,0 +1,95 @@
+"""Every error that posae raises for its user; each is also the built-in error it resembles.
+
+A message says what is wrong, where, and what to do next, in one line: the command line prints it
+and exits with 1. Anything that is no ``PosaeError`` is a bug and keeps its traceback.
+
+    PosaeError
+    ├── SettingsError (ValueError)              a setting is unknown, impossible or contradicts another
+    ├── StoreError
+    │   ├── StoreNotFoundError (FileNotFoundError)  there is no store here
+    │   ├── StoreFormatError (ValueError)       not a store of ours, or one of a newer format
+    │   ├── StoreDamagedError (ValueError)      bytes are missing or not what was written
+    │   ├── StoreMismatchError (ValueError)     the store was made with other settings
+    │   ├── StoreIncompleteError (LookupError)  what was asked for is not committed yet
+    │   └── StoreWriteError (OSError)           the disk refused: no space, no permission
+    ├── ModelError (ValueError)                 a language model that is missing, gated or unfit
+    ├── CorpusError (ValueError)                text that is missing, too little or not text
+    └── RunError
+        ├── RunNotFoundError (FileNotFoundError)  there is no run here
+        └── RunMismatchError (ValueError)       the run was begun with other settings or another store
+"""
+
+
+class PosaeError(Exception):
+    """The root of every error that posae raises for its user."""
+
+
+class SettingsError(PosaeError, ValueError):
+    """A setting is unknown, impossible or contradicts another."""
+
+
+class StoreError(PosaeError):
+    """Something about a store."""
+
+
+class StoreNotFoundError(StoreError, FileNotFoundError):
+    """There is no store here."""
+
+
+class StoreFormatError(StoreError, ValueError):
+    """Not a store of ours, or one of a newer format."""
+
+
+class StoreDamagedError(StoreError, ValueError):
+    """Bytes are missing or not what was written.
+
+    Attributes:
+        array: name of the array, or path of the metadata file.
+        shard: index of the shard, or None.
+        chunk: index of the chunk within its shard, or None.
+        problem: what is wrong, without the place.
+    """
+
+    def __init__(
+        self, problem: str, *, array: str, shard: int | None = None, chunk: int | None = None
+    ) -> None:
+        """Put the place before the problem."""
+        self.array, self.shard, self.chunk, self.problem = array, shard, chunk, problem
+        place = array
+        if shard is not None:
+            place += f", shard {shard}"
+        if chunk is not None:
+            place += f", chunk {chunk}"
+        super().__init__(f"{place}: {problem}; restore this file from a copy of the store")
+
+
+class StoreMismatchError(StoreError, ValueError):
+    """The store was made with other settings."""
+
+
+class StoreIncompleteError(StoreError, LookupError):
+    """What was asked for is not committed yet."""
+
+
+class StoreWriteError(StoreError, OSError):
+    """The disk refused: no space, no permission."""
+
+
+class ModelError(PosaeError, ValueError):
+    """A language model that is missing, gated or unfit."""
+
+
+class CorpusError(PosaeError, ValueError):
+    """Text that is missing, too little or not text."""
+
+
+class RunError(PosaeError):
+    """Something about a run."""
+
+
+class RunNotFoundError(RunError, FileNotFoundError):
+    """There is no run here."""
+
+
+class RunMismatchError(RunError, ValueError):
+    """The run was begun with other settings or another store."""

@@ -1,0 +1,181 @@
+"""Files below one folder: opened without following links, written so that a kill leaves no half.
+
+Reading takes regular files only, each path component opened relative to the one before with
+``O_NOFOLLOW``: a link, pipe or device in a store from a stranger is an error, never a detour or a
+hang. Writing goes to a temporary name in the same folder, is synced, renamed and the folder synced
+(about 1 ms a file on a local disk): after that the file is there for good, before it is not there.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import StoreDamagedError, StoreWriteError
+
+PARTIAL = ".partial"
+"""Ending of a file being written; such a file is never part of a store."""
+
+
+class StoreFiles:
+    """The files below ``root``, named by relative paths with ``/``."""
+
+    def __init__(self, root: Path) -> None:
+        """Speak of ``root``; nothing is opened yet."""
+        self.root = root
+
+    def open(self, path: str) -> int:
+        """A read-only file descriptor of a regular file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            StoreDamagedError: a link, pipe, device or folder stands there.
+        """
+        *folders, name = path.split("/")
+        handle = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for folder in folders:
+                inner = os.open(
+                    folder,
+                    os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
+                    dir_fd=handle,
+                )
+                os.close(handle)
+                handle = inner
+            # O_NONBLOCK: opening a pipe returns at once and is refused below.
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=handle)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+                raise StoreDamagedError("not a regular file (a link, pipe or device)", array=path) from None
+            raise
+        finally:
+            os.close(handle)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise StoreDamagedError("not a regular file (a link, pipe or device)", array=path)
+        return file
+
+    def read(self, path: str, limit_bytes: int) -> bytes:
+        """The bytes of a small file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            StoreDamagedError: not a regular file, or longer than ``limit_bytes``.
+        """
+        with os.fdopen(self.open(path), "rb") as file:
+            data = file.read(limit_bytes + 1)
+        if len(data) > limit_bytes:
+            raise StoreDamagedError(f"larger than the {limit_bytes:,} bytes allowed here", array=path)
+        return data
+
+    def map(self, path: str) -> mmap.mmap:
+        """The whole of a file as read-only memory.
+
+        Raises:
+            FileNotFoundError: no such file.
+            StoreDamagedError: not a regular file, or empty.
+        """
+        file = self.open(path)
+        try:
+            if os.fstat(file).st_size == 0:
+                raise StoreDamagedError("the file is empty", array=path)
+            return mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(file)
+
+    def size_bytes(self, path: str) -> int | None:
+        """The size of a regular file, or None where there is no such file."""
+        try:
+            file = self.open(path)
+        except FileNotFoundError:
+            return None
+        try:
+            return os.fstat(file).st_size
+        finally:
+            os.close(file)
+
+    def exists(self, path: str) -> bool:
+        """Whether something stands at ``path``; links are not followed."""
+        return os.path.lexists(self.root / path)
+
+    def walk(self) -> Iterator[str]:
+        """Every file, link or device below the root, sorted; folders that are links are not entered."""
+        for folder, folders, names in os.walk(self.root):
+            folders.sort()
+            base = Path(folder).relative_to(self.root)
+            links = [name for name in folders if (Path(folder) / name).is_symlink()]
+            yield from sorted((base / name).as_posix() for name in [*names, *links])
+
+    def write(self, path: str, data: bytes) -> None:
+        """Put ``data`` at ``path``, durably, in place of what may be there.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        target = self.root / path
+        partial = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with partial.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(target)
+            except BaseException:
+                with suppress(OSError):
+                    partial.unlink()
+                raise
+            sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames within ``folder``, and the folder's own entry, survive a power cut."""
+    for place in (folder, folder.parent):
+        handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Turn what the disk refuses into one clear error.
+
+    Raises:
+        StoreWriteError: no space, no permission, a read-only or vanished folder.
+    """
+    try:
+        yield
+    except StoreWriteError:
+        raise
+    except OSError as error:
+        reason = {
+            errno.ENOSPC: "no space left on the disk; free some",
+            errno.EDQUOT: "the disk quota is used up; free some space",
+            errno.EACCES: "permission denied; choose a folder that you may write to",
+            errno.EPERM: "permission denied; choose a folder that you may write to",
+            errno.EROFS: "the file system is read-only; choose another folder",
+            errno.ENOENT: "the folder vanished; put it back",
+            errno.ENOTDIR: "a file stands where a folder should be; choose another place",
+        }.get(error.errno or 0, error.strerror or str(error))
+        raise StoreWriteError(
+            f"cannot write {path}: {reason} and run the same command again: it goes on where it stopped"
+        ) from error
+
+
+@contextmanager
+def exclusive(folder: Path) -> Generator[None]:
+    """Hold the lock of a folder, waiting for it; a kill frees it."""
+    with writing(folder):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

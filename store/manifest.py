@@ -1,0 +1,227 @@
+"""The manifest: what a store says of itself, in the attributes of its root ``zarr.json``.
+
+It holds all that the bytes of a store depend on, and nothing that differs between two harvests of
+the same words: no time, host, user or absolute path. It is fixed when the tokens are committed and
+never changes; what grows (layers, committed contexts) is read off the files. Which key means what
+is normative in docs/format.md; a test compares the two.
+"""
+
+from typing import Annotated, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .codecs import CODECS
+from .errors import StoreFormatError
+from .layout import ArraySpec, Json
+
+FORMAT = 1
+MAX_TEXT = 4096
+
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Count = Annotated[int, Field(ge=0, lt=2**48, strict=True)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+
+
+class Manifest(BaseModel):
+    """What was harvested from what, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    format: Literal[1] = FORMAT
+    """Version of the store's format."""
+
+    model: Text
+    """Language model: hub id, base name of a local folder, or ``demo``."""
+
+    model_revision: Text | None
+    """Commit on the hub, or a digest of the local files."""
+
+    model_config_hash: Text
+    """Digest of the model's configuration."""
+
+    model_layers: Count
+    """Blocks of the language model."""
+
+    d_model: Annotated[int, Field(ge=1, lt=2**24, strict=True)]
+    """Width of the residual stream."""
+
+    dtype: Literal["bfloat16"] = "bfloat16"
+    """Type in which the model ran and the activations are kept."""
+
+    hook_point: Literal["resid_post"] = "resid_post"
+    """Where in a block activations are read: ``resid_post``, the residual stream after it."""
+
+    attention: Text
+    """Attention implementation of transformers: ``eager``, ``sdpa``, …"""
+
+    device: Text
+    """Kind of device that the model ran on: ``cpu``, ``cuda``, ``mps``."""
+
+    batch_contexts: Annotated[int, Field(ge=1, lt=2**24, strict=True)]
+    """Contexts to a forward pass; batches begin anew in each shard."""
+
+    n_contexts: Annotated[int, Field(ge=1, lt=2**48, strict=True)]
+    """Contexts planned: axis 0 of every layer."""
+
+    context_length: Annotated[int, Field(ge=2, lt=2**24, strict=True)]
+    """Tokens to a context, L: axis 1 of every layer."""
+
+    skip_contexts: Count
+    """Contexts of the corpus passed over before the first one taken."""
+
+    held_out: tuple[Count, Count]
+    """Contexts [start, stop) at the end of axis 0 that training never reads."""
+
+    packing: Literal["pack", "truncate"]
+    """``pack``: documents joined; ``truncate``: the first L tokens of each."""
+
+    dataset: Text
+    """Dataset: hub id, base name of a local file or folder, or ``stdlib``."""
+
+    dataset_revision: Text | None
+    """Commit on the hub, or a digest of the local files."""
+
+    dataset_config: Text | None
+    """Configuration (subset) of a hub dataset."""
+
+    dataset_split: Text | None
+    """Split of the dataset."""
+
+    dataset_column: Text | None
+    """Column that holds the text."""
+
+    tokenizer_hash: Text
+    """Digest of the tokenizer."""
+
+    first_token: TokenId | None
+    """Id that every context begins with: BOS, else CLS, else none."""
+
+    separator_token: TokenId | None
+    """Id between packed documents: EOS where there is one."""
+
+    special_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=65536)]
+    """Ids that readers leave out on request, and training by default."""
+
+    vocabulary_size: Annotated[int, Field(ge=1, lt=2**31, strict=True)]
+    """Token ids lie below this."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+    """Seed of the permutation of contexts."""
+
+    codec: Literal["small", "fast", "raw"]
+    """Preset of the layer arrays."""
+
+    chunk_contexts: Annotated[int, Field(ge=1, lt=2**20, strict=True)]
+    """Contexts to a chunk."""
+
+    shard_contexts: Annotated[int, Field(ge=1, lt=2**30, strict=True)]
+    """Contexts to a shard."""
+
+    versions: Annotated[dict[Text, Text], Field(max_length=64)]
+    """Versions of the libraries that bytes depend on."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Manifest":
+        start, stop = self.held_out
+        if not 0 < start <= stop == self.n_contexts:
+            raise ValueError("held_out must be the last contexts, and not all of them")
+        if self.shard_contexts % self.chunk_contexts:
+            raise ValueError("a shard must be whole chunks")
+        return self
+
+    @property
+    def n_shards(self) -> int:
+        """Shards of every layer."""
+        return -(-self.n_contexts // self.shard_contexts)
+
+    def contexts_of(self, shard: int) -> range:
+        """The contexts that lie in ``shard``."""
+        start = shard * self.shard_contexts
+        return range(start, min(start + self.shard_contexts, self.n_contexts))
+
+
+def parse_manifest(root: Json) -> Manifest:
+    """The manifest in a root ``zarr.json``.
+
+    Raises:
+        StoreFormatError: no store of posae, one of a newer format, or a manifest that is not whole.
+    """
+    attributes = root.get("attributes")
+    found = cast("Json", attributes).get("posae") if isinstance(attributes, dict) else None
+    if not isinstance(found, dict) or root.get("node_type") != "group":
+        raise StoreFormatError(
+            "this is Zarr, but no store of posae: zarr.json has no manifest; read it with zarr-python"
+        )
+    version = cast("Json", found).get("format")
+    if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT:
+        raise StoreFormatError(
+            f"this store has format {version} and this posae reads format {FORMAT}; "
+            "upgrade it: pip install --upgrade posae"
+        )
+    try:
+        return Manifest.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise StoreFormatError(
+            f"zarr.json has a manifest that is not whole: {place}: {first['msg']}; "
+            "restore it from a copy of the store"
+        ) from None
+
+
+def root_json(manifest: Manifest) -> Json:
+    """The root ``zarr.json``."""
+    return group_json({"posae": manifest.model_dump(mode="json")})
+
+
+def group_json(attributes: Json) -> Json:
+    """The ``zarr.json`` of a group."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def layer_path(layer: int) -> str:
+    """Name of a layer's array."""
+    return f"layer_{layer}"
+
+
+def layer_spec(manifest: Manifest, layer: int) -> ArraySpec:
+    """The array of one layer; bfloat16 [contexts, positions, d_model]."""
+    return ArraySpec(
+        path=layer_path(layer),
+        shape=(manifest.n_contexts, manifest.context_length, manifest.d_model),
+        data_type="bfloat16",
+        chunk_rows=manifest.chunk_contexts,
+        shard_rows=manifest.shard_contexts,
+        dimension_names=("context", "position", "feature"),
+        codec=CODECS[manifest.codec],
+        attributes={"layer": layer, "hook_point": manifest.hook_point, "codec": manifest.codec},
+    )
+
+
+def token_specs(manifest: Manifest) -> dict[str, ArraySpec]:
+    """The arrays beside the layers: ``tokens``, ``document``, ``position``."""
+
+    def by_context(path: str, data_type: str) -> ArraySpec:
+        return ArraySpec(
+            path=path,
+            shape=(manifest.n_contexts, manifest.context_length),
+            data_type=data_type,
+            chunk_rows=manifest.chunk_contexts,
+            shard_rows=manifest.shard_contexts,
+            dimension_names=("context", "position"),
+        )
+
+    length = manifest.context_length
+    position = ArraySpec(
+        path="position",
+        shape=(length,),
+        data_type="int32",
+        chunk_rows=length,
+        shard_rows=length,
+        dimension_names=("position",),
+    )
+    return {
+        "tokens": by_context("tokens", "int32"),
+        "document": by_context("document", "int64"),
+        "position": position,
+    }

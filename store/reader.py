@@ -1,0 +1,390 @@
+"""Opening a store and reading from it: ``ActivationStore``.
+
+A sealed store is what its seal names; an unsealed one is what is committed at the moment of
+opening: in each layer the longest run of shards that are whole, with their tokens and statistics.
+What is not committed cannot be asked for, so a missing file is an error and never fill values.
+Opening reads a few small files and, where unsealed, the index of every shard. Reading decodes
+whole chunks (8 contexts) out of the memory map, about 1.5 GB/s to a core with checksums on.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import (
+    SettingsError,
+    StoreDamagedError,
+    StoreFormatError,
+    StoreIncompleteError,
+    StoreNotFoundError,
+)
+from .files import StoreFiles
+from .layout import ArraySpec, Json
+from .manifest import Manifest, layer_path, layer_spec, parse_manifest, token_specs
+from .seal import (
+    MAX_METADATA_BYTES,
+    ROOT_PATH,
+    Seal,
+    check_sealed_bytes,
+    parse_json,
+    read_seal,
+)
+from .shards import ShardReader
+from .stats import LayerStats, NormStats, bits_to_float32, norm_stats, stats_specs
+
+CORPUS_PATH = "stats/zarr.json"
+"""Holds the counts of the corpus; written last of the tokens, and so their commit record."""
+
+Selection = slice | Sequence[int] | NDArray[Any]
+
+
+class ActivationStore:
+    """A store opened for reading; safe to use from many threads.
+
+    Attributes:
+        manifest: what was harvested from what.
+        layers: the layers that can be read, sorted.
+        n_contexts: contexts committed in every layer.
+        contexts_by_layer: contexts committed, by layer.
+        is_sealed: whether the harvest is finished.
+        identity: digest of the seal, or None.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """Open the store in folder ``root`` by its root and seal alone; ``open`` checks more."""
+        self.root = root
+        self.files = StoreFiles(root)
+        self.seal: Seal | None = _seal_of(self.files)
+        self.manifest: Manifest = parse_manifest(self.metadata(ROOT_PATH))
+        self._readers: dict[str, ShardReader] = {}
+        self._specs: dict[str, ArraySpec] = {}
+        self.layers: tuple[int, ...] = self._find_layers()
+        self.contexts_by_layer = {layer: self._committed(layer) for layer in self.layers}
+        self.n_contexts = min(self.contexts_by_layer.values(), default=0)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open the store at ``path``.
+
+        Raises:
+            StoreNotFoundError: there is no store.
+            StoreFormatError: something else is there, or a store of a newer format.
+            StoreDamagedError: the metadata or the positions are not what was written.
+        """
+        store = cls(Path(path))
+        if store.n_contexts:
+            store.check_metadata()
+        return store
+
+    def check_metadata(self) -> None:
+        """Check every array's ``zarr.json``, and the positions.
+
+        Raises:
+            StoreFormatError: an array of another shape, type or codec.
+            StoreDamagedError: the metadata or the positions are not what was written.
+        """
+        length = self.manifest.context_length
+        for path in token_specs(self.manifest):
+            self.spec(path)
+        for layer in self.layers:
+            for spec in [layer_spec(self.manifest, layer), *stats_specs(self.manifest, layer).values()]:
+                self.spec(spec.path)
+        if (self.array("position").read_rows(np.arange(length)) != np.arange(length)).any():
+            raise StoreDamagedError("positions are not 0, 1, 2, …", array="position")
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the harvest is finished."""
+        return self.seal is not None
+
+    @property
+    def identity(self) -> str | None:
+        """SHA-256 of the seal, in hex; None for an unfinished harvest."""
+        return self.seal.identity if self.seal else None
+
+    def metadata(self, path: str) -> Json:
+        """A ``zarr.json``, checked against the seal.
+
+        Raises:
+            StoreDamagedError: missing or not what was sealed.
+            StoreFormatError: not JSON.
+        """
+        try:
+            data = self.files.read(path, MAX_METADATA_BYTES)
+        except FileNotFoundError:
+            raise StoreDamagedError("the file is missing", array=path) from None
+        check_sealed_bytes(self.seal, path, data)
+        return parse_json(data, path)
+
+    def _find_layers(self) -> tuple[int, ...]:
+        candidates = range(self.manifest.model_layers)
+        if self.seal:
+            return tuple(i for i in candidates if f"{layer_path(i)}/zarr.json" in self.seal.files)
+        return tuple(i for i in candidates if self.files.exists(f"{layer_path(i)}/zarr.json"))
+
+    def spec(self, path: str) -> ArraySpec:
+        """The array at ``path``, checked to be what the manifest says.
+
+        Raises:
+            StoreFormatError: its ``zarr.json`` says something else.
+        """
+        if path not in self._specs:
+            expected = self._expected(path)
+            if self.metadata(expected.metadata_path) != expected.to_json():
+                found = ArraySpec.from_json(path, self.metadata(expected.metadata_path))
+                raise StoreFormatError(
+                    f"{found.metadata_path} has shape {list(found.shape)} of {found.data_type}, and the "
+                    f"manifest says {list(expected.shape)} of {expected.data_type}, or other chunks or "
+                    "attributes; restore it from a copy of the store"
+                )
+            expected.check_bounds()
+            self._specs[path] = expected
+        return self._specs[path]
+
+    def _expected(self, path: str) -> ArraySpec:
+        name, _, rest = path.partition("/")
+        if name == "stats":
+            layer, _, short = rest.partition("/")
+            return stats_specs(self.manifest, int(layer.removeprefix("layer_")))[short]
+        if name.startswith("layer_"):
+            return layer_spec(self.manifest, int(name.removeprefix("layer_")))
+        return token_specs(self.manifest)[name]
+
+    def array(self, path: str) -> ShardReader:
+        """The chunks of the array at ``path``."""
+        if path not in self._readers:
+            self._readers[path] = ShardReader(self.files, self.spec(path))
+        return self._readers[path]
+
+    def _committed(self, layer: int) -> int:
+        if self.seal:
+            return self.manifest.n_contexts
+        if not self.files.exists(CORPUS_PATH):
+            return 0
+        beside = [self.array(path) for path in ("tokens", "document")]
+        stats = [spec for spec in stats_specs(self.manifest, layer).values()]
+        shards = 0
+        activations = self.array(layer_path(layer))
+        while (
+            shards < self.manifest.n_shards
+            and all(array.is_committed(shards) for array in [activations, *beside])
+            and all(self.files.exists(spec.shard_path(shards)) for spec in stats)
+        ):
+            shards += 1
+        return min(shards * self.manifest.shard_contexts, self.manifest.n_contexts)
+
+    def committed_shards(self, layer: int) -> int:
+        """How many shards of ``layer`` are committed, from the first."""
+        return -(-self.contexts_by_layer[layer] // self.manifest.shard_contexts)
+
+    def check_layer(self, layer: int) -> None:
+        """Check that every committed file of ``layer`` is there, of its size, with an index that holds.
+
+        Raises:
+            StoreIncompleteError: the store has no such layer, or nothing of it is committed.
+            StoreDamagedError: a file is missing or cut short.
+        """
+        if layer not in self.layers:
+            has = ", ".join(map(str, self.layers)) or "none"
+            raise StoreIncompleteError(
+                f"{self.root} has no layer {layer}; it has {has}. "
+                f"Add it: posae harvest {self.root} --layers {layer}"
+            )
+        if not self.contexts_by_layer[layer]:
+            raise StoreIncompleteError(
+                f"{self.root} holds no finished shard of layer {layer} yet; run the harvest again, "
+                "it goes on where it stopped"
+            )
+        paths = [layer_path(layer), "tokens", "document"]
+        paths += [spec.path for spec in stats_specs(self.manifest, layer).values()]
+        for path in paths:
+            array = self.array(path)
+            for shard in range(self.committed_shards(layer)):
+                array.check_index(shard)
+
+    @property
+    def context_length(self) -> int:
+        """Positions of a context, L."""
+        return self.manifest.context_length
+
+    @property
+    def d_model(self) -> int:
+        """Width of an activation."""
+        return self.manifest.d_model
+
+    def held_out_part(self, layer: int) -> tuple[int, int]:
+        """Contexts [start, stop) that training does not read.
+
+        Where none that the manifest names is committed (a part copied out, an unfinished harvest),
+        the last 5 % of what is there, in whole chunks; nothing of a single chunk.
+        """
+        committed, chunk = self.contexts_by_layer[layer], self.manifest.chunk_contexts
+        start = self.manifest.held_out[0]
+        if start < committed:
+            return start, committed
+        n_chunks = -(-committed // chunk)
+        kept = n_chunks - max(1, n_chunks // 20) if n_chunks > 1 else n_chunks
+        return min(kept * chunk, committed), committed
+
+    def training_contexts(self, layer: int) -> int:
+        """How many contexts, from the first, training reads."""
+        return self.held_out_part(layer)[0]
+
+    def read(
+        self,
+        layer: int,
+        contexts: Selection = slice(None),
+        positions: Selection = slice(None),
+        dtype: str = "uint16",
+    ) -> NDArray[Any]:
+        """Activations of one layer.
+
+        Args:
+            layer: one of ``layers``.
+            contexts: a slice, indices or booleans over the layer's committed contexts.
+            positions: the same over positions.
+            dtype: ``uint16`` for the bits of bfloat16, or ``float32``.
+
+        Returns:
+            uint16 or float32 [contexts, positions, d_model].
+
+        Raises:
+            StoreIncompleteError: no such layer, or contexts that are not committed.
+            StoreDamagedError: a chunk is not what was written.
+        """
+        if dtype not in ("uint16", "float32"):
+            raise SettingsError(f"dtype {dtype!r}: take uint16 (the bits of bfloat16) or float32")
+        if layer not in self.layers:
+            self.check_layer(layer)
+        rows = select(contexts, self.contexts_by_layer[layer], "contexts")
+        columns = select(positions, self.context_length, "positions")
+        bits = self.array(layer_path(layer)).read_rows(rows)
+        if len(columns) != self.context_length or (np.diff(columns) != 1).any():
+            bits = bits[:, columns]
+        return bits_to_float32(bits) if dtype == "float32" else bits
+
+    def tokens(self, contexts: Selection = slice(None)) -> NDArray[np.int32]:
+        """Token ids; int32 [contexts, positions].
+
+        Raises:
+            StoreDamagedError: a chunk is not what was written.
+        """
+        rows = self.array("tokens").read_rows(select(contexts, self.n_contexts, "contexts"))
+        if rows.size and not 0 <= int(rows.min()) <= int(rows.max()) < self.manifest.vocabulary_size:
+            raise StoreDamagedError("token ids outside the vocabulary", array="tokens")
+        return rows
+
+    def documents(self, contexts: Selection = slice(None)) -> NDArray[np.int64]:
+        """Which document of the dataset each token came from; int64 [contexts, positions]."""
+        return self.array("document").read_rows(select(contexts, self.n_contexts, "contexts"))
+
+    @cached_property
+    def corpus(self) -> Json:
+        """Counts made when the tokens were committed: documents, duplicates, special tokens."""
+        if not self.files.exists(CORPUS_PATH):
+            return {}
+        attributes: Json = self.metadata(CORPUS_PATH).get("attributes", {})
+        return attributes.get("posae", {})
+
+    def _merged(self, layer: int, name: str) -> NDArray[Any]:
+        array = self.array(f"stats/{layer_path(layer)}/{name}")
+        total: NDArray[Any] | None = None
+        for shard in range(self.committed_shards(layer)):
+            entry = array.read_rows(np.array([shard]))[0]
+            entry = entry.astype(np.float64) if entry.dtype.kind == "f" else entry
+            total = entry if total is None else total + entry
+        return np.zeros(array.spec.shape[1:]) if total is None else total
+
+    def stats(self, layer: int) -> LayerStats:
+        """Statistics of the ordinary tokens of the training part; one entry a shard is read."""
+        return LayerStats(*(self._merged(layer, name) for name in LayerStats._fields))
+
+    def norms(self, layer: int) -> NormStats:
+        """Norms by position over all committed tokens."""
+        return norm_stats(self._merged(layer, "norm_sums"), self._merged(layer, "norm_counts"))
+
+    def stored_bytes(self, layer: int) -> int:
+        """Bytes on disk of the committed shards of ``layer``."""
+        spec = self.spec(layer_path(layer))
+        shards = range(self.committed_shards(layer))
+        return sum(self.files.size_bytes(spec.shard_path(shard)) or 0 for shard in shards)
+
+    def raw_bytes(self, layer: int) -> int:
+        """Bytes of the committed activations of ``layer``, uncompressed."""
+        return self.contexts_by_layer[layer] * self.context_length * self.d_model * 2
+
+    def digests(self, layer: int) -> dict[str, str]:
+        """What a run that reads ``layer`` reads: digest by name of tokens, activations, statistics.
+
+        Empty for an unsealed store, whose files have no final digest.
+        """
+        if not self.seal:
+            return {}
+        prefixes = {name: f"{name}/" for name in ("tokens", layer_path(layer))}
+        prefixes["stats"] = f"stats/{layer_path(layer)}/"
+        found: dict[str, str] = {}
+        for name, prefix in prefixes.items():
+            lines = sorted(
+                f"{path} {file.sha256}\n" for path, file in self.seal.files.items() if path.startswith(prefix)
+            )
+            found[name] = hashlib.sha256("".join(lines).encode()).hexdigest()
+        return found
+
+    def __repr__(self) -> str:
+        """A line for notebooks."""
+        state = "sealed" if self.is_sealed else "unfinished"
+        return (
+            f"ActivationStore({str(self.root)!r}: {self.manifest.model} on {self.manifest.dataset}, "
+            f"layers {list(self.layers)}, {self.n_contexts} contexts of {self.context_length}, {state})"
+        )
+
+
+def _seal_of(files: StoreFiles) -> Seal | None:
+    root = files.root
+    try:
+        seal = read_seal(files)
+        if seal is None and not files.exists(ROOT_PATH):
+            if next(root.iterdir(), None) is None:
+                raise FileNotFoundError
+            raise StoreFormatError(
+                f"{root} is no store: it has no zarr.json; give the folder that posae harvest wrote"
+            )
+    except FileNotFoundError:
+        raise StoreNotFoundError(f"there is no store at {root}; make one: posae harvest {root}") from None
+    except NotADirectoryError:
+        raise StoreFormatError(f"{root} is a file, and a store is a folder") from None
+    except PermissionError:
+        raise StoreFormatError(f"{root} cannot be read: permission denied") from None
+    return seal
+
+
+def select(selection: Selection, size: int, axis: str) -> NDArray[np.int64]:
+    """A selection along one axis as indices from 0.
+
+    Raises:
+        StoreIncompleteError: an index that is not committed.
+
+    >>> select(slice(-2, None), 5, "contexts")
+    array([3, 4])
+    """
+    if isinstance(selection, slice):
+        for edge in (selection.start, selection.stop):
+            if edge is not None and edge > size:
+                raise StoreIncompleteError(f"{axis} up to {edge} were asked for, and {size} are there")
+        return np.arange(size)[selection]
+    wanted = np.asarray(selection)
+    if wanted.dtype == np.bool_:
+        if wanted.shape != (size,):
+            raise StoreIncompleteError(f"{len(wanted)} booleans for {size} {axis}; give one for each")
+        return np.flatnonzero(wanted)
+    wanted = wanted.astype(np.int64).reshape(-1)
+    if wanted.size and not -size <= int(wanted.min()) <= int(wanted.max()) < size:
+        raise StoreIncompleteError(
+            f"{axis} {int(wanted.min())} to {int(wanted.max())} were asked for, and {size} are there"
+        )
+    return wanted % size if wanted.size else wanted

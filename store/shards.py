@@ -1,0 +1,370 @@
+"""Reading and writing the shards of one array: the store's hot path.
+
+A shard file is its chunks one after the other, each encoded with a checksum, then an index: offset
+and size of every chunk as little-endian uint64, and the index's own checksum (Zarr's
+``sharding_indexed``). Reading maps the file and decodes straight out of the map into the caller's
+buffer; the index is checked once a shard, the checksum every time a chunk is read. Writing streams:
+a chunk at a time, no more than that in memory.
+"""
+
+import fcntl
+import hashlib
+import mmap
+import os
+import resource
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from .codecs import ChunkError
+from .errors import StoreDamagedError
+from .files import PARTIAL, StoreFiles, sync_folder, writing
+from .layout import ArraySpec
+
+_ABSENT = 2**64 - 1
+# A map keeps its file open; a process may often open no more than 1,024.
+_MAPS_KEPT = min(4096, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
+
+
+def index_bytes(spec: ArraySpec) -> int:
+    """Size of the index at the end of every shard of ``spec``."""
+    return 16 * spec.chunks_per_shard + 4
+
+
+def parse_index(spec: ArraySpec, shard: int, data: bytes | memoryview, file_bytes: int) -> NDArray[np.uint64]:
+    """Offset and size of the chunks that hold rows; uint64 [chunks, 2].
+
+    Args:
+        spec: the array.
+        shard: which of its shards.
+        data: the last ``index_bytes(spec)`` bytes of the file.
+        file_bytes: size of the whole file.
+
+    Raises:
+        StoreDamagedError: the checksum does not hold, or the entries are not chunks that follow
+            each other and fill the file.
+    """
+
+    def damaged(problem: str) -> StoreDamagedError:
+        return StoreDamagedError(problem, array=spec.path, shard=shard)
+
+    if len(data) != index_bytes(spec):
+        raise damaged("the file is cut short")
+    raw = bytes(data)
+    if google_crc32c.value(raw[:-4]) != struct.unpack("<I", raw[-4:])[0]:
+        raise damaged("the checksum of its index does not hold (the file is cut short or changed)")
+    entries = np.frombuffer(raw[:-4], "<u8").reshape(-1, 2)
+    present, absent = np.split(entries, [spec.chunks_in(shard)])
+    limit = np.uint64(file_bytes)
+    if not (absent == _ABSENT).all() or (present > limit).any():
+        raise damaged("its index points outside the file")
+    ends = np.cumsum(present[:, 1])
+    if (present[:, 0] != np.concatenate([[0], ends[:-1]])).any() or int(ends[-1]) + len(raw) != file_bytes:
+        raise damaged("its index names chunks that do not fill the file")
+    return present
+
+
+class _MappedShard(NamedTuple):
+    data: mmap.mmap
+    chunks: NDArray[np.uint64]  # offset and size; [chunks, 2]
+
+
+class ShardReader:
+    """Chunks of one array, by number; thread-safe."""
+
+    def __init__(self, files: StoreFiles, spec: ArraySpec) -> None:
+        """Speak of the array; nothing is opened yet."""
+        self.files = files
+        self.spec = spec
+        self._mapped: OrderedDict[int, _MappedShard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def is_committed(self, shard: int) -> bool:
+        """Whether the file of ``shard`` is there with an index that holds."""
+        try:
+            file = self.files.open(self.spec.shard_path(shard))
+        except (FileNotFoundError, StoreDamagedError):
+            return False
+        try:
+            size = os.fstat(file).st_size
+            start = size - index_bytes(self.spec)
+            if start < 0:
+                return False
+            parse_index(self.spec, shard, os.pread(file, size - start, start), size)
+        except StoreDamagedError:
+            return False
+        finally:
+            os.close(file)
+        return True
+
+    def check_index(self, shard: int) -> None:
+        """Map ``shard`` and check its index.
+
+        Raises:
+            StoreDamagedError: the file is missing or its index does not hold.
+        """
+        self._shard(shard)
+
+    def _shard(self, shard: int) -> _MappedShard:
+        with self._lock:
+            mapped = self._mapped.get(shard)
+            if mapped is None:
+                mapped = self._open(shard)
+                self._mapped[shard] = mapped
+                if len(self._mapped) > _MAPS_KEPT:
+                    self._mapped.popitem(last=False)
+            else:
+                self._mapped.move_to_end(shard)
+            return mapped
+
+    def _open(self, shard: int) -> _MappedShard:
+        path = self.spec.shard_path(shard)
+        try:
+            data = self.files.map(path)
+        except FileNotFoundError:
+            raise StoreDamagedError(
+                f"its file {path} is missing", array=self.spec.path, shard=shard
+            ) from None
+        tail = memoryview(data)[-index_bytes(self.spec) :]
+        return _MappedShard(data, parse_index(self.spec, shard, tail, len(data)))
+
+    def encoded(self, chunk: int) -> memoryview:
+        """The bytes of a chunk as they lie in its file, not checked.
+
+        Raises:
+            StoreDamagedError: the file is missing, cut short, or its index does not hold.
+        """
+        shard, within = divmod(chunk, self.spec.chunks_per_shard)
+        mapped = self._shard(shard)
+        # Reading a map past the end of a file cut short meanwhile would kill the process.
+        if mapped.data.size() != len(mapped.data):
+            raise StoreDamagedError(
+                "the file was cut short while it was read", array=self.spec.path, shard=shard
+            )
+        offset, size = (int(number) for number in mapped.chunks[within])
+        return memoryview(mapped.data)[offset : offset + size]
+
+    def whole(self, shard: int) -> mmap.mmap:
+        """The map of a whole file."""
+        return self._shard(shard).data
+
+    def read_chunk(self, chunk: int, out: NDArray[Any]) -> None:
+        """Decode a chunk into ``out``, C-contiguous bits of shape ``spec.chunk_shape``.
+
+        Raises:
+            StoreDamagedError: the chunk is missing or not what was written.
+        """
+        try:
+            self.spec.codec.decode(self.encoded(chunk), out)
+        except ChunkError as error:
+            shard, within = divmod(chunk, self.spec.chunks_per_shard)
+            raise StoreDamagedError(str(error), array=self.spec.path, shard=shard, chunk=within) from None
+
+    def will_need(self, chunks: Iterable[int]) -> None:
+        """Ask the operating system to read these chunks ahead, without waiting."""
+        for chunk in chunks:
+            shard, within = divmod(chunk, self.spec.chunks_per_shard)
+            mapped = self._shard(shard)
+            offset, size = (int(number) for number in mapped.chunks[within])
+            start = offset - offset % mmap.PAGESIZE
+            with suppress(OSError, ValueError):
+                mapped.data.madvise(mmap.MADV_WILLNEED, start, offset + size - start)
+
+    def read_rows(self, rows: NDArray[np.int64], pool: Executor | None = None) -> NDArray[Any]:
+        """The entries ``rows`` of axis 0, in that order; bits [rows, …].
+
+        Raises:
+            StoreDamagedError: a chunk is missing or not what was written.
+        """
+        spec = self.spec
+        out = np.empty((len(rows), *spec.shape[1:]), spec.dtype)
+        chunk_of = rows // spec.chunk_rows
+        order = np.argsort(chunk_of, kind="stable")
+        starts = np.flatnonzero(np.diff(chunk_of[order], prepend=-1))
+        groups: Sequence[NDArray[np.int64]] = np.split(order, starts[1:]) if len(rows) else []
+
+        def read(places: NDArray[np.int64]) -> None:
+            within = rows[places] % spec.chunk_rows
+            first = int(places[0])
+            whole = len(places) == spec.chunk_rows and bool(
+                (within == np.arange(spec.chunk_rows)).all() and (np.diff(places) == 1).all()
+            )
+            if whole:
+                self.read_chunk(int(chunk_of[first]), out[first : first + spec.chunk_rows])
+            else:
+                scratch = np.empty(spec.chunk_shape, spec.dtype)
+                self.read_chunk(int(chunk_of[first]), scratch)
+                out[places] = scratch[within]
+
+        for _ in pool.map(read, groups) if pool else map(read, groups):
+            pass
+        return out
+
+
+class ShardDigest(NamedTuple):
+    """What the seal says of a file."""
+
+    n_bytes: int
+    sha256: bytes
+
+
+class ShardWriter:
+    """One shard being written, under its lock; whoever holds the lock alone may write it.
+
+    The temporary file is the lock: a kill frees it, and the next holder begins it anew.
+    """
+
+    def __init__(self, files: StoreFiles, spec: ArraySpec, shard: int, handle: int) -> None:
+        """Begin with an empty file; use ``try_lock``."""
+        self.spec = spec
+        self.shard = shard
+        self._target = files.root / spec.shard_path(shard)
+        self._partial = _partial_of(files, spec, shard)
+        self._file = os.fdopen(handle, "wb", buffering=0)
+        self._index = np.full((spec.chunks_per_shard, 2), _ABSENT, "<u8")
+        self._digest = hashlib.sha256()
+        self._n_chunks = 0
+        self._n_bytes = 0
+
+    @classmethod
+    def try_lock(cls, files: StoreFiles, spec: ArraySpec, shard: int, *, wait: bool) -> Self | None:
+        """The writer of ``shard``, or None where another process has it or it is committed.
+
+        Args:
+            files: the store.
+            spec: the array.
+            shard: which of its shards.
+            wait: wait for the other process, rather than return None at once.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        partial = _partial_of(files, spec, shard)
+        reader = ShardReader(files, spec)
+        while True:
+            with writing(partial):
+                handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                os.close(handle)
+                return None
+            # The file may have been renamed to its final name, or removed, before we got the lock.
+            try:
+                ours = os.fstat(handle).st_ino == partial.stat(follow_symlinks=False).st_ino
+            except FileNotFoundError:
+                ours = False
+            if not ours:
+                os.close(handle)
+                if reader.is_committed(shard):
+                    return None
+                continue
+            if reader.is_committed(shard):
+                partial.unlink()
+                os.close(handle)
+                return None
+            os.ftruncate(handle, 0)
+            return cls(files, spec, shard, handle)
+
+    def append(self, encoded: bytes) -> None:
+        """Write the next chunk, as its codec encoded it.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        self._index[self._n_chunks] = (self._n_bytes, len(encoded))
+        self._n_chunks += 1
+        self._write(encoded)
+
+    def _write(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._n_bytes += len(data)
+        view = memoryview(data)
+        with writing(self._target):
+            while len(view):
+                view = view[self._file.write(view) :]
+
+    def finish(self) -> ShardDigest:
+        """Write the index and make the file durable; it is not committed yet.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        if self._n_chunks != self.spec.chunks_in(self.shard):
+            raise ValueError(f"{self._n_chunks} of {self.spec.chunks_in(self.shard)} chunks written")
+        index = self._index.tobytes()
+        self._write(index + struct.pack("<I", google_crc32c.value(index)))
+        with writing(self._target):
+            os.fsync(self._file.fileno())
+        return ShardDigest(self._n_bytes, self._digest.digest())
+
+    def commit(self) -> None:
+        """Rename the finished file: the commit record.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        with writing(self._target):
+            self._partial.rename(self._target)
+            sync_folder(self._target.parent)
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Remove the file, unless it is committed, and free the lock."""
+        if not self._file.closed:
+            with suppress(OSError):
+                self._partial.unlink()
+            self._file.close()
+
+
+def _partial_of(files: StoreFiles, spec: ArraySpec, shard: int) -> Path:
+    target = files.root / spec.shard_path(shard)
+    return target.with_name(f".{target.name}{PARTIAL}")
+
+
+def encode_chunks(spec: ArraySpec, rows: NDArray[Any]) -> list[bytes]:
+    """Consecutive rows as encoded chunks, the last one padded with fill."""
+    chunks: list[bytes] = []
+    for start in range(0, len(rows), spec.chunk_rows):
+        part = rows[start : start + spec.chunk_rows]
+        if len(part) < spec.chunk_rows:
+            padded = np.full(spec.chunk_shape, spec.fill, spec.dtype)
+            padded[: len(part)] = part
+            part = padded
+        chunks.append(spec.codec.encode(np.ascontiguousarray(part, spec.dtype)))
+    return chunks
+
+
+def write_array(files: StoreFiles, spec: ArraySpec, rows: NDArray[Any]) -> None:
+    """Write every shard of a small array, durably.
+
+    Raises:
+        StoreWriteError: the disk refused.
+    """
+    for shard in range(spec.n_shards):
+        start = shard * spec.shard_rows
+        write_shard(files, spec, shard, rows[start : start + spec.shard_rows])
+
+
+def write_shard(files: StoreFiles, spec: ArraySpec, shard: int, rows: NDArray[Any]) -> None:
+    """Write one shard of a small array, in place of what may be there; durable, no lock.
+
+    Raises:
+        StoreWriteError: the disk refused.
+    """
+    index = np.full((spec.chunks_per_shard, 2), _ABSENT, "<u8")
+    data = bytearray()
+    for number, encoded in enumerate(encode_chunks(spec, rows)):
+        index[number] = (len(data), len(encoded))
+        data += encoded
+    raw = index.tobytes()
+    files.write(spec.shard_path(shard), bytes(data + raw + struct.pack("<I", google_crc32c.value(raw))))

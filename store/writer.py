@@ -1,0 +1,314 @@
+"""Making a store: the root, the tokens, shard after shard, the seal. Each step is durable.
+
+The order is the protocol (docs/format.md): root ``zarr.json``; tokens, documents, positions and
+last their counts; per layer its metadata; per shard its statistics and then, by a rename, the shard
+itself; ``seal.json`` when all is there. Any of it may be killed; doing it again finishes it, with the
+same bytes. Many processes may write one store: a shard belongs to whoever holds its lock.
+"""
+
+import hashlib
+from collections.abc import Generator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import StoreFormatError, StoreMismatchError, StoreNotFoundError
+from .files import PARTIAL, StoreFiles, exclusive, writing
+from .layout import ArraySpec, Json
+from .manifest import Manifest, group_json, layer_path, layer_spec, root_json, token_specs
+from .reader import CORPUS_PATH, ActivationStore
+from .seal import (
+    ROOT_PATH,
+    SEAL_PATH,
+    SealedFile,
+    pretty_json,
+    seal_bytes,
+    sha256_of,
+)
+from .shards import ShardReader, ShardWriter, encode_chunks, write_array, write_shard
+from .stats import ChunkStats, stats_specs
+
+README_PATH = "README.md"
+"""The store's card: may be edited, and so is never sealed."""
+
+
+class StoreWriter:
+    """A store opened for writing; every method may be called again after a kill.
+
+    Attributes:
+        manifest: what the store is made from.
+        files: its files.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        """Speak of the store at ``root``; see ``begin``."""
+        self.root = root
+        self.manifest = manifest
+        self.files = StoreFiles(root)
+
+    @classmethod
+    def begin(cls, root: Path, manifest: Manifest) -> "StoreWriter":
+        """Create the store, or open it to go on.
+
+        Before its tokens are committed nothing is fixed, and the root is simply written again.
+
+        Raises:
+            StoreFormatError: the folder holds something else.
+            StoreMismatchError: the store was made with other settings; says which.
+            StoreWriteError: the disk refused.
+        """
+        writer = cls(root, manifest)
+        with writing(root):
+            root.mkdir(parents=True, exist_ok=True)
+        with exclusive(root):
+            try:
+                found = ActivationStore.open(root)
+            except StoreNotFoundError:
+                found = None
+            except StoreFormatError:
+                if any(not name.endswith(PARTIAL) for name in writer.files.walk()):
+                    raise
+                found = None
+            if found is None or not writer.has_tokens:
+                writer.files.write(ROOT_PATH, pretty_json(root_json(manifest)))
+            else:
+                _check_same(root, found.manifest, manifest)
+        return writer
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the tokens are committed."""
+        return self.files.exists(CORPUS_PATH)
+
+    @contextmanager
+    def lock(self) -> Generator[None]:
+        """Hold the store's lock, under which tokens, layer metadata and the seal are written."""
+        with exclusive(self.root):
+            yield
+
+    def write_tokens(self, tokens: NDArray[np.int32], documents: NDArray[np.int64], corpus: Json) -> None:
+        """Commit the tokens; call under ``lock``.
+
+        Args:
+            tokens: int32 [contexts, positions].
+            documents: int64 [contexts, positions].
+            corpus: counts for people: documents, duplicates, special tokens.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        values = {
+            "tokens": tokens,
+            "document": documents,
+            "position": np.arange(self.manifest.context_length, dtype=np.int32),
+        }
+        for name, spec in token_specs(self.manifest).items():
+            self._write_metadata(spec)
+            write_array(self.files, spec, values[name])
+        self.files.write(CORPUS_PATH, pretty_json(group_json({"posae": corpus})))
+
+    def _write_metadata(self, spec: ArraySpec) -> None:
+        data = pretty_json(spec.to_json())
+        if not self.files.exists(spec.metadata_path):
+            self.files.write(spec.metadata_path, data)
+
+    def add_layers(self, layers: Sequence[int]) -> None:
+        """Write the metadata of layers that the store does not have yet; call under ``lock``.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        for layer in layers:
+            group = f"stats/{layer_path(layer)}/zarr.json"
+            if not self.files.exists(group):
+                self.files.write(group, pretty_json(group_json({})))
+            for spec in stats_specs(self.manifest, layer).values():
+                self._write_metadata(spec)
+            self._write_metadata(layer_spec(self.manifest, layer))
+
+    def begun_layers(self) -> tuple[int, ...]:
+        """Layers whose metadata is written, sealed or not."""
+        candidates = range(self.manifest.model_layers)
+        return tuple(i for i in candidates if self.files.exists(f"{layer_path(i)}/zarr.json"))
+
+    def is_committed(self, layer: int, shard: int) -> bool:
+        """Whether one shard of one layer, and its statistics, are there."""
+        stats = stats_specs(self.manifest, layer).values()
+        return all(self.files.exists(spec.shard_path(shard)) for spec in stats) and ShardReader(
+            self.files, layer_spec(self.manifest, layer)
+        ).is_committed(shard)
+
+    def lock_shard(self, layers: Sequence[int], shard: int, *, wait: bool) -> "ShardOfLayers | None":
+        """The shard of those ``layers`` that lack it, or None if none does or another process has it.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        writers: dict[int, ShardWriter] = {}
+        try:
+            for layer in layers:
+                spec = layer_spec(self.manifest, layer)
+                if self.is_committed(layer, shard):
+                    continue
+                writer = ShardWriter.try_lock(self.files, spec, shard, wait=wait)
+                if writer is None and not self.is_committed(layer, shard):
+                    break
+                if writer is not None:
+                    writers[layer] = writer
+            else:
+                if writers:
+                    return ShardOfLayers(self, shard, writers)
+        except BaseException:
+            _abandon(writers.values())
+            raise
+        _abandon(writers.values())
+        return None
+
+    def seal(self) -> str:
+        """Name every file of the finished store, and return its identity; call under ``lock``.
+
+        Files that a seal named already keep their entry; digests of shards were taken while they
+        were written.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        old = ActivationStore.open(self.root).seal
+        sealed: dict[str, SealedFile] = dict(old.files) if old else {}
+        for path in self._files_of(self.begun_layers()):
+            if path not in sealed:
+                sealed[path] = self._digest(path)
+        data = seal_bytes(sealed)
+        self.files.write(SEAL_PATH, data)
+        return hashlib.sha256(data).hexdigest()
+
+    def _files_of(self, layers: Sequence[int]) -> list[str]:
+        complete = [
+            layer
+            for layer in layers
+            if all(self.is_committed(layer, shard) for shard in range(self.manifest.n_shards))
+        ]
+        specs = list(token_specs(self.manifest).values())
+        groups = [ROOT_PATH, CORPUS_PATH]
+        for layer in complete:
+            specs += [layer_spec(self.manifest, layer), *stats_specs(self.manifest, layer).values()]
+            groups.append(f"stats/{layer_path(layer)}/zarr.json")
+        paths = [spec.metadata_path for spec in specs]
+        paths += [spec.shard_path(shard) for spec in specs for shard in range(spec.n_shards)]
+        return groups + paths
+
+    def _digest(self, path: str) -> SealedFile:
+        name, _, key = path.partition("/")
+        if name.startswith("layer_") and key.startswith("c."):
+            layer, shard = int(name.removeprefix("layer_")), int(key.split(".")[1])
+            digests = ShardReader(self.files, stats_specs(self.manifest, layer)["sha256"])
+            size = self.files.size_bytes(path)
+            return SealedFile(size or 0, digests.read_rows(np.array([shard]))[0].tobytes().hex())
+        return sha256_of(self.files, path)
+
+
+class ShardOfLayers:
+    """One shard of several layers, being written batch after batch. A context manager.
+
+    Chunks are encoded, and their statistics made, by a pool's threads; at most a few batches wait.
+    """
+
+    def __init__(self, store: StoreWriter, shard: int, writers: dict[int, ShardWriter]) -> None:
+        """Hold the locks in ``writers``; use ``StoreWriter.lock_shard``."""
+        self.shard = shard
+        self.contexts = store.manifest.contexts_of(shard)
+        self._store = store
+        self._writers = writers
+        self._stats: dict[int, ChunkStats] = {}
+        self._waiting: list[tuple[int, Future[tuple[list[bytes], ChunkStats]]]] = []
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that lack this shard."""
+        return tuple(self._writers)
+
+    def __enter__(self) -> "ShardOfLayers":
+        """Hold the locks."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Free the locks; what is not committed is removed."""
+        for waiting in self._waiting:
+            waiting[1].cancel()
+        _abandon(self._writers.values())
+
+    def append(
+        self, layer: int, bits: NDArray[np.uint16], ordinary: NDArray[np.bool_], pool: Executor
+    ) -> None:
+        """Take the next contexts of one layer, a whole number of chunks unless the shard ends.
+
+        Args:
+            layer: one of ``layers``.
+            bits: bfloat16 bits [contexts, positions, d_model]; not to be changed afterwards.
+            ordinary: bool [contexts, positions]: tokens that the position means are over.
+            pool: threads to encode in.
+
+        Raises:
+            FloatingPointError: an activation is not finite.
+            StoreWriteError: the disk refused.
+        """
+        step = self._store.manifest.chunk_contexts
+        spec = layer_spec(self._store.manifest, layer)
+        for start in range(0, len(bits), step):
+            part, mask = bits[start : start + step], ordinary[start : start + step]
+            self._waiting.append((layer, pool.submit(_encode_and_count, spec, part, mask)))
+        # Bounded: two batches of every layer may wait for the pool, no more.
+        self._drain(2 * len(self._writers) * max(1, len(bits) // step))
+
+    def _drain(self, keep: int) -> None:
+        while len(self._waiting) > keep:
+            layer, future = self._waiting.pop(0)
+            encoded, stats = future.result()
+            for chunk in encoded:
+                self._writers[layer].append(chunk)
+            if layer in self._stats:
+                self._stats[layer].add(stats)
+            else:
+                self._stats[layer] = stats
+
+    def commit(self) -> None:
+        """Commit the shard in every layer: statistics first, then the rename.
+
+        Raises:
+            FloatingPointError: an activation is not finite.
+            StoreWriteError: the disk refused.
+        """
+        self._drain(0)
+        for layer, writer in self._writers.items():
+            digest = writer.finish()
+            specs = stats_specs(self._store.manifest, layer)
+            for name, entry in self._stats[layer].arrays(digest.sha256).items():
+                write_shard(self._store.files, specs[name], self.shard, entry[np.newaxis])
+            writer.commit()
+
+
+def _encode_and_count(
+    spec: ArraySpec, bits: NDArray[np.uint16], ordinary: NDArray[np.bool_]
+) -> tuple[list[bytes], ChunkStats]:
+    return encode_chunks(spec, bits), ChunkStats.of(bits, ordinary)
+
+
+def _abandon(writers: Any) -> None:
+    for writer in writers:
+        writer.abandon()
+
+
+def _check_same(root: Path, found: Manifest, wanted: Manifest) -> None:
+    before, now = found.model_dump(), wanted.model_dump()
+    differ = [
+        f"{key} is {before[key]!r} there and {now[key]!r} now" for key in now if before[key] != now[key]
+    ]
+    if differ:
+        raise StoreMismatchError(
+            f"{root} was begun with other settings: {'; '.join(differ)}; "
+            "give the same ones to go on, or another folder"
+        )

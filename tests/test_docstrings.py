@@ -1,0 +1,22 @@
+"""The examples in docstrings run."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import posae.cli
+import posae.pipeline
+import posae.store
+
+MODULES = [
+    m.name
+    for p in (posae.store, posae.pipeline, posae.cli)
+    for m in pkgutil.iter_modules(p.__path__, p.__name__ + ".")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0

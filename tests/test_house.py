@@ -1,0 +1,60 @@
+"""The house keeps its floors: cli -> pipeline -> store, and the store knows no model."""
+
+import ast
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_USE = {
+    "store": {"numpy", "zarr", "numcodecs", "pydantic", "google_crc32c", "fsspec"},
+    "pipeline": {
+        *("store", "numpy", "torch", "transformers", "datasets", "safetensors", "pydantic"),
+        *("huggingface_hub", "pyarrow"),  # the hub's errors and revisions; parquet: both come with datasets
+    },
+    "cli": {"store", "pipeline", "typer", "rich"},
+}
+STAGES = {"harvest", "train", "evaluate", "report"}
+FILES = sorted(path.relative_to(ROOT) for folder in MAY_USE for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports(file: Path) -> Iterator[tuple[str, int]]:
+    """Each import of ``file`` as (dotted name, leading dots)."""
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", node.level
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_file_uses_only_floors_below_and_its_own_packages(file: Path) -> None:
+    allowed = MAY_USE[file.parts[0]] | set(sys.stdlib_module_names)
+    # Dots climb to the floors: two from a file of a floor, three from one in a part's folder.
+    own = len(file.parts) - 1
+    foreign = {name.split(".")[0] for name, dots in imports(file) if dots in (0, own + 1)} - allowed
+    foreign.discard("")  # the package itself: its version
+    assert not foreign, f"{file} may not import {sorted(foreign)}"
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.parts[0] == "pipeline"], ids=str)
+def test_parts_of_the_pipeline_do_not_know_each_other(file: Path) -> None:
+    siblings = {name for name, dots in imports(file) if dots == 1}
+    assert not siblings & STAGES, f"{file} imports a stage"
+    in_a_folder = len(file.parts) > 2  # a folder is one part: its files may import each other
+    assert file.stem in STAGES or in_a_folder or not siblings, (
+        f"{file} is a part, but imports {sorted(siblings)}"
+    )
+
+
+def test_every_package_is_shipped_and_nothing_else() -> None:
+    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {".".join(("posae", *f.parent.parts)) for f in FILES}
+    assert set(shipped) == {"posae"} | folders
+    assert {p.name for p in ROOT.glob("*.py")} == {
+        "__init__.py",
+        "__main__.py",
+    }  # root *.py files are shipped too
