@@ -115,6 +115,14 @@ class LiveProgress:
         self._task = None
         self._said = 0.0
 
+    def __enter__(self) -> "LiveProgress":
+        """Ready to draw."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the terminal as it was, whatever happened."""
+        self._bars.stop()
+
     def begin(self, task: str, total: int, unit: str, done: int = 0, unit_bytes: int = 0) -> None:
         """Start a bar."""
         self._bars.start()

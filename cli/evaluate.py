@@ -26,7 +26,8 @@ def evaluate(
     settings = resolve_settings(EvaluateSettings, "evaluate", presets={}, config=config, options=options)
     from ..pipeline.evaluate import evaluate as score
 
-    found = score(run, settings, LiveProgress())
+    with LiveProgress() as progress:
+        found = score(run, settings, progress)
     if as_json:
         typer.echo(json.dumps(found))
     else:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from ..pipeline.settings import HARVEST_PRESETS, HarvestSettings, resolve_settings
-from .display import LiveProgress, console, duration, quantity
+from .display import LiveProgress, console, duration, errors, quantity
 from .options import Config, with_settings
 
 
@@ -54,11 +54,12 @@ def harvest(
             console.print("[bold red]this will not fit[/]: free some space, or ask for fewer contexts")
         return
     if plan.expected_bytes > plan.free_bytes and not store.exists():
-        LiveProgress().say(
+        errors.print(
             f"warning: about {quantity(plan.expected_bytes)} will be written, "
             f"and {quantity(plan.free_bytes)} are free"
         )
-    done = work.run(LiveProgress())
+    with LiveProgress() as progress:
+        done = work.run(progress)
     what = f"{done.n_contexts:,} contexts in layers {', '.join(map(str, done.layers))}"
     if done.n_tokens:
         console.print(f"{store}: {what}, sealed as {done.identity[:16]}", soft_wrap=True)

@@ -100,10 +100,10 @@ def _verified(store: ActivationStore) -> dict[str, Any]:
     from ..store.verify import verify
 
     sizes = [store.files.size_bytes(path) or 0 for path in store.files.walk() if not _is_link(store, path)]
-    progress = LiveProgress()
-    progress.begin("verifying", sum(sizes), "bytes")
-    found = verify(store, progress.advance)
-    progress.end()
+    with LiveProgress() as progress:
+        progress.begin("verifying", sum(sizes), "bytes")
+        found = verify(store, progress.advance)
+        progress.end()
     return {
         "verified": not found.damaged,
         "damaged": [damage._asdict() for damage in found.damaged],

@@ -40,11 +40,13 @@ def train(
     from ..pipeline.train import Training
 
     training = Training(opened, run, settings)
-    trained = training.train(LiveProgress())
+    with LiveProgress() as progress:
+        trained = training.train(progress)
     if not trained.steps_done and (run / "evaluation.json").exists():
         console.print(f"{run}: finished before", soft_wrap=True)
     elif opened.held_out_part(training.layer)[0] < opened.contexts_by_layer[training.layer]:
-        evaluate(run, EvaluateSettings(store=store, device=settings.device), LiveProgress())
+        with LiveProgress() as progress:
+            evaluate(run, EvaluateSettings(store=store, device=settings.device), progress)
     else:
         console.print(f"{run}: trained; the store holds nothing out, so nothing was scored", soft_wrap=True)
         return

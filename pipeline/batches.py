@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
 def as_torch(bits: NDArray[np.uint16]) -> torch.Tensor:
     """The bits of bfloat16 viewed as a bfloat16 tensor, without a copy."""
-    return torch.from_numpy(bits).view(torch.bfloat16)  # pyright: ignore[reportUnknownMemberType]
+    return torch.as_tensor(bits).view(torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,13 +249,17 @@ class ShuffledBatches:
         upcoming = self._schedule(epoch, window)
         chunks = next(upcoming)
         current = (*chunks, self._buffers[turn], self._decode(chunks[2], self._buffers[turn]))
-        while True:
-            ready = self._ready(*current)
-            turn ^= 1
-            following = next(upcoming)
-            # The other buffer is free: its window's batches have all been taken.
-            current = (*following, self._buffers[turn], self._decode(following[2], self._buffers[turn]))
-            yield ready
+        try:
+            while True:
+                ready = self._ready(*current)
+                turn ^= 1
+                following = next(upcoming)
+                # The other buffer is free: its window's batches have all been taken.
+                current = (*following, self._buffers[turn], self._decode(following[2], self._buffers[turn]))
+                yield ready
+        finally:
+            for future in current[4]:
+                future.cancel()
 
     def _schedule(self, epoch: int, window: int) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
         while True:

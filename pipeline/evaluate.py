@@ -58,7 +58,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, progress: Progress | None
         store, layer, ranges, start=start, stop=start + n_contexts, leave_out=config["store"]["left_out_ids"]
     ):
         x = as_torch(batch.activations).to(device, torch.float32)
-        output = autoencoder(x, torch.from_numpy(batch.range_offsets))  # pyright: ignore[reportUnknownMemberType]
+        output = autoencoder(x, torch.as_tensor(batch.range_offsets))
         base = autoencoder.decode(output.base_code) if output.base_code is not None else None
         keeper.add(x, output.reconstruction, output.code, batch.range_offsets.tolist(), base)
         progress.advance(len(set(batch.contexts.tolist())) * store.context_length)

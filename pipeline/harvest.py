@@ -8,7 +8,7 @@ the tokens, and a few batches of activations.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from ..store.layout import CHUNK_CONTEXTS, shard_contexts
 from ..store.manifest import Manifest, token_specs
 from ..store.reader import ActivationStore
 from ..store.shards import ShardReader
-from ..store.writer import ShardOfLayers, StoreWriter
+from ..store.writer import ShardOfLayers, StoreWriter, committed_manifest
 from .language_model import (
     LanguageModel,
     ModelFacts,
@@ -89,7 +89,13 @@ class Harvest:
         """
         self.path = path
         self.settings = settings
-        self.facts: ModelFacts = model_facts(settings.model, settings.model_revision)
+        # What is committed is fixed: revisions that the words leave open are then those of the store, so
+        # that going on asks no hub and touches no dataset.
+        self.begun: Manifest | None = committed_manifest(path)
+        revision = settings.model_revision
+        if self.begun and revision is None and _is_named(settings.model, self.begun.model):
+            revision = self.begun.model_revision
+        self.facts: ModelFacts = model_facts(settings.model, revision)
         self.layers: tuple[int, ...] = tuple(
             sorted(set(settings.layers or default_layers(self.facts.n_layers)))
         )
@@ -125,10 +131,21 @@ class Harvest:
             s.dataset, split=s.split, column=s.column, config=s.dataset_config, revision=s.dataset_revision
         )
 
+    @property
+    def _text(self) -> Corpus:
+        """The corpus; of one that is committed only what the manifest says, and no documents."""
+        s, begun = self.settings, self.begun
+        if begun is None or s.dataset_revision is not None or not _is_named(s.dataset, begun.dataset):
+            return self.corpus
+        column = s.column if begun.dataset_column is not None else None
+        return Corpus(
+            begun.dataset, begun.dataset_revision, s.split or begun.dataset_split, column, _no_documents
+        )
+
     @cached_property
     def manifest(self) -> Manifest:
         """All that the store's bytes depend on."""
-        s = self.settings
+        s, text = self.settings, self._text
         special = special_tokens(self.tokenizer)
         held_out = held_out_contexts(s.n_contexts, s.held_out, CHUNK_CONTEXTS)
         return Manifest(
@@ -145,11 +162,11 @@ class Harvest:
             skip_contexts=s.skip_contexts,
             held_out=(s.n_contexts - held_out, s.n_contexts),
             packing=s.packing,
-            dataset=self.corpus.id,
-            dataset_revision=self.corpus.revision,
+            dataset=text.id,
+            dataset_revision=text.revision,
             dataset_config=s.dataset_config,
-            dataset_split=self.corpus.split,
-            dataset_column=self.corpus.column,
+            dataset_split=text.split,
+            dataset_column=text.column,
             tokenizer_hash=tokenizer_hash(self.tokenizer),
             first_token=special.first,
             separator_token=special.separator if s.packing == "pack" else None,
@@ -250,8 +267,15 @@ class Harvest:
                         if model is None:
                             model = self._load_model()
                         rows = tokens.read_rows(np.array(locked.contexts))
-                        self._fill_shard(locked, rows, model, pool, progress)
-                        locked.commit()
+                        try:
+                            self._fill_shard(locked, rows, model, pool, progress)
+                            locked.commit()
+                        except FloatingPointError:
+                            raise ModelError(
+                                f"{manifest.model} gives activations that are not finite, in contexts "
+                                f"{locked.contexts.start} to {locked.contexts.stop - 1}; try another device "
+                                "or attention implementation"
+                            ) from None
                     missing.remove(shard)
                     n_tokens += rows.size
         progress.end()
@@ -280,16 +304,19 @@ class Harvest:
             contexts = shard.contexts[start : start + manifest.batch_contexts]
             ordinary = ~np.isin(batch, special)
             ordinary[np.array(contexts) >= manifest.held_out[0]] = False
-            activations = model.activations(torch.from_numpy(batch), shard.layers)  # pyright: ignore[reportUnknownMemberType]
+            activations = model.activations(torch.as_tensor(batch), shard.layers)
             for layer in shard.layers:
-                try:
-                    shard.append(layer, _bits(activations[layer]), ordinary, pool)
-                except FloatingPointError:
-                    raise ModelError(
-                        f"layer {layer} of {manifest.model} gives values that are not finite, in contexts "
-                        f"{contexts[0]} to {contexts[-1]}; try another device or attention implementation"
-                    ) from None
+                shard.append(layer, _bits(activations[layer]), ordinary, pool)
             progress.advance(batch.size)
+
+
+def _no_documents() -> Iterator[str]:
+    return iter(())
+
+
+def _is_named(given: str, recorded: str) -> bool:
+    """Whether ``given`` is what a manifest records as ``recorded``: of a local path its base name."""
+    return given == recorded or Path(given).expanduser().name == recorded
 
 
 def _bits(activations: torch.Tensor) -> NDArray[np.uint16]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..store.errors import RunError, RunMismatchError, RunNotFoundError
-from ..store.files import StoreFiles
+from ..store.files import StoreFiles, writing
 
 CONFIG, METRICS, EVALUATION = "config.json", "metrics.jsonl", "evaluation.json"
 CHECKPOINT = "checkpoint/state.safetensors"
@@ -124,8 +124,12 @@ class Run:
         self._files.write(METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
-        """Append one line."""
-        with (self.folder / METRICS).open("a") as file:
+        """Append one line.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        with writing(self.folder), (self.folder / METRICS).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor]) -> None:

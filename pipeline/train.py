@@ -268,7 +268,7 @@ class _State:
     def update(self, batch: Batch, *, measure: bool) -> dict[str, Any] | None:
         """One step of AdamW on one batch; what was measured, if asked to."""
         x = as_torch(batch.activations).to(self.device, torch.float32)
-        offsets = torch.from_numpy(batch.range_offsets)  # pyright: ignore[reportUnknownMemberType]
+        offsets = torch.as_tensor(batch.range_offsets)
         output = self.autoencoder(x, offsets)
         self.optimizer.zero_grad(set_to_none=True)
         output.losses.total.backward()  # pyright: ignore[reportUnknownMemberType]

@@ -36,6 +36,19 @@ README_PATH = "README.md"
 """The store's card: may be edited, and so is never sealed."""
 
 
+def committed_manifest(root: Path) -> Manifest | None:
+    """The manifest of the store at ``root``, if its tokens are committed and so all is fixed.
+
+    Raises:
+        StoreError: something else is there, or what is there is damaged.
+    """
+    try:
+        store = ActivationStore(root)
+    except (StoreNotFoundError, StoreFormatError):
+        return None  # said again, where it matters, by ``StoreWriter.begin``
+    return store.manifest if store.files.exists(CORPUS_PATH) else None
+
+
 class StoreWriter:
     """A store opened for writing; every method may be called again after a kill.
 

@@ -1,0 +1,107 @@
+"""Settings: one declaration, many sources, and refusals that help."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from posae.pipeline.settings import (
+    HARVEST_PRESETS,
+    TRAIN_PRESETS,
+    HarvestSettings,
+    TrainSettings,
+    build,
+    nearest,
+    resolve_settings,
+)
+from posae.store.errors import SettingsError
+
+
+def train(options: dict[str, Any], preset: str | None = None, config: Path | None = None) -> TrainSettings:
+    return resolve_settings(
+        TrainSettings, "train", presets=TRAIN_PRESETS, preset=preset, config=config, options=options
+    )
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    config = tmp_path / "posae.toml"
+    config.write_text("[train]\nl1_coefficient = 0.5\nsteps = 77\n[harvest]\nseed = 3\n")
+    found = train({"steps": 88, "seed": None}, preset="paper", config=config)
+    assert (found.l1_coefficient, found.steps, found.seed, found.learning_rate) == (0.5, 88, 0, 3e-4)
+
+
+def test_neither_preset_nor_architecture_is_the_paper() -> None:
+    assert train({}) == train({}, preset="paper")
+    assert train({}).architecture == "hierarchical"
+
+
+def test_an_architecture_alone_has_its_own_best_practice() -> None:
+    assert train({"architecture": "standard"}) == train({}, preset="paper-baseline")
+    assert train({"architecture": "hierarchical"}) == train({}, preset="paper")
+
+
+def test_a_preset_in_the_file_counts_unless_one_is_given(tmp_path: Path) -> None:
+    config = tmp_path / "posae.toml"
+    config.write_text('[train]\npreset = "paper-baseline"\n')
+    assert train({}, config=config).architecture == "standard"
+    assert train({}, preset="paper", config=config).architecture == "hierarchical"
+
+
+@pytest.mark.parametrize("stage", [HarvestSettings, TrainSettings])
+def test_every_setting_has_a_description(stage: type[HarvestSettings] | type[TrainSettings]) -> None:
+    assert [name for name, field in stage.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize("presets", [HARVEST_PRESETS, TRAIN_PRESETS], ids=["harvest", "train"])
+def test_every_preset_resolves(presets: dict[str, dict[str, Any]]) -> None:
+    stage = HarvestSettings if presets is HARVEST_PRESETS else TrainSettings
+    for values in presets.values():
+        build(stage, values, "")
+
+
+def test_gemma_presets_are_the_two_models_and_the_pile() -> None:
+    assert HARVEST_PRESETS["gemma-2-2b"]["layers"] == (5, 12, 19)
+    assert HARVEST_PRESETS["gemma-2b"]["layers"] == (3, 8, 13)
+    assert {preset["dataset"] for preset in HARVEST_PRESETS.values()} == {"monology/pile-uncopyrighted"}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"lerning_rate": 1}, "did you mean 'learning_rate'"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 10, "warmup_steps": 11}, "does not fit"),
+        ({"steps": 10, "warmup_steps": 5, "ramp_steps": 6}, "do not fit"),
+        ({"steps": 10, "ramp_steps": 11}, "does not fit"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"window_contexts": 12}, "window_contexts"),
+        ({"architecture": "transcoder"}, "architecture"),
+    ],
+)
+def test_impossible_settings_are_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        build(TrainSettings, values, "[train]")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[trian]\nsteps = 1", "did you mean 'train'"),
+        ("steps = 1", "outside all"),
+        ("[train", "cannot be read as TOML"),
+        ("train = 3", "should be a table"),
+    ],
+)
+def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    config = tmp_path / "posae.toml"
+    config.write_text(text)
+    with pytest.raises(SettingsError, match=said):
+        train({}, config=config)
+
+
+def test_tokens_are_rounded_up_to_whole_contexts() -> None:
+    assert build(HarvestSettings, {"tokens": 129}, "").n_contexts == 2
+    assert build(HarvestSettings, {}, "").n_contexts == 4096
+
+
+def test_what_is_nothing_like_a_word_gets_the_whole_list() -> None:
+    assert nearest("zzz", ["b", "a"]) == "there are a, b"
