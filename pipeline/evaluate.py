@@ -14,7 +14,7 @@ from ..store.errors import RunMismatchError, RunNotFoundError, StoreIncompleteEr
 from ..store.ranges import parse_ranges
 from ..store.reader import ActivationStore
 from .batches import as_torch, ordered_batches
-from .language_model import choose_device
+from .device import choose_device
 from .metrics import ScoreKeeper, Scores
 from .progress import Progress, Silent
 from .runs import EVALUATION, Run

@@ -26,11 +26,11 @@ from ..store.manifest import Manifest, token_specs
 from ..store.reader import ActivationStore
 from ..store.shards import ShardReader
 from ..store.writer import ShardOfLayers, StoreWriter, committed_manifest
+from .device import choose_device
 from .language_model import (
     LanguageModel,
     ModelFacts,
     check_layers,
-    choose_device,
     default_layers,
     load_tokenizer,
     model_facts,
@@ -285,7 +285,7 @@ class Harvest:
         return LanguageModel.load(
             self.settings.model,
             self.facts.revision,
-            device=str(self.device),
+            device=self.device,
             attention=self.settings.attention,
         )
 

@@ -167,27 +167,6 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
         return tokenizer
 
 
-def choose_device(device: str) -> torch.device:
-    """The device that a word means.
-
-    Args:
-        device: ``auto`` for the first there is of cuda, mps and cpu; else a name of torch's.
-
-    Raises:
-        SettingsError: no device of this name works here.
-    """
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f"no device {device} can be used here: choose auto or cpu") from error
-    return chosen
-
-
 class LanguageModel:
     """A language model without its head, in bfloat16, ready to be read.
 
@@ -227,7 +206,7 @@ class LanguageModel:
         model: str,
         revision: str | None = None,
         *,
-        device: str = "auto",
+        device: torch.device | str = "cpu",
         attention: str = "eager",
     ) -> LanguageModel:
         """Load a language model.
@@ -235,17 +214,16 @@ class LanguageModel:
         Args:
             model: ``demo``, a local folder or a hub id.
             revision: as for ``model_facts``.
-            device: as for ``choose_device``.
+            device: where to run it.
             attention: how attention is computed, ``eager``, ``sdpa`` or ``flash_attention_2``; the
                 last bits of activations depend on it.
 
         Raises:
             ModelError: as ``model_facts``, or weights that are missing, incomplete or pickled.
-            SettingsError: no such device or attention.
+            SettingsError: no such attention.
         """
         if attention not in _ATTENTIONS:
             raise SettingsError(f"no attention {attention}: choose from {', '.join(_ATTENTIONS)}")
-        chosen_device = choose_device(device)
         facts = model_facts(model, revision)
         folder = _local_folder(model)
         if folder and facts.revision is None:
@@ -275,8 +253,8 @@ class LanguageModel:
             # Of a model of text and images only the text part is kept.
             text_model = loaded.get_decoder()
             text_model.config.use_cache = False
-            text_model.eval().to(chosen_device)
-        return cls(facts, chosen_device, text_model)
+            text_model.eval().to(device)
+        return cls(facts, torch.device(device), text_model)
 
     def activations(self, tokens: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
         """Run contexts through the model and read the residual stream after some layers.

@@ -18,7 +18,7 @@ from ..store.errors import RunMismatchError, SettingsError, StoreIncompleteError
 from ..store.ranges import PositionRange, parse_ranges
 from ..store.reader import ActivationStore
 from .batches import Batch, ShuffledBatches, as_torch
-from .language_model import choose_device
+from .device import choose_device
 from .metrics import ScoreKeeper
 from .progress import Progress, Silent
 from .runs import Run

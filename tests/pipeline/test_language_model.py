@@ -25,7 +25,6 @@ from posae.pipeline.language_model import (
     LanguageModel,
     ModelFacts,
     check_layers,
-    choose_device,
     default_layers,
     load_tokenizer,
     model_facts,
@@ -112,7 +111,7 @@ def load(make_model: Callable[[str], Path]) -> Callable[[str], LanguageModel]:
 
     @lru_cache
     def load(kind: str) -> LanguageModel:
-        return LanguageModel.load(str(make_model(kind)), device="cpu")
+        return LanguageModel.load(str(make_model(kind)), device=torch.device("cpu"))
 
     return load
 
@@ -265,11 +264,11 @@ def test_config_hash_leaves_out_what_varies_by_machine(llama: Path) -> None:
 
 def test_a_folder_is_held_to_its_digest(llama: Path) -> None:
     facts = model_facts(str(llama))
-    assert LanguageModel.load(str(llama), facts.revision, device="cpu").facts == facts
+    assert LanguageModel.load(str(llama), facts.revision, device=torch.device("cpu")).facts == facts
 
     (llama / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match=r"not the revision sha256:.*restore them"):
-        LanguageModel.load(str(llama), facts.revision, device="cpu")
+        LanguageModel.load(str(llama), facts.revision, device=torch.device("cpu"))
 
 
 def test_relative_paths_and_home_are_folders(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +319,7 @@ def test_the_built_in_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)  # a folder of the same name does not stand in its way
 
     facts = model_facts("demo")
-    model = LanguageModel.load("demo", facts.revision, device="cpu")
+    model = LanguageModel.load("demo", facts.revision, device=torch.device("cpu"))
     tokenizer = cast(Any, load_tokenizer("demo", facts.revision))
     ids = torch.tensor([tokenizer.encode("for name in names:")])
     activations = model.activations(ids, default_layers(facts.n_layers))
@@ -341,35 +340,19 @@ def test_loading_is_quiet_and_leaves_the_log_as_it_was(
     capfd.readouterr()
     verbosity = library.logging.get_verbosity()
 
-    LanguageModel.load(str(folder), device="cpu")
+    LanguageModel.load(str(folder), device=torch.device("cpu"))
     load_tokenizer("demo")
 
     assert capfd.readouterr() == ("", "")
     assert library.logging.get_verbosity() == verbosity
 
 
-# Devices and attention
-
-
-def test_devices() -> None:
-    assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device("auto").type in ("cuda", "mps", "cpu")
-    for device in ("gpu", "cuda:99", ""):
-        with pytest.raises(SettingsError, match=f"no device {device} can be used here: choose auto or cpu"):
-            choose_device(device)
-
-
-def test_auto_takes_cuda_then_mps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert choose_device("auto").type == "mps"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_device("auto").type == "cuda"
+# Attention
 
 
 def test_no_attention_is_fetched_from_the_hub(make_model: Callable[[str], Path]) -> None:
     with pytest.raises(SettingsError, match="no attention kernels-community/x: choose from eager, sdpa"):
-        LanguageModel.load(str(make_model("llama")), attention="kernels-community/x")
+        LanguageModel.load(str(make_model("llama")), device=torch.device("cpu"), attention="kernels-community/x")
 
 
 # Folders that are no model
@@ -417,7 +400,7 @@ def test_pickled_weights_are_refused(llama: Path) -> None:
     (llama / "pytorch_model.bin").write_bytes(b"a pickle")
 
     with pytest.raises(ModelError, match=r"no weights in the format safetensors, and pickles"):
-        LanguageModel.load(str(llama), device="cpu")
+        LanguageModel.load(str(llama), device=torch.device("cpu"))
 
 
 def test_incomplete_weights_are_not_filled_with_random_numbers(llama: Path) -> None:
@@ -426,19 +409,19 @@ def test_incomplete_weights_are_not_filled_with_random_numbers(llama: Path) -> N
     safetensors.save_file(weights, llama / "model.safetensors", {"format": "pt"})
 
     with pytest.raises(ModelError, match=r"lacks 1 of its weights, the first layers\.2\.mlp\.up_proj"):
-        LanguageModel.load(str(llama), device="cpu")
+        LanguageModel.load(str(llama), device=torch.device("cpu"))
 
 
 def test_damaged_and_foreign_weights(llama: Path) -> None:
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
     with pytest.raises(ModelError, match="could not be loaded"):
-        LanguageModel.load(str(llama), device="cpu")
+        LanguageModel.load(str(llama), device=torch.device("cpu"))
 
     with (llama / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(ModelError, match=r"could not be loaded \(SafetensorError: .*its files are complete"):
-        LanguageModel.load(str(llama), device="cpu")
+        LanguageModel.load(str(llama), device=torch.device("cpu"))
 
 
 def test_layers_that_share_one_block_cannot_be_read(tmp_path: Path) -> None:
@@ -447,7 +430,7 @@ def test_layers_that_share_one_block_cannot_be_read(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "albert")
 
     with pytest.raises(ModelError, match="albert does not keep its 3 layers in one list of blocks"):
-        LanguageModel.load(str(tmp_path / "albert"), device="cpu")
+        LanguageModel.load(str(tmp_path / "albert"), device=torch.device("cpu"))
 
 
 def test_no_memory_left(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,7 +440,7 @@ def test_no_memory_left(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library.LlamaModel, "to", fail)
 
     with pytest.raises(ModelError, match=r"too little memory for .*choose --device cpu"):
-        LanguageModel.load(str(llama), device="cpu")
+        LanguageModel.load(str(llama), device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
@@ -550,7 +533,7 @@ def test_a_model_of_the_hub_is_pinned_to_its_commit(
 
     put_into_cache(offline, make_model("gpt2"), "f" * 40)
     assert model_facts("someone/tiny").revision == "f" * 40
-    model = LanguageModel.load("someone/tiny", facts.revision, device="cpu")
+    model = LanguageModel.load("someone/tiny", facts.revision, device=torch.device("cpu"))
 
     assert model.facts == facts
     expected = reference(make_model("llama"), tokens)
@@ -562,4 +545,4 @@ def test_a_model_of_the_hub_without_safetensors(make_model: Callable[[str], Path
     (snapshot / "model.safetensors").unlink()
 
     with pytest.raises(ModelError, match="no weights in the format safetensors within reach, and pickles"):
-        LanguageModel.load("someone/tiny", device="cpu")
+        LanguageModel.load("someone/tiny", device=torch.device("cpu"))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from posae.pipeline.settings import (
     HARVEST_PRESETS,
     TRAIN_PRESETS,

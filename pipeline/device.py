@@ -1,0 +1,26 @@
+"""Which device a stage runs on."""
+
+import torch
+
+from ..store.errors import SettingsError
+
+
+def choose_device(device: str) -> torch.device:
+    """The device that a word means.
+
+    Args:
+        device: ``auto`` for the first there is of cuda, mps and cpu; else a name of torch's.
+
+    Raises:
+        SettingsError: no device of this name works here.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"no device {device} can be used here: choose auto or cpu") from error
+    return chosen
