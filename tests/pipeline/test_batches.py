@@ -1,0 +1,193 @@
+"""Shuffled batches: every wanted token once an epoch, at any step the same, positions true."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from posae.pipeline.batches import Order, ShuffledBatches, as_torch, ordered_batches, shuffled_batches
+from posae.store.errors import StoreDamagedError
+from posae.store.manifest import Manifest
+from posae.store.ranges import equal_ranges, parse_ranges
+from posae.store.reader import ActivationStore
+from posae.store.writer import StoreWriter
+
+LENGTH, D_MODEL, CONTEXTS, TRAINING = 16, 8, 203, 184
+RANGES = equal_ranges(LENGTH, 4)
+SPECIAL = (0, 1)
+
+
+def activations_of(contexts: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.uint16]:
+    """Bits that name their own place: [rows, d_model]."""
+    return np.repeat((contexts * LENGTH + positions)[:, np.newaxis], D_MODEL, axis=1).astype(np.uint16)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    root = tmp_path_factory.mktemp("store") / "small.zarr"
+    manifest = Manifest(
+        model="none",
+        model_revision=None,
+        model_config_hash="",
+        model_layers=1,
+        d_model=D_MODEL,
+        attention="eager",
+        device="cpu",
+        batch_contexts=8,
+        n_contexts=CONTEXTS,
+        context_length=LENGTH,
+        skip_contexts=0,
+        held_out=(TRAINING, CONTEXTS),
+        packing="pack",
+        dataset="none",
+        dataset_revision=None,
+        dataset_config=None,
+        dataset_split=None,
+        dataset_column=None,
+        tokenizer_hash="",
+        first_token=0,
+        separator_token=1,
+        special_token_ids=SPECIAL,
+        vocabulary_size=10,
+        seed=0,
+        codec="small",
+        chunk_contexts=8,
+        shard_contexts=64,
+        versions={},
+    )
+    tokens = np.random.default_rng(0).integers(1, 10, (CONTEXTS, LENGTH)).astype(np.int32)
+    tokens[:, 0] = 0
+    writer = StoreWriter.begin(root, manifest)
+    with writer.lock():
+        writer.write_tokens(tokens, np.zeros(tokens.shape, np.int64), {})
+        writer.add_layers([0])
+    contexts, positions = np.divmod(np.arange(CONTEXTS * LENGTH), LENGTH)
+    bits = activations_of(contexts, positions).reshape(CONTEXTS, LENGTH, D_MODEL)
+    with ThreadPoolExecutor(1) as pool:
+        for shard in range(manifest.n_shards):
+            locked = writer.lock_shard([0], shard, wait=False)
+            assert locked
+            with locked:
+                rows = np.array(locked.contexts)
+                locked.append(0, bits[rows], ~np.isin(tokens[rows], SPECIAL), pool)
+                locked.commit()
+    with writer.lock():
+        writer.seal()
+    return ActivationStore.open(root)
+
+
+def batches_of(store: ActivationStore, **options: int) -> ShuffledBatches:
+    return ShuffledBatches(store, 0, RANGES, leave_out=SPECIAL, **options)
+
+
+def steps_of_epoch(order: Order, epoch: int) -> int:
+    return sum(order.steps_of_window(chunks) for chunks in order.windows_of_epoch(epoch))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch_size=st.integers(1, 4000),
+    window=st.integers(1, 40).map(lambda n: 8 * n),
+    seed=st.integers(0, 2**32),
+)
+def test_every_wanted_token_comes_once_an_epoch(
+    store: ActivationStore, batch_size: int, window: int, seed: int
+) -> None:
+    batch_size = max(batch_size, 40)
+    batches = batches_of(store, batch_size=batch_size, window_contexts=window, seed=seed)
+    n_steps = steps_of_epoch(batches.order, 0)
+    seen: list[NDArray[np.int64]] = []
+    for step, batch in enumerate(batches.steps(0, n_steps)):
+        assert batch.step == step
+        assert (batch.activations == activations_of(batch.contexts, batch.positions)).all()
+        assert (batch.tokens == store.tokens()[batch.contexts, batch.positions]).all()
+        for number, (a, b) in enumerate(RANGES):
+            start, stop = batch.range_offsets[number : number + 2]
+            assert ((batch.positions[start:stop] >= a) & (batch.positions[start:stop] < b)).all()
+        assert batch.range_offsets[-1] == len(batch.positions)
+        seen.append(batch.contexts * LENGTH + batch.positions)
+    wanted = np.flatnonzero(~np.isin(store.tokens(slice(0, TRAINING)), SPECIAL))
+    assert (np.sort(np.concatenate(seen)) == wanted).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(start=st.integers(0, 200), window=st.sampled_from([8, 64, 400]))
+def test_a_batch_is_the_same_wherever_reading_begins(store: ActivationStore, start: int, window: int) -> None:
+    batches = batches_of(store, batch_size=50, window_contexts=window)
+    first = next(batches.steps(start, start + 1))
+    found = (first.activations.copy(), first.contexts, first.positions)
+    for batch in batches.steps(max(0, start - 3), start + 1):
+        if batch.step == start:
+            assert all(
+                (a == b).all()
+                for a, b in zip(found, (batch.activations, batch.contexts, batch.positions), strict=True)
+            )
+
+
+def test_batches_of_a_window_differ_by_one_at_most(store: ActivationStore) -> None:
+    batches = batches_of(store, batch_size=100, window_contexts=400)
+    sizes = [len(batch.positions) for batch in batches.steps(0, steps_of_epoch(batches.order, 0))]
+    assert max(sizes) - min(sizes) <= 1
+    assert abs(sum(sizes) / len(sizes) - 100) < 5
+
+
+def test_epochs_and_seeds_differ(store: ActivationStore) -> None:
+    def first(step: int, seed: int) -> bytes:
+        return next(batches_of(store, batch_size=64, seed=seed).steps(step, step + 1)).contexts.tobytes()
+
+    n_steps = steps_of_epoch(batches_of(store, batch_size=64).order, 0)
+    assert len({first(0, 0), first(0, 1), first(n_steps, 0), first(2 * n_steps, 0)}) == 4
+
+
+def test_training_never_reads_the_held_out_part(store: ActivationStore) -> None:
+    steps = 3 * steps_of_epoch(batches_of(store, batch_size=64).order, 0)
+    for batch in shuffled_batches(store, 0, RANGES, steps=steps, batch_size=64, leave_out=SPECIAL):
+        assert batch.contexts.max() < TRAINING
+
+
+def test_shuffling_mixes_contexts(store: ActivationStore) -> None:
+    batch = next(batches_of(store, batch_size=184, window_contexts=400).steps(0, 1))
+    assert len(np.unique(batch.contexts)) > 100
+    assert not (np.diff(batch.contexts) == 0).all()
+
+
+def test_ordered_batches_are_the_part_asked_for(store: ActivationStore) -> None:
+    ranges = parse_ranges("0:1,1:16", LENGTH)
+    batches = list(
+        ordered_batches(store, 0, ranges, start=TRAINING, stop=CONTEXTS, leave_out=SPECIAL, batch_contexts=8)
+    )
+    places = np.concatenate([batch.contexts * LENGTH + batch.positions for batch in batches])
+    wanted = np.flatnonzero(~np.isin(store.tokens(slice(TRAINING, CONTEXTS)), SPECIAL)) + TRAINING * LENGTH
+    assert (np.sort(places) == wanted).all()
+    for batch in batches:
+        assert (batch.activations == activations_of(batch.contexts, batch.positions)).all()
+        assert batch.range_offsets.tolist() == [0, 0, len(batch.positions)]
+
+
+def test_as_torch_shares_memory() -> None:
+    bits = np.array([0x3F80, 0xC000], np.uint16)
+    viewed = as_torch(bits)
+    assert [value.item() for value in viewed] == [1.0, -2.0]
+    bits[0] = 0x4000
+    assert viewed[0].item() == 2.0
+
+
+def test_a_damaged_chunk_stops_the_batches(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = ActivationStore.open(store.root)
+    read: Callable[..., None] = opened.array("layer_0").read_chunk
+
+    def damaged(chunk: int, out: NDArray[np.uint16]) -> None:
+        if chunk == 5:
+            raise StoreDamagedError("its checksum does not hold", array="layer_0", shard=0, chunk=5)
+        read(chunk, out)
+
+    monkeypatch.setattr(opened.array("layer_0"), "read_chunk", damaged)
+    with pytest.raises(StoreDamagedError, match="layer_0, shard 0, chunk 5"):
+        list(batches_of(opened, batch_size=64, window_contexts=64).steps(0, 100))
