@@ -29,7 +29,7 @@ def harvest(
 
     Run again with the same words it goes on where it stopped; --layers may add layers.
 
-    Example: posae harvest pile.zarr --preset gemma-2-2b --tokens 100000000
+    Example: posae harvest pile.zarr --preset gemma-2-2b --tokens 22000000
     """
     settings = resolve_settings(
         HarvestSettings, "harvest", presets=HARVEST_PRESETS, preset=preset, config=config, options=options

@@ -37,6 +37,7 @@ def train(
         # Damage and hostile files are found before anything heavy is loaded.
         opened.check_layer(layer)
     from ..pipeline.evaluate import evaluate
+    from ..pipeline.runs import Run
     from ..pipeline.train import Training
 
     training = Training(opened, run, settings)
@@ -51,3 +52,10 @@ def train(
         console.print(f"{run}: trained; the store holds nothing out, so nothing was scored", soft_wrap=True)
         return
     console.print(comparison([run]))
+    found = Run(run).evaluation
+    if found["l0"] > found["dictionary_size"] / 2:
+        console.print(
+            f"note: {found['l0']:.0f} of {found['dictionary_size']} features are active on a token: "
+            "this code is not sparse; a larger --l1-coefficient makes it so",
+            soft_wrap=True,
+        )

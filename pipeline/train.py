@@ -152,6 +152,7 @@ class Training:
         config = self.config
         if self.run.is_begun:
             begun = self.run.config
+            config["posae"] = begun.get("posae")
             # Where the store lies may change, what it holds may not; the digests say.
             config["store"]["path"] = begun.get("store", {}).get("path")
             if not begun.get("store", {}).get("read") or not config["store"]["read"]:
@@ -282,7 +283,8 @@ class _State:
     @torch.no_grad()
     def _line(self, x: Tensor, offsets: Tensor, output: Output, norm: Tensor) -> dict[str, Any]:
         keeper = ScoreKeeper(x.shape[1], output.code.shape[1], len(offsets) - 1)
-        keeper.add(x, output.reconstruction, output.code, offsets)
+        base = None if output.base_code is None else self.autoencoder.decode(output.base_code)
+        keeper.add(x, output.reconstruction, output.code, offsets, base)
         scores = keeper.scores()
         silent = int(self.n_tokens) - self.last_fired
         return {
@@ -295,6 +297,7 @@ class _State:
             "l1_coefficient": self.settings.l1_coefficient,
             "l0": scores.l0,
             "fvu": _finite(scores.fvu),
+            "fvu_base": None if scores.fvu_base is None else _finite(scores.fvu_base),
             "fvu_by_range": [_finite(value) for value in scores.fvu_by_range],
             "gradient_norm": norm.item(),
             "dead_fraction": (silent > _DEAD_AFTER_TOKENS).float().mean().item(),

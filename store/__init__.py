@@ -8,14 +8,12 @@ if TYPE_CHECKING:
     from .errors import PosaeError as PosaeError
     from .manifest import Manifest as Manifest
     from .reader import ActivationStore as ActivationStore
-    from .verify import verify as verify
 
 _HOMES = {
     "ActivationStore": "reader",
     "Manifest": "manifest",
     "PosaeError": "errors",
     "register_bfloat16": "bfloat16",
-    "verify": "verify",
 }
 
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -87,6 +87,8 @@ class Codec:
         Raises:
             ChunkError: the checksum or the compressor's header does not hold.
         """
+        if len(data) <= _CHECKSUM_BYTES:
+            raise ChunkError("it is cut short")
         payload = data[:-_CHECKSUM_BYTES]
         # google_crc32c wants bytes-like with a plain buffer; numpy gives one without a copy.
         if google_crc32c.value(np.frombuffer(payload, np.uint8)) != struct.unpack("<I", data[-4:])[0]:

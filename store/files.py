@@ -33,7 +33,7 @@ class StoreFiles:
 
         Raises:
             FileNotFoundError: no such file.
-            StoreDamagedError: a link, pipe, device or folder stands there.
+            StoreDamagedError: a link, pipe, device or folder stands there, or it may not be read.
         """
         *folders, name = path.split("/")
         handle = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -51,7 +51,9 @@ class StoreFiles:
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
                 raise StoreDamagedError("not a regular file (a link, pipe or device)", array=path) from None
-            raise
+            if error.errno in (errno.ENOENT, errno.EMFILE, errno.ENFILE):
+                raise
+            raise StoreDamagedError(f"it cannot be opened ({error.strerror})", array=path) from None
         finally:
             os.close(handle)
         if not stat.S_ISREG(os.fstat(file).st_mode):
@@ -67,8 +69,9 @@ class StoreFiles:
             StoreDamagedError: not a regular file, or longer than ``limit_bytes``.
         """
         with os.fdopen(self.open(path), "rb") as file:
-            data = file.read(limit_bytes + 1)
-        if len(data) > limit_bytes:
+            too_large = os.fstat(file.fileno()).st_size > limit_bytes
+            data = b"" if too_large else file.read(limit_bytes + 1)
+        if too_large or len(data) > limit_bytes:
             raise StoreDamagedError(f"larger than the {limit_bytes:,} bytes allowed here", array=path)
         return data
 
@@ -104,24 +107,36 @@ class StoreFiles:
 
     def walk(self) -> Iterator[str]:
         """Every file, link or device below the root, sorted; folders that are links are not entered."""
-        for folder, folders, names in os.walk(self.root):
-            folders.sort()
-            base = Path(folder).relative_to(self.root)
-            links = [name for name in folders if (Path(folder) / name).is_symlink()]
-            yield from sorted((base / name).as_posix() for name in [*names, *links])
+        # Not os.walk, which recurses and so gives up at folders a thousand deep.
+        waiting = [""]
+        while waiting:
+            base = waiting.pop()
+            try:
+                entries = sorted(os.scandir(self.root / base), key=lambda entry: entry.name)
+            except OSError:
+                if base:
+                    yield base.rstrip("/")
+                continue
+            folders = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
+            yield from (base + entry.name for entry in entries if entry.name not in folders)
+            waiting += [f"{base}{name}/" for name in sorted(folders, reverse=True)]
 
     def write(self, path: str, data: bytes) -> None:
-        """Put ``data`` at ``path``, durably, in place of what may be there.
+        """Put ``data`` at ``path``, durably, in place of what may be there; one writer at a time.
+
+        The temporary name is always the same, so doing it again after a kill leaves nothing over.
 
         Raises:
             StoreWriteError: the disk refused.
         """
         target = self.root / path
-        partial = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
+        partial = target.with_name(f".{target.name}{PARTIAL}")
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
+            partial.unlink(missing_ok=True)
             try:
-                with partial.open("wb") as file:
+                # x: never through a link that stands there.
+                with partial.open("xb") as file:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
@@ -175,7 +190,8 @@ def exclusive(folder: Path) -> Generator[None]:
     with writing(folder):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        with writing(folder):
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

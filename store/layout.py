@@ -15,6 +15,7 @@ import numpy as np
 from .codecs import CODECS, Codec
 from .errors import StoreFormatError
 
+FORMAT = 1
 CHUNK_CONTEXTS = 8
 SHARD_CONTEXTS = 512
 MAX_SHARDS = 8192
@@ -49,6 +50,19 @@ def shard_contexts(n_contexts: int) -> int:
     while -(-n_contexts // contexts) > MAX_SHARDS:
         contexts *= 2
     return contexts
+
+
+def refuse_newer(version: object) -> None:
+    """Refuse a format that is newer than this posae; what is no format at all is for others.
+
+    Raises:
+        StoreFormatError: a later format.
+    """
+    if type(version) is int and version > FORMAT:
+        raise StoreFormatError(
+            f"this store has format {version} and this posae reads format {FORMAT}; "
+            "upgrade it: pip install --upgrade posae"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +195,7 @@ class ArraySpec:
                 shard_rows=_counts(found["chunk_grid"]["configuration"]["chunk_shape"])[0],
                 dimension_names=tuple(found["dimension_names"]),
                 codec=Codec.from_json(sharding["codecs"]),
-                attributes=found["attributes"],
+                attributes={**found["attributes"]},
             )
             spec.check_bounds()
             same = spec.to_json() == found

@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .codecs import CODECS
 from .errors import StoreFormatError
-from .layout import ArraySpec, Json
+from .layout import FORMAT, MAX_SHARDS, ArraySpec, Json, refuse_newer
 
-FORMAT = 1
 MAX_TEXT = 4096
+MAX_LAYERS = 2**16
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Count = Annotated[int, Field(ge=0, lt=2**48, strict=True)]
@@ -39,7 +39,7 @@ class Manifest(BaseModel):
     model_config_hash: Text
     """Digest of the model's configuration."""
 
-    model_layers: Count
+    model_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS, strict=True)]
     """Blocks of the language model."""
 
     d_model: Annotated[int, Field(ge=1, lt=2**24, strict=True)]
@@ -127,6 +127,8 @@ class Manifest(BaseModel):
             raise ValueError("held_out must be the last contexts, and not all of them")
         if self.shard_contexts % self.chunk_contexts:
             raise ValueError("a shard must be whole chunks")
+        if self.n_shards > MAX_SHARDS:
+            raise ValueError(f"more than {MAX_SHARDS:,} shards")
         return self
 
     @property
@@ -148,15 +150,17 @@ def parse_manifest(root: Json) -> Manifest:
     """
     attributes = root.get("attributes")
     found = cast("Json", attributes).get("posae") if isinstance(attributes, dict) else None
-    if not isinstance(found, dict) or root.get("node_type") != "group":
+    named = root.get("zarr_format") == 3 and root.keys() == {"zarr_format", "node_type", "attributes"}
+    if not isinstance(found, dict) or not named or root.get("node_type") != "group":
         raise StoreFormatError(
             "this is Zarr, but no store of posae: zarr.json has no manifest; read it with zarr-python"
         )
-    version = cast("Json", found).get("format")
-    if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT:
+    refuse_newer(cast("Json", found).get("format"))
+    missing = Manifest.model_fields.keys() - cast("Json", found).keys()
+    if missing:
         raise StoreFormatError(
-            f"this store has format {version} and this posae reads format {FORMAT}; "
-            "upgrade it: pip install --upgrade posae"
+            f"zarr.json has a manifest that is not whole: {', '.join(sorted(missing))} missing; "
+            "restore it from a copy of the store"
         )
     try:
         return Manifest.model_validate(found)
@@ -167,6 +171,26 @@ def parse_manifest(root: Json) -> Manifest:
             f"zarr.json has a manifest that is not whole: {place}: {first['msg']}; "
             "restore it from a copy of the store"
         ) from None
+
+
+def parse_corpus(group: Json) -> Json:
+    """The counts of the corpus in ``stats/zarr.json``; empty where there are none.
+
+    Raises:
+        StoreFormatError: not counts.
+    """
+    try:
+        corpus: Json = group["attributes"].get("posae", {})
+        if corpus:
+            counts = [corpus[name] for name in ("documents", "documents_left_out", "duplicate_contexts")]
+            counts += corpus["special_tokens"].values()
+            if any(type(count) is not int or count < 0 for count in counts):
+                raise ValueError("not counts")
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise StoreFormatError(
+            "stats/zarr.json does not hold the counts of a corpus; restore it from a copy of the store"
+        ) from None
+    return corpus
 
 
 def root_json(manifest: Manifest) -> Json:

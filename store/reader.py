@@ -25,7 +25,7 @@ from .errors import (
 )
 from .files import StoreFiles
 from .layout import ArraySpec, Json
-from .manifest import Manifest, layer_path, layer_spec, parse_manifest, token_specs
+from .manifest import Manifest, layer_path, layer_spec, parse_corpus, parse_manifest, token_specs
 from .seal import (
     MAX_METADATA_BYTES,
     ROOT_PATH,
@@ -135,6 +135,13 @@ class ActivationStore:
         """
         if path not in self._specs:
             expected = self._expected(path)
+            try:
+                expected.check_bounds()
+            except ValueError as error:
+                raise StoreFormatError(
+                    f"{path} would have sizes past all bounds ({error}), says the manifest; "
+                    "restore zarr.json from a copy of the store"
+                ) from None
             if self.metadata(expected.metadata_path) != expected.to_json():
                 found = ArraySpec.from_json(path, self.metadata(expected.metadata_path))
                 raise StoreFormatError(
@@ -142,7 +149,6 @@ class ActivationStore:
                     f"manifest says {list(expected.shape)} of {expected.data_type}, or other chunks or "
                     "attributes; restore it from a copy of the store"
                 )
-            expected.check_bounds()
             self._specs[path] = expected
         return self._specs[path]
 
@@ -158,7 +164,8 @@ class ActivationStore:
     def array(self, path: str) -> ShardReader:
         """The chunks of the array at ``path``."""
         if path not in self._readers:
-            self._readers[path] = ShardReader(self.files, self.spec(path))
+            sealed = self.seal.files if self.seal else None
+            self._readers[path] = ShardReader(self.files, self.spec(path), sealed)
         return self._readers[path]
 
     def _committed(self, layer: int) -> int:
@@ -288,14 +295,16 @@ class ActivationStore:
         """Counts made when the tokens were committed: documents, duplicates, special tokens."""
         if not self.files.exists(CORPUS_PATH):
             return {}
-        attributes: Json = self.metadata(CORPUS_PATH).get("attributes", {})
-        return attributes.get("posae", {})
+        return parse_corpus(self.metadata(CORPUS_PATH))
 
     def _merged(self, layer: int, name: str) -> NDArray[Any]:
         array = self.array(f"stats/{layer_path(layer)}/{name}")
+        shard_contexts = self.manifest.shard_contexts
         total: NDArray[Any] | None = None
         for shard in range(self.committed_shards(layer)):
             entry = array.read_rows(np.array([shard]))[0]
+            if entry.dtype.kind == "i" and not 0 <= entry.min() <= entry.max() <= shard_contexts:
+                raise StoreDamagedError("counts that cannot be", array=array.spec.path, shard=shard)
             entry = entry.astype(np.float64) if entry.dtype.kind == "f" else entry
             total = entry if total is None else total + entry
         return np.zeros(array.spec.shape[1:]) if total is None else total
@@ -306,7 +315,12 @@ class ActivationStore:
 
     def norms(self, layer: int) -> NormStats:
         """Norms by position over all committed tokens."""
-        return norm_stats(self._merged(layer, "norm_sums"), self._merged(layer, "norm_counts"))
+        counts = self._merged(layer, "norm_counts")
+        if (counts.sum(axis=1) != self.contexts_by_layer[layer]).any():
+            raise StoreDamagedError(
+                "it does not count every token", array=f"stats/{layer_path(layer)}/norm_counts"
+            )
+        return norm_stats(self._merged(layer, "norm_sums"), counts)
 
     def stored_bytes(self, layer: int) -> int:
         """Bytes on disk of the committed shards of ``layer``."""
@@ -358,8 +372,8 @@ def _seal_of(files: StoreFiles) -> Seal | None:
         raise StoreNotFoundError(f"there is no store at {root}; make one: posae harvest {root}") from None
     except NotADirectoryError:
         raise StoreFormatError(f"{root} is a file, and a store is a folder") from None
-    except PermissionError:
-        raise StoreFormatError(f"{root} cannot be read: permission denied") from None
+    except OSError as error:
+        raise StoreFormatError(f"{root} cannot be read: {error.strerror}") from None
     return seal
 
 
@@ -376,7 +390,7 @@ def select(selection: Selection, size: int, axis: str) -> NDArray[np.int64]:
         for edge in (selection.start, selection.stop):
             if edge is not None and edge > size:
                 raise StoreIncompleteError(f"{axis} up to {edge} were asked for, and {size} are there")
-        return np.arange(size)[selection]
+        return np.arange(*selection.indices(size))
     wanted = np.asarray(selection)
     if wanted.dtype == np.bool_:
         if wanted.shape != (size,):

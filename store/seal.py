@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, cast
 
 from .errors import StoreDamagedError, StoreFormatError
 from .files import StoreFiles
-from .layout import Json
+from .layout import FORMAT, Json, refuse_newer
 
 SEAL_PATH = "seal.json"
 ROOT_PATH = "zarr.json"
 MAX_METADATA_BYTES = 1 << 20
-MAX_SEAL_BYTES = 1 << 25
+MAX_SEAL_BYTES = 1 << 28
 
 
 class SealedFile(NamedTuple):
@@ -85,14 +85,14 @@ def sha256_of(files: StoreFiles, path: str) -> SealedFile:
 def seal_bytes(sealed: Mapping[str, SealedFile]) -> bytes:
     """The ``seal.json`` of these files."""
     listed = {path: {"bytes": entry.n_bytes, "sha256": entry.sha256} for path, entry in sealed.items()}
-    return canonical_json({"format": 1, "files": listed})
+    return canonical_json({"format": FORMAT, "files": listed})
 
 
 def read_seal(files: StoreFiles) -> Seal | None:
     """The store's seal, or None where it is not finished.
 
     Raises:
-        StoreFormatError: a seal of another form.
+        StoreFormatError: a seal of another form, or of a newer format.
         StoreDamagedError: a link or device in its place, or larger than any seal.
     """
     try:
@@ -100,6 +100,7 @@ def read_seal(files: StoreFiles) -> Seal | None:
     except FileNotFoundError:
         return None
     found = parse_json(data, SEAL_PATH)
+    refuse_newer(found.get("format"))
     try:
         listed: dict[str, Any] = found["files"]
         sealed = {
@@ -107,7 +108,7 @@ def read_seal(files: StoreFiles) -> Seal | None:
             for path, entry in listed.items()
             if _is_plain(path)
         }
-        if found["format"] != 1 or len(sealed) != len(listed) or ROOT_PATH not in sealed:
+        if found["format"] != FORMAT or len(sealed) != len(listed) or ROOT_PATH not in sealed:
             raise ValueError("files")
         # Byte for byte what we would write: so a flipped bit anywhere in it is found.
         if seal_bytes(sealed) != data:

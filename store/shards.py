@@ -15,7 +15,7 @@ import resource
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +29,7 @@ from .codecs import ChunkError
 from .errors import StoreDamagedError
 from .files import PARTIAL, StoreFiles, sync_folder, writing
 from .layout import ArraySpec
+from .seal import SealedFile
 
 _ABSENT = 2**64 - 1
 # A map keeps its file open; a process may often open no more than 1,024.
@@ -81,10 +82,19 @@ class _MappedShard(NamedTuple):
 class ShardReader:
     """Chunks of one array, by number; thread-safe."""
 
-    def __init__(self, files: StoreFiles, spec: ArraySpec) -> None:
-        """Speak of the array; nothing is opened yet."""
+    def __init__(
+        self, files: StoreFiles, spec: ArraySpec, sealed: Mapping[str, SealedFile] | None = None
+    ) -> None:
+        """Speak of the array; nothing is opened yet.
+
+        Args:
+            files: the store.
+            spec: the array.
+            sealed: what the seal names, where there is one: no other file is opened.
+        """
         self.files = files
         self.spec = spec
+        self.sealed = sealed
         self._mapped: OrderedDict[int, _MappedShard] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -128,14 +138,29 @@ class ShardReader:
 
     def _open(self, shard: int) -> _MappedShard:
         path = self.spec.shard_path(shard)
+        entry = self.sealed.get(path) if self.sealed is not None else None
+        if self.sealed is not None and entry is None:
+            raise self._damaged(shard, f"the seal does not name its file {path}")
         try:
             data = self.files.map(path)
         except FileNotFoundError:
-            raise StoreDamagedError(
-                f"its file {path} is missing", array=self.spec.path, shard=shard
-            ) from None
+            raise self._damaged(shard, f"its file {path} is missing") from None
+        except StoreDamagedError as error:
+            raise self._damaged(shard, error.problem) from None
+        if entry is not None and entry.n_bytes != len(data):
+            raise self._damaged(shard, f"its file has {len(data):,} bytes, {entry.n_bytes:,} were sealed")
         tail = memoryview(data)[-index_bytes(self.spec) :]
         return _MappedShard(data, parse_index(self.spec, shard, tail, len(data)))
+
+    def _damaged(self, shard: int, problem: str) -> StoreDamagedError:
+        return StoreDamagedError(problem, array=self.spec.path, shard=shard)
+
+    def _still_whole(self, shard: int) -> _MappedShard:
+        mapped = self._shard(shard)
+        # Reading a map past the end of a file cut short meanwhile would kill the process.
+        if mapped.data.size() != len(mapped.data):
+            raise self._damaged(shard, "the file was cut short while it was read")
+        return mapped
 
     def encoded(self, chunk: int) -> memoryview:
         """The bytes of a chunk as they lie in its file, not checked.
@@ -144,18 +169,17 @@ class ShardReader:
             StoreDamagedError: the file is missing, cut short, or its index does not hold.
         """
         shard, within = divmod(chunk, self.spec.chunks_per_shard)
-        mapped = self._shard(shard)
-        # Reading a map past the end of a file cut short meanwhile would kill the process.
-        if mapped.data.size() != len(mapped.data):
-            raise StoreDamagedError(
-                "the file was cut short while it was read", array=self.spec.path, shard=shard
-            )
+        mapped = self._still_whole(shard)
         offset, size = (int(number) for number in mapped.chunks[within])
         return memoryview(mapped.data)[offset : offset + size]
 
     def whole(self, shard: int) -> mmap.mmap:
-        """The map of a whole file."""
-        return self._shard(shard).data
+        """The map of a whole file.
+
+        Raises:
+            StoreDamagedError: the file is missing, cut short, or its index does not hold.
+        """
+        return self._still_whole(shard).data
 
     def read_chunk(self, chunk: int, out: NDArray[Any]) -> None:
         """Decode a chunk into ``out``, C-contiguous bits of shape ``spec.chunk_shape``.
@@ -236,7 +260,15 @@ class ShardWriter:
         self._n_bytes = 0
 
     @classmethod
-    def try_lock(cls, files: StoreFiles, spec: ArraySpec, shard: int, *, wait: bool) -> Self | None:
+    def try_lock(
+        cls,
+        files: StoreFiles,
+        spec: ArraySpec,
+        shard: int,
+        *,
+        wait: bool,
+        is_committed: Callable[[], bool] | None = None,
+    ) -> Self | None:
         """The writer of ``shard``, or None where another process has it or it is committed.
 
         Args:
@@ -244,15 +276,18 @@ class ShardWriter:
             spec: the array.
             shard: which of its shards.
             wait: wait for the other process, rather than return None at once.
+            is_committed: whether nothing is left to do; by default, whether the shard is there.
 
         Raises:
             StoreWriteError: the disk refused.
         """
         partial = _partial_of(files, spec, shard)
         reader = ShardReader(files, spec)
+        is_done = is_committed or (lambda: reader.is_committed(shard))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         while True:
             with writing(partial):
-                handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+                handle = os.open(partial, flags, 0o666)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
@@ -265,11 +300,11 @@ class ShardWriter:
                 ours = False
             if not ours:
                 os.close(handle)
-                if reader.is_committed(shard):
+                if is_done():
                     return None
                 continue
-            if reader.is_committed(shard):
-                partial.unlink()
+            if is_done():
+                partial.unlink(missing_ok=True)
                 os.close(handle)
                 return None
             os.ftruncate(handle, 0)

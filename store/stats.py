@@ -93,7 +93,8 @@ class ChunkStats(NamedTuple):
             if not ordinary[context].all():
                 rows[~ordinary[context]] = 0
             sums += rows
-            squares += np.square(rows).sum(axis=0, dtype=np.float64)
+            # In float64 from the start: a float32 square overflows from 2^64 on.
+            squares += np.square(rows, dtype=np.float64).sum(axis=0)
         return cls(sums, ordinary.sum(axis=0, dtype=np.int64), squares, norm_sums, norm_counts)
 
     def add(self, other: "ChunkStats") -> None:
@@ -103,11 +104,9 @@ class ChunkStats(NamedTuple):
 
     def arrays(self, sha256: bytes) -> dict[str, NDArray[Any]]:
         """One entry of each array of ``stats_specs``."""
-        return {
-            **self._asdict(),
-            "sums": self.sums.astype(np.float32),
-            "sha256": np.frombuffer(sha256, np.uint8),
-        }
+        with np.errstate(over="ignore"):
+            sums = self.sums.astype(np.float32)
+        return {**self._asdict(), "sums": sums, "sha256": np.frombuffer(sha256, np.uint8)}
 
 
 def norm_bin(norms: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -119,7 +119,7 @@ def _shards(store: ActivationStore) -> Iterator[tuple[ShardReader, int, str | No
 def _sha256(store: ActivationStore, reader: ShardReader, shard: int) -> str | None:
     if store.seal:
         sealed = store.seal.files.get(reader.spec.shard_path(shard))
-        return sealed.sha256 if sealed else ""
+        return sealed.sha256 if sealed else None
     if reader.spec.path.startswith("layer_"):
         try:
             digests = store.array(f"stats/{reader.spec.path}/sha256")
@@ -146,20 +146,18 @@ def _check_shard(
 ) -> tuple[list[Damage], int]:
     spec = reader.spec
     # A reader of its own: thousands of maps need not stay open.
-    reader = ShardReader(store.files, spec)
+    reader = ShardReader(store.files, spec, reader.sealed)
     try:
         reader.check_index(shard)
         first = shard * spec.chunks_per_shard
         chunks = range(first, first + spec.chunks_in(shard))
         n_bytes = sum(len(reader.encoded(chunk)) for chunk in chunks)
+        digest = hashlib.sha256(reader.whole(shard)).hexdigest()
+        damaged = [
+            Damage(spec.path, shard, chunk, problem) for chunk, problem in _bad_chunks(store, reader, chunks)
+        ]
     except StoreDamagedError as error:
-        return [Damage(spec.path, shard, None, error.problem)], store.files.size_bytes(
-            spec.shard_path(shard)
-        ) or 0
-    digest = hashlib.sha256(reader.whole(shard)).hexdigest()
-    damaged = [
-        Damage(spec.path, shard, chunk, problem) for chunk, problem in _bad_chunks(store, reader, chunks)
-    ]
+        return [Damage(spec.path, shard, error.chunk, error.problem)], 0
     if not damaged and sha256 is not None and digest != sha256:
         damaged = [Damage(spec.path, shard, None, "its bytes are not those that were written")]
     return damaged, n_bytes

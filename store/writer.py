@@ -10,13 +10,14 @@ import hashlib
 from collections.abc import Generator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import StoreFormatError, StoreMismatchError, StoreNotFoundError
+from .errors import StoreDamagedError, StoreFormatError, StoreMismatchError, StoreNotFoundError
 from .files import PARTIAL, StoreFiles, exclusive, writing
 from .layout import ArraySpec, Json
 from .manifest import Manifest, group_json, layer_path, layer_spec, root_json, token_specs
@@ -72,6 +73,7 @@ class StoreWriter:
         Raises:
             StoreFormatError: the folder holds something else.
             StoreMismatchError: the store was made with other settings; says which.
+            StoreDamagedError: what is there is not what was written.
             StoreWriteError: the disk refused.
         """
         writer = cls(root, manifest)
@@ -86,6 +88,8 @@ class StoreWriter:
                 if any(not name.endswith(PARTIAL) for name in writer.files.walk()):
                     raise
                 found = None
+            if found is not None and found.is_sealed and not writer.has_tokens:
+                raise StoreDamagedError("the file is missing", array=CORPUS_PATH)
             if found is None or not writer.has_tokens:
                 writer.files.write(ROOT_PATH, pretty_json(root_json(manifest)))
             else:
@@ -120,9 +124,26 @@ class StoreWriter:
             "position": np.arange(self.manifest.context_length, dtype=np.int32),
         }
         for name, spec in token_specs(self.manifest).items():
-            self._write_metadata(spec)
+            # Before the commit other settings may have left theirs here.
+            self._remove_shards_past(spec)
+            self.files.write(spec.metadata_path, pretty_json(spec.to_json()))
             write_array(self.files, spec, values[name])
         self.files.write(CORPUS_PATH, pretty_json(group_json({"posae": corpus})))
+
+    def _remove_leftovers(self, spec: ArraySpec) -> None:
+        """Remove temporary files that a kill left; nobody is to be writing ``spec``."""
+        folder = self.root / spec.path
+        with writing(folder):
+            for file in folder.glob(f".*{PARTIAL}"):
+                file.unlink(missing_ok=True)
+
+    def _remove_shards_past(self, spec: ArraySpec) -> None:
+        ours = {spec.shard_path(shard) for shard in range(spec.n_shards)}
+        folder = self.root / spec.path
+        with writing(folder):
+            for file in folder.glob("c.*"):
+                if f"{spec.path}/{file.name}" not in ours:
+                    file.unlink(missing_ok=True)
 
     def _write_metadata(self, spec: ArraySpec) -> None:
         data = pretty_json(spec.to_json())
@@ -167,7 +188,8 @@ class StoreWriter:
                 spec = layer_spec(self.manifest, layer)
                 if self.is_committed(layer, shard):
                     continue
-                writer = ShardWriter.try_lock(self.files, spec, shard, wait=wait)
+                is_committed = partial(self.is_committed, layer, shard)
+                writer = ShardWriter.try_lock(self.files, spec, shard, wait=wait, is_committed=is_committed)
                 if writer is None and not self.is_committed(layer, shard):
                     break
                 if writer is not None:
@@ -192,24 +214,31 @@ class StoreWriter:
         """
         old = ActivationStore.open(self.root).seal
         sealed: dict[str, SealedFile] = dict(old.files) if old else {}
-        for path in self._files_of(self.begun_layers()):
+        complete = self._complete_layers()
+        for path in self._files_of(complete):
             if path not in sealed:
                 sealed[path] = self._digest(path)
+        for spec in self._specs_of(complete):
+            self._remove_leftovers(spec)
         data = seal_bytes(sealed)
         self.files.write(SEAL_PATH, data)
         return hashlib.sha256(data).hexdigest()
 
-    def _files_of(self, layers: Sequence[int]) -> list[str]:
-        complete = [
-            layer
-            for layer in layers
-            if all(self.is_committed(layer, shard) for shard in range(self.manifest.n_shards))
+    def _complete_layers(self) -> list[int]:
+        shards = range(self.manifest.n_shards)
+        return [
+            layer for layer in self.begun_layers() if all(self.is_committed(layer, shard) for shard in shards)
         ]
+
+    def _specs_of(self, layers: Sequence[int]) -> list[ArraySpec]:
         specs = list(token_specs(self.manifest).values())
-        groups = [ROOT_PATH, CORPUS_PATH]
-        for layer in complete:
+        for layer in layers:
             specs += [layer_spec(self.manifest, layer), *stats_specs(self.manifest, layer).values()]
-            groups.append(f"stats/{layer_path(layer)}/zarr.json")
+        return specs
+
+    def _files_of(self, layers: Sequence[int]) -> list[str]:
+        specs = self._specs_of(layers)
+        groups = [ROOT_PATH, CORPUS_PATH, *(f"stats/{layer_path(layer)}/zarr.json" for layer in layers)]
         paths = [spec.metadata_path for spec in specs]
         paths += [spec.shard_path(shard) for spec in specs for shard in range(spec.n_shards)]
         return groups + paths
@@ -238,6 +267,7 @@ class ShardOfLayers:
         self._writers = writers
         self._stats: dict[int, ChunkStats] = {}
         self._waiting: list[tuple[int, Future[tuple[list[bytes], ChunkStats]]]] = []
+        self._taken = dict.fromkeys(writers, 0)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -266,11 +296,16 @@ class ShardOfLayers:
             pool: threads to encode in.
 
         Raises:
+            ValueError: part of a chunk before the shard's end, or contexts past it.
             FloatingPointError: an activation is not finite.
             StoreWriteError: the disk refused.
         """
         step = self._store.manifest.chunk_contexts
         spec = layer_spec(self._store.manifest, layer)
+        self._taken[layer] += len(bits)
+        left = len(self.contexts) - self._taken[layer]
+        if left < 0 or (left and len(bits) % step):
+            raise ValueError(f"{len(bits)} contexts are not whole chunks of {step} up to the shard's end")
         for start in range(0, len(bits), step):
             part, mask = bits[start : start + step], ordinary[start : start + step]
             self._waiting.append((layer, pool.submit(_encode_and_count, spec, part, mask)))
@@ -317,6 +352,8 @@ def _abandon(writers: Any) -> None:
 
 def _check_same(root: Path, found: Manifest, wanted: Manifest) -> None:
     before, now = found.model_dump(), wanted.model_dump()
+    # Within a format every posae writes the same bytes; of other libraries nobody can say that.
+    now["versions"]["posae"] = before["versions"].get("posae")
     differ = [
         f"{key} is {before[key]!r} there and {now[key]!r} now" for key in now if before[key] != now[key]
     ]

@@ -150,13 +150,35 @@ def score(
     return loss.mean().item(), bits / n_bytes(tokenizer, windows), loss.mean(0)
 
 
+def report(model: torch.nn.Module, tokenizer: Tokenizer, windows: torch.Tensor) -> list[str]:
+    """The score of a model whose weights are rounded to bfloat16, on every held-out window."""
+    nats, bits, by_position = score(model, tokenizer, windows)
+    places = [0, 1, 2, 4, 8, 16, 32, 64, 127]
+    return [
+        f"final, bf16 weights, every held-out window: {nats:.4f} nats/token  {bits:.4f} bits/byte",
+        "nats by position " + "  ".join(f"{p}: {by_position[p]:.2f}" for p in places),
+    ]
+
+
+def score_saved(folder: Path) -> None:
+    """Print the score of the model that lies in ``folder``."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = Gemma2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    windows = held_out_windows(encode(tokenizer, [text for _, text in stdlib_files("held_out")]))
+    sys.stdout.write("\n".join(report(model, tokenizer, windows)) + "\n")
+
+
 def main() -> None:
     """Train, score, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for the model and its tokenizer")
     parser.add_argument("--tokens", type=int, default=14_000_000, help="tokens to train on")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--score", action="store_true", help="only score the model that lies in OUT")
     arguments = parser.parse_args()
+    if arguments.score:
+        score_saved(arguments.out)
+        return
     log = (Path(__file__).parent / "train.log").open("a")
 
     def say(line: str) -> None:
@@ -212,10 +234,8 @@ def main() -> None:
             )
 
     model.to(torch.bfloat16).float()  # scored with the weights as they are stored
-    nats, bits, by_position = score(model, tokenizer, windows)
-    say(f"final, bf16 weights, every held-out window: {nats:.4f} nats/token  {bits:.4f} bits/byte")
-    places = [0, 1, 2, 4, 8, 16, 32, 64, 127]
-    say("nats by position " + "  ".join(f"{p}: {by_position[p]:.2f}" for p in places))
+    for line in report(model, tokenizer, windows):
+        say(line)
     model.config.use_cache = True
     model.to(torch.bfloat16)
     model.save_pretrained(arguments.out)

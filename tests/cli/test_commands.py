@@ -310,7 +310,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["harvest", "{run}", "--layers", "6"], "layer"),
     (["harvest", "{run}", "--layers", "one"], "write them as 5,12,19"),
     (["harvest", "{run}", "--model", "./not-here"], "not-here"),
-    (["harvest", "{run}", "--dataset", "{text}", "--contexts", "800"], "--contexts"),
+    (["harvest", "{run}", "--dataset", "{text}", "--contexts", "800"], "larger corpus"),
     (["harvest", "{run}", "--dataset", "{binary}"], "binary.txt"),
     (["harvest", "{run}", "--dataset", "{jsonl}"], "column"),
     (["harvest", "{run}", "--contexts", "8", "--tokens", "8"], "give one of them"),
