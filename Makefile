@@ -7,8 +7,8 @@ RUNS   := data/runs
 demo: .venv/ready  ## harvest the built-in model, inspect the store, train two autoencoders, compare them
 	$(BIN)/posae harvest $(STORE) --contexts 1024
 	$(BIN)/posae inspect-store $(STORE) --verify
-	$(BIN)/posae train $(STORE) $(RUNS)/hierarchical --steps 1000
-	$(BIN)/posae train $(STORE) $(RUNS)/baseline --steps 1000 --preset paper-baseline
+	$(BIN)/posae train $(STORE) $(RUNS)/hierarchical --steps 2000
+	$(BIN)/posae train $(STORE) $(RUNS)/baseline --steps 2000 --preset paper-baseline
 	$(BIN)/posae inspect-store $(STORE) --brief
 	$(BIN)/posae report $(RUNS)/hierarchical $(RUNS)/baseline
 

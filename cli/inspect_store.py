@@ -99,9 +99,8 @@ def _finite(values: Iterable[float]) -> list[float | None]:
 def _verified(store: ActivationStore) -> dict[str, Any]:
     from ..store.verify import verify
 
-    sizes = [store.files.size_bytes(path) or 0 for path in store.files.walk() if not _is_link(store, path)]
     with LiveProgress() as progress:
-        progress.begin("verifying", sum(sizes), "bytes")
+        progress.begin("verifying", _bytes_to_verify(store), "bytes")
         found = verify(store, progress.advance)
         progress.end()
     return {
@@ -111,9 +110,10 @@ def _verified(store: ActivationStore) -> dict[str, Any]:
     }
 
 
-def _is_link(store: ActivationStore, path: str) -> bool:
-    place = store.root / path
-    return place.is_symlink() or not place.is_file()
+def _bytes_to_verify(store: ActivationStore) -> int:
+    if store.seal:
+        return sum(file.n_bytes for file in store.seal.files.values())
+    return sum(store.stored_bytes(layer) for layer in store.layers)
 
 
 def _verify_what_will_not_open(store: Path, error: StoreError, as_json: bool) -> None:

@@ -63,7 +63,9 @@ def comparison(runs: list[Path]) -> Group:
 
 
 def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", pad_edge=False, box=box.SIMPLE)
+    table = Table(
+        title=title, title_justify="left", pad_edge=False, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("run", overflow="fold")
     return table
 

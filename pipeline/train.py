@@ -6,6 +6,7 @@ autoencoder is float32, the activations bfloat16. Costs: three products with the
 while alpha is 0 nothing for adapters; twice the weights for the optimizer; two windows of the store.
 """
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from .metrics import ScoreKeeper
 from .progress import Progress, Silent
 from .runs import Run
 from .sae.autoencoder import Autoencoder, Output
-from .sae.registry import new_autoencoder
+from .sae.registry import architecture_class, new_autoencoder
 from .sae.saving import save_autoencoder
 from .settings import TrainSettings
 
@@ -247,24 +248,19 @@ class _State:
     @classmethod
     def new(cls, training: Training) -> "_State":
         settings = training.settings
-        own: dict[str, Any] = {}
-        if settings.architecture == "hierarchical":
-            own = {
-                "adapter_width": settings.adapter_width,
-                "dropout": settings.dropout,
-                "adapter_gain": settings.adapter_gain,
-            }
-        autoencoder = new_autoencoder(
-            settings.architecture,
-            d_model=training.store.d_model,
-            dictionary_size=settings.dictionary_size,
-            ranges=training.ranges,
-            generator=torch.Generator(training.device).manual_seed(settings.seed),
-            l1_coefficient=settings.l1_coefficient,
-            activation_scale=_activation_scale(training),
+        # An architecture's own keywords are settings of the same names.
+        keywords = inspect.signature(architecture_class(settings.architecture)).parameters
+        own = {name: getattr(settings, name) for name in keywords if name in TrainSettings.model_fields}
+        given: dict[str, Any] = {
             **own,
-        )
-        return cls(autoencoder, settings, training.device)
+            "d_model": training.store.d_model,
+            "dictionary_size": settings.dictionary_size,
+            "ranges": training.ranges,
+            "generator": torch.Generator(training.device).manual_seed(settings.seed),
+            "l1_coefficient": settings.l1_coefficient,
+            "activation_scale": _activation_scale(training),
+        }
+        return cls(new_autoencoder(settings.architecture, **given), settings, training.device)
 
     def update(self, batch: Batch, *, measure: bool) -> dict[str, Any] | None:
         """One step of AdamW on one batch; what was measured, if asked to."""
