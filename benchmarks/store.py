@@ -1,0 +1,294 @@
+"""The store against zarr-python, tensorstore and a bare memory map: speed, size, scaling.
+
+    make demo && python benchmarks/store.py FOLDER [--gigabytes 1.06] [--rounds 5]
+
+Data: the demo store's activations, tiled up to d_model 2,304 (each block of 128 features from another
+layer or other contexts), so values and their statistics are real. All contenders run in turn, round
+after round, in one process and one thread; a figure is the median over rounds of decoded GB to a
+second of CPU time (all threads counted), a ratio the median of the ratios within a round. The page
+cache is hot except where it says cold. Checksums are on in every reader that has them.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import tensorstore
+import zarr
+from numpy.typing import NDArray
+
+from posae.pipeline.batches import ShuffledBatches
+from posae.store.bfloat16 import register_bfloat16
+from posae.store.layout import ArraySpec
+from posae.store.manifest import Manifest, layer_spec
+from posae.store.ranges import equal_ranges
+from posae.store.reader import ActivationStore
+from posae.store.shards import ShardReader
+from posae.store.writer import StoreWriter
+
+LENGTH, D_MODEL, BLOCK = 128, 2304, 128
+DEMO = Path(__file__).parents[1] / "data" / "demo.zarr"
+
+
+def tiled(demo: ActivationStore, start: int, stop: int) -> NDArray[np.uint16]:
+    """Contexts ``start`` to ``stop`` of the large store; bits [contexts, positions, D_MODEL]."""
+    blocks: list[NDArray[np.uint16]] = []
+    for block in range(D_MODEL // BLOCK):
+        layer = demo.layers[block % len(demo.layers)]
+        contexts = (np.arange(start, stop) + 97 * block) % demo.n_contexts
+        blocks.append(demo.read(layer, contexts))
+    return np.concatenate(blocks, axis=2)
+
+
+def make_store(root: Path, demo: ActivationStore, n_contexts: int, codec: str) -> ActivationStore:
+    """A sealed store of one layer; made once."""
+    if (root / "seal.json").exists():
+        return ActivationStore.open(root)
+    manifest = demo.manifest.model_copy(
+        update={
+            "d_model": D_MODEL,
+            "n_contexts": n_contexts,
+            "held_out": (n_contexts - 8, n_contexts),
+            "codec": codec,
+            "model_layers": 1,
+        }
+    )
+    writer = StoreWriter.begin(root, Manifest.model_validate(manifest.model_dump()))
+    ids = np.resize(demo.tokens(), (n_contexts, LENGTH)).astype(np.int32)
+    with writer.lock():
+        counts = {"documents": 0, "documents_left_out": 0, "duplicate_contexts": 0, "special_tokens": {}}
+        writer.write_tokens(ids, np.zeros(ids.shape, np.int64), counts)
+        writer.add_layers([0])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for shard in range(manifest.n_shards):
+            locked = writer.lock_shard([0], shard, wait=True)
+            if locked is None:
+                continue
+            with locked:
+                for start in range(locked.contexts.start, locked.contexts.stop, 32):
+                    stop = min(start + 32, locked.contexts.stop)
+                    locked.append(0, tiled(demo, start, stop), ids[start:stop] > 3, pool)
+                locked.commit()
+    with writer.lock():
+        writer.seal()
+    return ActivationStore.open(root)
+
+
+def entropy_bound(bits: NDArray[np.uint16]) -> float:
+    """The best ratio of any code that treats bytes alone: 16 bits over the two planes' entropies."""
+    total = 0.0
+    for plane in (bits >> 8, bits & 0xFF):
+        share = np.bincount(plane.reshape(-1), minlength=256) / plane.size
+        share = share[share > 0]
+        total -= float((share * np.log2(share)).sum())
+    return 16 / total
+
+
+class Table:
+    """Figures of contenders that run in turn."""
+
+    def __init__(self, rounds: int) -> None:
+        """Take so many rounds."""
+        self.rounds = rounds
+
+    def measure(self, n_bytes: int, contenders: dict[str, Callable[[], None]]) -> None:
+        """Run and print: GB per CPU-second, GB per second of wall, ratio to the first."""
+        cpu: dict[str, list[float]] = {name: [] for name in contenders}
+        wall: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(self.rounds):
+            for name, work in contenders.items():
+                started, used = time.perf_counter(), time.process_time()
+                work()
+                cpu[name].append(n_bytes / 1e9 / (time.process_time() - used))
+                wall[name].append(n_bytes / 1e9 / (time.perf_counter() - started))
+        first = next(iter(contenders))
+        for name in contenders:
+            ratios = [a / b for a, b in zip(cpu[first], cpu[name], strict=True)]
+            walls = [a / b for a, b in zip(wall[first], wall[name], strict=True)]
+            say(
+                f"  {name:34} {statistics.median(cpu[name]):6.2f} GB/CPU-s  "
+                f"{statistics.median(wall[name]):6.2f} GB/s wall   {first} is "
+                f"{statistics.median(ratios):.2f} x (CPU), {statistics.median(walls):.2f} x (wall)"
+            )
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def chunk_readers(store: ActivationStore, order: NDArray[np.int64]) -> dict[str, Callable[[], None]]:
+    """Whole chunks in random order, each reader into memory of its own choosing."""
+    spec = store.spec("layer_0")
+    reader = ShardReader(store.files, spec)
+    buffer = np.empty(spec.chunk_shape, np.uint16)
+    foreign = zarr.open_array(store.root / "layer_0", mode="r")
+    opened = tensorstore.open(
+        {
+            "driver": "zarr3",
+            "kvstore": {
+                "driver": "file",
+                "path": f"{store.root}/layer_0/",
+                "file_io_mode": {"mode": "memmap"},
+            },
+            "recheck_cached_data": False,
+        },
+        read=True,
+        context=tensorstore.Context({"data_copy_concurrency": {"limit": 1}}),
+    ).result()
+    rows = spec.chunk_rows
+
+    def ours() -> None:
+        for chunk in order:
+            reader.read_chunk(int(chunk), buffer)
+
+    def zarr_python() -> None:
+        for chunk in order:
+            foreign[int(chunk) * rows : (int(chunk) + 1) * rows]
+
+    def tensorstore_memmap() -> None:
+        for chunk in order:
+            opened[int(chunk) * rows : (int(chunk) + 1) * rows].read().result()
+
+    return {"posae": ours, "zarr-python": zarr_python, "tensorstore (memmap)": tensorstore_memmap}
+
+
+def main() -> None:
+    """Make the stores, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--gigabytes", type=float, default=1.06)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    register_bfloat16()
+    zarr.config.set({"threading.max_workers": 1, "async.concurrency": 1})
+    demo = ActivationStore.open(DEMO)
+    n_contexts = round(arguments.gigabytes * 1e9 / (LENGTH * D_MODEL * 2) / 8) * 8
+    say(
+        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
+        f"numpy {np.__version__}, zarr {zarr.__version__}; {n_contexts} contexts x {LENGTH} x {D_MODEL}"
+    )
+    table = Table(arguments.rounds)
+    stores = {
+        c: make_store(arguments.folder / f"{c}.zarr", demo, n_contexts, c) for c in ("small", "fast", "raw")
+    }
+    sample = stores["raw"].read(0, slice(0, 256))
+    bound = entropy_bound(sample)
+    for codec, store in stores.items():
+        ratio = store.raw_bytes(0) / store.stored_bytes(0)
+        say(f"size of {codec}: ratio {ratio:.3f}, byte-plane bound {bound:.3f}, {ratio / bound:.1%} of it")
+
+    order = np.random.default_rng(0).permutation(stores["small"].spec("layer_0").n_chunks)
+    n_bytes = len(order) * stores["small"].spec("layer_0").chunk_bytes
+    for codec, store in stores.items():
+        say(f"reading whole chunks in random order, one thread, {codec}")
+        contenders = chunk_readers(store, order)
+        if codec == "raw":
+            flat = np.memmap(arguments.folder / "flat", np.uint16, "w+", shape=(n_contexts, LENGTH, D_MODEL))
+            for start in range(0, n_contexts, 256):
+                flat[start : start + 256] = store.read(0, slice(start, min(start + 256, n_contexts)))
+            buffer = np.empty((8, LENGTH, D_MODEL), np.uint16)
+
+            def copies(flat: NDArray[np.uint16] = flat, buffer: NDArray[np.uint16] = buffer) -> None:
+                for chunk in order:
+                    np.copyto(buffer, flat[int(chunk) * 8 : (int(chunk) + 1) * 8])
+
+            contenders["np.memmap copy"] = copies
+        table.measure(n_bytes, contenders)
+
+    scaling(stores["small"], order, table, n_bytes)
+    batches(stores["small"], table)
+    writing(arguments.folder, demo, stores["small"].manifest, table)
+
+
+def scaling(store: ActivationStore, order: NDArray[np.int64], table: Table, n_bytes: int) -> None:
+    """Two threads against one."""
+    spec = store.spec("layer_0")
+    reader = ShardReader(store.files, spec)
+
+    def with_threads(n_threads: int) -> None:
+        buffers = np.empty((n_threads, *spec.chunk_shape), np.uint16)
+
+        def work(thread: int) -> None:
+            for chunk in order[thread::n_threads]:
+                reader.read_chunk(int(chunk), buffers[thread])
+
+        with ThreadPoolExecutor(n_threads) as pool:
+            list(pool.map(work, range(n_threads)))
+
+    say("reading whole chunks, small, by threads (see wall)")
+    table.measure(n_bytes, {"two threads": lambda: with_threads(2), "one thread": lambda: with_threads(1)})
+
+
+def batches(store: ActivationStore, table: Table) -> None:
+    """Shuffled batches of 2,048 with positions against decoding the same chunks and no more."""
+    shuffled = ShuffledBatches(store, 0, equal_ranges(LENGTH, 4), window_contexts=512, threads=1)
+    order = shuffled.order
+    n_steps = sum(order.steps_of_window(chunks) for chunks in order.windows_of_epoch(0))
+    spec = store.spec("layer_0")
+    reader = ShardReader(store.files, spec)
+    window = np.empty((64, *spec.chunk_shape), np.uint16)
+
+    def all_batches() -> None:
+        for _ in shuffled.steps(0, n_steps):
+            pass
+
+    def bare() -> None:
+        for number, chunk in enumerate(order.chunks_of_epoch(0)):
+            reader.read_chunk(int(chunk), window[number % 64])
+
+    all_batches()
+    say("shuffled batches of 2,048 with positions, windows of 512 contexts")
+    table.measure(order.n_chunks * spec.chunk_bytes, {"batches": all_batches, "bare decode": bare})
+
+
+def writing(folder: Path, demo: ActivationStore, manifest: Manifest, table: Table) -> None:
+    """One durable shard of 512 contexts, encoded in one thread; statistics are not made here."""
+    spec = layer_spec(manifest, 0)
+    rows = tiled(demo, 0, spec.shard_rows)
+    ours_at, zarr_at = folder / "ours.zarr", folder / "theirs.zarr"
+
+    def ours() -> None:
+        write_ours(ours_at, spec, rows)
+
+    def zarr_python() -> None:
+        shutil.rmtree(zarr_at, ignore_errors=True)
+        zarr_at.mkdir()
+        (zarr_at / "zarr.json").write_bytes((folder / "small.zarr" / spec.metadata_path).read_bytes())
+        zarr.open_array(zarr_at, mode="r+")[: spec.shard_rows] = rows
+        with (zarr_at / "c.0.0.0").open("rb+") as file:
+            os.fsync(file.fileno())
+
+    say("writing a durable shard, small, one thread")
+    table.measure(rows.nbytes, {"posae": ours, "zarr-python + fsync": zarr_python})
+    same = (ours_at / "layer_0" / "c.0.0.0").read_bytes() == (zarr_at / "c.0.0.0").read_bytes()
+    say(f"  the two files are {'byte-identical' if same else 'DIFFERENT'}")
+
+
+def write_ours(root: Path, spec: ArraySpec, rows: NDArray[np.uint16]) -> None:
+    """One shard by our writer, streamed chunk by chunk."""
+    from posae.store.files import StoreFiles
+    from posae.store.shards import ShardWriter, encode_chunks
+
+    shutil.rmtree(root, ignore_errors=True)
+    (root / spec.path).mkdir(parents=True)
+    writer = ShardWriter.try_lock(StoreFiles(root), spec, 0, wait=True)
+    assert writer
+    for start in range(0, len(rows), spec.chunk_rows):
+        for encoded in encode_chunks(spec, rows[start : start + spec.chunk_rows]):
+            writer.append(encoded)
+    writer.finish()
+    writer.commit()
+
+
+if __name__ == "__main__":
+    main()
