@@ -9,6 +9,7 @@ import sys
 from typing import Annotated
 
 import typer
+from rich.logging import RichHandler
 
 from .. import __version__
 from ..store.errors import PosaeError
@@ -53,7 +54,9 @@ def options(
 
 def main() -> None:
     """Run the command line."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("posae").addHandler(RichHandler(console=errors, show_time=False, show_path=False))
+    # Its retries are told once, by our own error, when they are used up.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         app()
     except PosaeError as error:

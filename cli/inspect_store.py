@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..store.errors import StoreDamagedError, StoreError, StoreFormatError
+from ..store.errors import SettingsError, StoreDamagedError, StoreError, StoreFormatError
 from ..store.reader import ActivationStore
 from .display import LiveProgress, console, duration, plot, quantity
 
@@ -232,6 +232,10 @@ def _show_context(store: ActivationStore, context: int, tokenizer: str | None) -
     from ..pipeline.text.contexts import tokenizer_hash
 
     source = tokenizer or store.manifest.model
+    if tokenizer is None and (store.manifest.model_revision or "").startswith("sha256:") and source != "demo":
+        raise SettingsError(
+            f"this store was made with a model in a local folder, {source}; name that folder with --tokenizer"
+        )
     decoder = load_tokenizer(source, None if tokenizer else store.manifest.model_revision)
     if tokenizer_hash(decoder) != store.manifest.tokenizer_hash:
         raise StoreFormatError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,6 +276,23 @@ def test_a_store_of_one_context_is_harvested_and_trained_from(posae: Posae, tmp_
     ended = posae("train", store, tmp_path / "run", "--steps", 2, "--ranges", "0:1,1:16")
     assert ended.code == 0
     assert "nothing was scored" in ended.out
+
+
+def test_a_local_model_and_local_text_are_named_without_their_folders(posae: Posae, tmp_path: Path) -> None:
+    model, text, store = tmp_path / "my-model", tmp_path / "my-text.txt", tmp_path / "own.zarr"
+    shutil.copytree(DEMO_MODEL, model)
+    text.write_text("def f(x):\n    return x + 1\n" * 400)
+    words = ("--model", model, "--dataset", text, *SMALL, "--layers", 0)
+    assert posae("harvest", store, *words).code == 0
+    facts = json.loads(posae("inspect-store", store, "--json").out)
+    assert (facts["model"], facts["dataset"]) == ("my-model", "my-text.txt")
+    assert all(str(tmp_path).encode() not in data for data in tree(store).values())
+    text.unlink()  # not touched again: the tokens are in the store
+    assert "finished before" in posae("harvest", store, *words).out
+    ended = posae("inspect-store", store, "--context", 0)
+    assert ended.code == 1
+    assert "--tokenizer" in ended.err
+    assert posae("inspect-store", store, "--context", 0, "--tokenizer", model).code == 0
 
 
 def test_settings_come_from_a_file_and_options_win(posae: Posae, store: Path, tmp_path: Path) -> None:
