@@ -177,6 +177,7 @@ def writing(path: Path) -> Generator[None]:
             errno.EPERM: "permission denied; choose a folder that you may write to",
             errno.EROFS: "the file system is read-only; choose another folder",
             errno.ENOENT: "the folder vanished; put it back",
+            errno.EEXIST: "a file stands where a folder should be; choose another place",
             errno.ENOTDIR: "a file stands where a folder should be; choose another place",
         }.get(error.errno or 0, error.strerror or str(error))
         raise StoreWriteError(

@@ -27,7 +27,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
-    format: Literal[1] = FORMAT
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT, strict=True)] = FORMAT
     """Version of the store's format."""
 
     model: Text
@@ -166,7 +166,8 @@ def parse_manifest(root: Json) -> Manifest:
         return Manifest.model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "manifest"
+        # The key alone: deeper places may be a stranger's words.
+        place = next((str(part) for part in first["loc"]), "manifest")
         raise StoreFormatError(
             f"zarr.json has a manifest that is not whole: {place}: {first['msg']}; "
             "restore it from a copy of the store"

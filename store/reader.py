@@ -27,6 +27,7 @@ from .files import StoreFiles
 from .layout import ArraySpec, Json
 from .manifest import Manifest, layer_path, layer_spec, parse_corpus, parse_manifest, token_specs
 from .seal import (
+    CORPUS_PATH,
     MAX_METADATA_BYTES,
     ROOT_PATH,
     Seal,
@@ -36,9 +37,6 @@ from .seal import (
 )
 from .shards import ShardReader
 from .stats import LayerStats, NormStats, bits_to_float32, norm_stats, stats_specs
-
-CORPUS_PATH = "stats/zarr.json"
-"""Holds the counts of the corpus; written last of the tokens, and so their commit record."""
 
 Selection = slice | Sequence[int] | NDArray[Any]
 
@@ -281,14 +279,21 @@ class ActivationStore:
         Raises:
             StoreDamagedError: a chunk is not what was written.
         """
-        rows = self.array("tokens").read_rows(select(contexts, self.n_contexts, "contexts"))
+        rows = self._beside("tokens", contexts)
         if rows.size and not 0 <= int(rows.min()) <= int(rows.max()) < self.manifest.vocabulary_size:
             raise StoreDamagedError("token ids outside the vocabulary", array="tokens")
         return rows
 
     def documents(self, contexts: Selection = slice(None)) -> NDArray[np.int64]:
         """Which document of the dataset each token came from; int64 [contexts, positions]."""
-        return self.array("document").read_rows(select(contexts, self.n_contexts, "contexts"))
+        return self._beside("document", contexts)
+
+    def _beside(self, name: str, contexts: Selection) -> NDArray[Any]:
+        rows = select(contexts, self.n_contexts, "contexts")
+        if not len(rows):
+            # The array itself may not be committed yet.
+            return np.empty((0, self.context_length), token_specs(self.manifest)[name].dtype)
+        return self.array(name).read_rows(rows)
 
     @cached_property
     def corpus(self) -> Json:

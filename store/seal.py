@@ -15,6 +15,10 @@ from .layout import FORMAT, Json, refuse_newer
 
 SEAL_PATH = "seal.json"
 ROOT_PATH = "zarr.json"
+CORPUS_PATH = "stats/zarr.json"
+"""Holds the counts of the corpus; written last of the tokens, and so their commit record."""
+
+MAX_PATH = 255
 MAX_METADATA_BYTES = 1 << 20
 MAX_SEAL_BYTES = 1 << 28
 
@@ -61,7 +65,8 @@ def parse_json(data: bytes, path: str) -> Json:
         raise ValueError(f"{constant} is no JSON")
 
     try:
-        parsed: Any = json.loads(data, object_pairs_hook=once, parse_constant=refuse)
+        # Decoded here, as json.loads would take UTF-16 and UTF-32 too.
+        parsed: Any = json.loads(data.decode(), object_pairs_hook=once, parse_constant=refuse)
         if not isinstance(parsed, dict):
             raise ValueError("it is not an object")
     except (ValueError, RecursionError) as error:
@@ -108,7 +113,8 @@ def read_seal(files: StoreFiles) -> Seal | None:
             for path, entry in listed.items()
             if _is_plain(path)
         }
-        if found["format"] != FORMAT or len(sealed) != len(listed) or ROOT_PATH not in sealed:
+        needed = {ROOT_PATH, CORPUS_PATH}
+        if found["format"] != FORMAT or len(sealed) != len(listed) or not needed <= sealed.keys():
             raise ValueError("files")
         # Byte for byte what we would write: so a flipped bit anywhere in it is found.
         if seal_bytes(sealed) != data:
@@ -148,5 +154,7 @@ def _hex(value: Any) -> str:
 
 
 def _is_plain(path: str) -> bool:
-    parts = path.split("/")
-    return all(part not in ("", ".", "..") and "\0" not in part and "\\" not in part for part in parts)
+    # Printable, as a damaged file's path is shown to people.
+    if not (path.isascii() and path.isprintable()) or "\\" in path or len(path) > MAX_PATH:
+        return False
+    return all(part not in ("", ".", "..") for part in path.split("/"))

@@ -9,6 +9,7 @@ Costs one pass over the disk and about 1 s a core for each GB on it.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +18,8 @@ from .codecs import ChunkError
 from .errors import StoreDamagedError, StoreError, StoreFormatError
 from .files import PARTIAL
 from .manifest import layer_path, token_specs
-from .reader import CORPUS_PATH, ActivationStore
-from .seal import ROOT_PATH, SEAL_PATH, SealedFile, sha256_of
+from .reader import ActivationStore
+from .seal import CORPUS_PATH, ROOT_PATH, SEAL_PATH, SealedFile, sha256_of
 from .shards import ShardReader
 from .stats import stats_specs
 from .writer import README_PATH
@@ -61,7 +62,7 @@ def verify(
     expected: Mapping[str, SealedFile] = store.seal.files if store.seal else {}
     shards = list(_shards(store))
     covered = {reader.spec.shard_path(shard) for reader, shard, _ in shards}
-    plain = sorted(set(expected) - covered) if expected else _plain_files(store)
+    plain = sorted({*expected, *_plain_files(store)} - covered)
 
     def check_shard(task: tuple[ShardReader, int, str | None]) -> tuple[list[Damage], int]:
         return _check_shard(store, *task)
@@ -69,7 +70,7 @@ def verify(
     def check_file(path: str) -> tuple[list[Damage], int]:
         return _check_file(store, path)
 
-    damaged: list[Damage] = []
+    damaged = list(_misread_metadata(store))
     n_bytes = 0
     with ThreadPoolExecutor(threads) as pool:
         for results in (pool.map(check_file, plain), pool.map(check_shard, shards)):
@@ -88,8 +89,30 @@ def _may_be_ours(store: ActivationStore, path: str) -> bool:
     return not store.is_sealed and not path.endswith(PARTIAL)
 
 
-def _plain_files(store: ActivationStore) -> list[str]:
-    return [ROOT_PATH, CORPUS_PATH] if store.files.exists(CORPUS_PATH) else [ROOT_PATH]
+def _plain_files(store: ActivationStore) -> Iterator[str]:
+    """The metadata that must be there."""
+    yield ROOT_PATH
+    if store.is_sealed or store.files.exists(CORPUS_PATH):
+        yield CORPUS_PATH
+    for layer in store.layers:
+        if store.contexts_by_layer[layer]:
+            yield f"stats/{layer_path(layer)}/zarr.json"
+    for path, n_shards in _arrays(store):
+        if n_shards:
+            yield f"{path}/zarr.json"
+
+
+def _misread_metadata(store: ActivationStore) -> Iterator[Damage]:
+    """What no digest tells: metadata whose bytes are those that were sealed, and not in our form."""
+    checks: list[tuple[str, Callable[[], object]]] = [(CORPUS_PATH, lambda: store.corpus)]
+    checks += [(f"{path}/zarr.json", partial(store.spec, path)) for path, _ in _arrays(store)]
+    for path, check in checks:
+        try:
+            check()
+        except StoreFormatError as error:
+            yield Damage(path, None, None, str(error))
+        except StoreDamagedError:
+            pass  # told by ``_check_file``
 
 
 def _arrays(store: ActivationStore) -> Iterator[tuple[str, int]]:
@@ -111,7 +134,7 @@ def _shards(store: ActivationStore) -> Iterator[tuple[ShardReader, int, str | No
         try:
             reader = store.array(path)
         except (StoreDamagedError, StoreFormatError):
-            continue  # its zarr.json is reported by itself
+            continue  # its zarr.json is told by itself
         for shard in range(n_shards):
             yield reader, shard, _sha256(store, reader, shard)
 
@@ -130,15 +153,22 @@ def _sha256(store: ActivationStore, reader: ShardReader, shard: int) -> str | No
 
 
 def _check_file(store: ActivationStore, path: str) -> tuple[list[Damage], int]:
+    entry = store.seal.files.get(path) if store.seal else None
+    n_bytes, problem = 0, ""
     try:
-        found = sha256_of(store.files, path)
+        n_bytes = store.files.size_bytes(path)
+        if n_bytes is None:
+            problem = "the file is missing"
+        elif store.seal and entry is None:
+            problem = "the seal does not name it"
+        # Sizes first: a file grown to terabytes is not read to the end.
+        elif entry and (entry.n_bytes != n_bytes or entry != sha256_of(store.files, path)):
+            problem = "its bytes are not those that were sealed"
     except FileNotFoundError:
-        return [Damage(path, None, None, "the file is missing")], 0
+        problem = "the file is missing"
     except StoreDamagedError as error:
-        return [Damage(path, None, None, error.problem)], 0
-    if store.seal and found != store.seal.files[path]:
-        return [Damage(path, None, None, "its bytes are not those that were sealed")], found.n_bytes
-    return [], found.n_bytes
+        problem = error.problem
+    return [Damage(path, None, None, problem)] if problem else [], n_bytes or 0
 
 
 def _check_shard(
@@ -151,7 +181,7 @@ def _check_shard(
         reader.check_index(shard)
         first = shard * spec.chunks_per_shard
         chunks = range(first, first + spec.chunks_in(shard))
-        n_bytes = sum(len(reader.encoded(chunk)) for chunk in chunks)
+        n_bytes = len(reader.whole(shard))
         digest = hashlib.sha256(reader.whole(shard)).hexdigest()
         damaged = [
             Damage(spec.path, shard, chunk, problem) for chunk, problem in _bad_chunks(store, reader, chunks)

@@ -21,8 +21,9 @@ from .errors import StoreDamagedError, StoreFormatError, StoreMismatchError, Sto
 from .files import PARTIAL, StoreFiles, exclusive, writing
 from .layout import ArraySpec, Json
 from .manifest import Manifest, group_json, layer_path, layer_spec, root_json, token_specs
-from .reader import CORPUS_PATH, ActivationStore
+from .reader import ActivationStore
 from .seal import (
+    CORPUS_PATH,
     ROOT_PATH,
     SEAL_PATH,
     SealedFile,
@@ -353,7 +354,8 @@ def _abandon(writers: Any) -> None:
 def _check_same(root: Path, found: Manifest, wanted: Manifest) -> None:
     before, now = found.model_dump(), wanted.model_dump()
     # Within a format every posae writes the same bytes; of other libraries nobody can say that.
-    now["versions"]["posae"] = before["versions"].get("posae")
+    for manifest in (before, now):
+        manifest["versions"].pop("posae", None)
     differ = [
         f"{key} is {before[key]!r} there and {now[key]!r} now" for key in now if before[key] != now[key]
     ]

@@ -1,6 +1,6 @@
 """Small stores without a model: random activations, and tokens with BOS first and some EOS."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +131,7 @@ def _make_store(
     **manifest: Any,
 ) -> Made:
     """A store in ``root``; ``bits`` are every layer's, else random; ``manifest`` sets further keys."""
-    settings = MANIFEST | {
+    settings: dict[str, Any] = MANIFEST | {
         "n_contexts": n_contexts,
         "context_length": context_length,
         "d_model": d_model,
@@ -166,7 +166,7 @@ def make_store() -> MakeStore:
 
 
 @pytest.fixture(scope="session")
-def good_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+def good_store(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A sealed store of two layers and three shards; not to be changed."""
     root = tmp_path_factory.mktemp("good") / "good.zarr"
-    yield _make_store(root, n_contexts=41, layers=(0, 3), held_out=9, shard_contexts=16)
+    return _make_store(root, n_contexts=41, layers=(0, 3), held_out=9, shard_contexts=16)

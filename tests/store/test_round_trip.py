@@ -3,7 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 posae.store.register_bfloat16()
 tensorstore: Any = pytest.importorskip("tensorstore")
+open_array: Any = cast("Any", zarr).open_array
 
 EXPONENT = 0x7F80
 CODECS = ("small", "fast", "raw")
@@ -49,7 +50,7 @@ def activations(draw: st.DrawFn) -> NDArray[np.uint16]:
 
 
 def by_zarr(root: Path, path: str) -> NDArray[Any]:
-    array: Any = zarr.open_array(root / path, mode="r")
+    array = open_array(root / path, mode="r")
     return array[:]
 
 
@@ -84,7 +85,7 @@ def test_every_array_comes_out_as_it_went_in(
         np.testing.assert_array_equal(store.tokens(), made.tokens)
         np.testing.assert_array_equal(store.documents(), made.documents)
         assert verify(store).damaged == []
-        written = {
+        written: dict[str, NDArray[Any]] = {
             "layer_2": bits,
             "tokens": made.tokens,
             "document": made.documents,
@@ -114,7 +115,7 @@ def selections(draw: st.DrawFn, size: int) -> Any:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_any_selection_reads_what_numpy_would(good_store: "Made", data: st.DataObject) -> None:
     contexts, positions = data.draw(selections(41)), data.draw(selections(6))
@@ -148,7 +149,7 @@ def test_shard_files_are_those_of_zarr_python(make_store: "MakeStore", tmp_path:
         theirs = tmp_path / "theirs.zarr" / spec.path
         theirs.mkdir(parents=True)
         (theirs / "zarr.json").write_bytes((made.root / spec.metadata_path).read_bytes())
-        array: Any = zarr.open_array(theirs, mode="r+")
+        array = open_array(theirs, mode="r+")
         array[:] = by_zarr(made.root, spec.path)
         for shard in range(spec.n_shards):
             ours = (made.root / spec.shard_path(shard)).read_bytes()
