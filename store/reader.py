@@ -387,6 +387,7 @@ def select(selection: Selection, size: int, axis: str) -> NDArray[np.int64]:
 
     Raises:
         StoreIncompleteError: an index that is not committed.
+        TypeError: neither whole numbers nor booleans.
 
     >>> select(slice(-2, None), 5, "contexts")
     array([3, 4])
@@ -396,7 +397,9 @@ def select(selection: Selection, size: int, axis: str) -> NDArray[np.int64]:
             if edge is not None and edge > size:
                 raise StoreIncompleteError(f"{axis} up to {edge} were asked for, and {size} are there")
         return np.arange(*selection.indices(size))
-    wanted = np.asarray(selection)
+    wanted = np.atleast_1d(np.asarray(selection))
+    if wanted.size and wanted.dtype.kind not in "iub":
+        raise TypeError(f"{axis} are chosen by a slice, whole numbers or booleans, not by {wanted.dtype}")
     if wanted.dtype == np.bool_:
         if wanted.shape != (size,):
             raise StoreIncompleteError(f"{len(wanted)} booleans for {size} {axis}; give one for each")

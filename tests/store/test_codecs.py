@@ -1,0 +1,123 @@
+"""A chunk comes back as it was, or is refused: no flipped bit, cut or lying header passes."""
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as nps
+from numpy.typing import NDArray
+
+from posae.store.codecs import CODECS, ChunkError, Codec, codec_name
+
+NBYTES, BLOCK, ENCODED = 4, 8, 12
+each_codec = pytest.mark.parametrize("name", CODECS)
+
+
+def sealed(payload: bytes) -> memoryview:
+    """A hostile author's chunk: whatever it holds, its checksum is right."""
+    return memoryview(payload + struct.pack("<I", google_crc32c.value(payload)))
+
+
+def small_chunk() -> NDArray[np.uint16]:
+    return np.arange(3 * 4 * 5, dtype=np.uint16).reshape(3, 4, 5)
+
+
+@given(
+    st.sampled_from([*CODECS]),
+    nps.arrays(
+        st.sampled_from(["<u2", "<i4", "<i8", "<f4", "<f8", "u1"]), nps.array_shapes(max_dims=3, max_side=40)
+    ),
+)
+def test_a_chunk_comes_back_bit_for_bit(name: str, chunk: NDArray[Any]) -> None:
+    out = np.full_like(chunk, 1)
+    CODECS[name].decode(memoryview(CODECS[name].encode(chunk)), out)
+    assert out.tobytes() == chunk.tobytes()
+
+
+@each_codec
+def test_every_flipped_bit_is_found(name: str) -> None:
+    codec, out = CODECS[name], np.empty_like(small_chunk())
+    good = codec.encode(small_chunk())
+    for bit in range(8 * len(good)):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ChunkError):
+            codec.decode(memoryview(bad), out)
+
+
+@each_codec
+def test_every_cut_is_found(name: str) -> None:
+    codec, out = CODECS[name], np.empty_like(small_chunk())
+    good = codec.encode(small_chunk())
+    for size in range(len(good)):
+        for cut in (memoryview(good)[:size], sealed(good[:-4][: max(0, size - 4)])):
+            with pytest.raises(ChunkError):
+                codec.decode(cut, out)
+
+
+@each_codec
+@pytest.mark.parametrize("n_bytes", range(4))
+def test_what_is_shorter_than_a_checksum_is_refused(name: str, n_bytes: int) -> None:
+    with pytest.raises(ChunkError):
+        CODECS[name].decode(memoryview(bytes(n_bytes)), np.empty(4, np.uint16))
+
+
+@pytest.mark.parametrize("name", ["small", "fast"])
+@pytest.mark.parametrize("field", [NBYTES, BLOCK, ENCODED])
+@pytest.mark.parametrize(
+    "lie",
+    [lambda n: n + 1, lambda n: n - 1, lambda _: 0, lambda _: 2**31 - 1, lambda _: 2**32 - 1],
+    ids=range(5),
+)
+def test_a_header_that_lies_is_refused_or_harmless(name: str, field: int, lie: Callable[[int], int]) -> None:
+    chunk = np.random.default_rng(0).integers(0, 40, (64, 8), np.uint16)
+    payload = bytearray(CODECS[name].encode(chunk)[:-4])
+    size = struct.unpack_from("<I", payload, field)[0]
+    struct.pack_into("<I", payload, field, lie(size))
+    guarded = np.full((66, 8), 0xABCD, np.uint16)
+    try:
+        CODECS[name].decode(sealed(bytes(payload)), guarded[1:65])
+    except ChunkError:
+        pass
+    else:
+        assert field == BLOCK, "a wrong size was taken"
+    assert (guarded[[0, 65]] == 0xABCD).all(), "written outside the chunk"
+
+
+@pytest.mark.parametrize("name", ["small", "fast"])
+def test_no_payload_with_a_right_checksum_writes_outside_the_chunk(name: str) -> None:
+    rng = np.random.default_rng(0)
+    payload = CODECS[name].encode(np.arange(512, dtype=np.uint16).reshape(64, 8) // 3)[:-4]
+    guarded = np.full((66, 8), 0xABCD, np.uint16)
+    refused = 0
+    for _ in range(2000):
+        bad = bytearray(payload)
+        for place in rng.integers(0, len(bad), 3).tolist():
+            bad[place] = int(rng.integers(256))
+        try:
+            CODECS[name].decode(sealed(bytes(bad)), guarded[1:65])
+        except ChunkError:
+            refused += 1
+        assert (guarded[[0, 65]] == 0xABCD).all()
+    assert refused > 100
+
+
+def test_a_chunk_of_another_size_is_refused() -> None:
+    for name, codec in CODECS.items():
+        encoded = memoryview(codec.encode(small_chunk()))
+        for size in (59, 61):
+            with pytest.raises(ChunkError):
+                codec.decode(encoded, np.empty(size, np.uint16))
+        assert codec_name(codec) == name
+
+
+def test_a_preset_is_known_by_its_json_and_nothing_else_is() -> None:
+    for codec in CODECS.values():
+        assert Codec.from_json(codec.to_json(2)) == codec
+    with pytest.raises(ValueError, match="no preset"):
+        Codec.from_json(Codec("zstd", 9).to_json(2))

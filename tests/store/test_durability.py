@@ -1,0 +1,453 @@
+"""A harvest killed, or refused by the disk, at any moment: doing it again finishes it with the same bytes."""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+from posae.store import ActivationStore
+from posae.store.errors import (
+    StoreDamagedError,
+    StoreError,
+    StoreFormatError,
+    StoreMismatchError,
+    StoreNotFoundError,
+    StoreWriteError,
+)
+from posae.store.files import exclusive
+from posae.store.verify import verify
+from posae.store.writer import StoreWriter
+
+if TYPE_CHECKING:
+    from ..conftest import Made, MakeStore
+
+LAYERS = (0, 3)
+DURABLE_CALLS = ("fsync", "rename", "replace")
+
+
+@pytest.fixture(scope="module")
+def whole(make_store: "MakeStore", tmp_path_factory: pytest.TempPathFactory) -> "Made":
+    """What an undisturbed harvest leaves: two layers, three shards."""
+    root = tmp_path_factory.mktemp("whole") / "a.zarr"
+    return make_store(
+        root,
+        n_contexts=20,
+        context_length=3,
+        d_model=5,
+        layers=LAYERS,
+        held_out=4,
+        chunk_contexts=4,
+        shard_contexts=8,
+        model_layers=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(make_store: "MakeStore", tmp_path_factory: pytest.TempPathFactory) -> "Made":
+    """One layer, two shards: few enough calls to fail at each of them."""
+    root = tmp_path_factory.mktemp("tiny") / "a.zarr"
+    return make_store(
+        root, n_contexts=9, context_length=2, d_model=3, layers=(0,), shard_contexts=8, model_layers=1
+    )
+
+
+def harvest(root: Path, made: "Made", layers: Sequence[int] = ()) -> None:
+    """What ``posae harvest`` does, with activations from ``made`` in place of a model."""
+    layers = layers or tuple(made.activations)
+    writer = StoreWriter.begin(root, made.manifest)
+    with writer.lock():
+        if not writer.has_tokens:
+            writer.write_tokens(made.tokens, made.documents, made.corpus)
+        writer.add_layers(layers)
+    with ThreadPoolExecutor(1) as pool:
+        for wait in (False, True):
+            for shard in range(made.manifest.n_shards):
+                locked = writer.lock_shard(layers, shard, wait=wait)
+                if locked is None:
+                    continue
+                with locked:
+                    for start in range(0, len(locked.contexts), made.manifest.chunk_contexts):
+                        rows = np.array(locked.contexts[start : start + made.manifest.chunk_contexts])
+                        for layer in locked.layers:
+                            locked.append(layer, made.activations[layer][rows], made.ordinary[rows], pool)
+                    locked.commit()
+    with writer.lock():
+        if set(layers) - set(sealed_layers(root)):
+            writer.seal()
+
+
+def sealed_layers(root: Path) -> tuple[int, ...]:
+    store = ActivationStore.open(root)
+    return store.layers if store.is_sealed else ()
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(root)): f.read_bytes() for f in sorted(root.rglob("*")) if f.is_file()}
+
+
+def check_what_is_there(root: Path, made: "Made") -> None:
+    """The store opens once its root is there, verifies, and reads whole shards of what was written."""
+    try:
+        store = ActivationStore.open(root)
+    except (StoreNotFoundError, StoreFormatError):
+        assert not (root / "zarr.json").exists()
+        return
+    assert verify(store).damaged == []
+    for layer in store.layers:
+        n = store.contexts_by_layer[layer]
+        assert n % 8 == 0 or n == made.manifest.n_contexts
+        np.testing.assert_array_equal(store.read(layer), made.activations[layer][:n])
+    np.testing.assert_array_equal(store.tokens(), made.tokens[: store.n_contexts])
+
+
+def check_finishes(root: Path, made: "Made") -> None:
+    harvest(root, made)
+    assert tree(root) == tree(made.root)
+
+
+def forked(task: Callable[[], object]) -> int:
+    """The process id of a child that does ``task`` and nothing else."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        task()
+        os._exit(0)
+    except StoreError:
+        os._exit(3)
+    finally:
+        os._exit(1)
+
+
+def ended(child: int) -> int:
+    """The exit status of ``child``; negative where a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@contextmanager
+def at_call(number: int, fault: Callable[[], object]) -> Generator[list[int]]:
+    """Run ``fault`` before the ``number``-th durable call, counted over all of them; fsync does nothing."""
+    calls = [0]
+
+    def wrapped(real: Callable[..., Any] | None) -> Callable[..., Any]:
+        def call(*args: Any, **keywords: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == number:
+                fault()
+            return real(*args, **keywords) if real else None
+
+        return call
+
+    with patch.multiple("os", fsync=wrapped(None), rename=wrapped(os.rename), replace=wrapped(os.replace)):
+        yield calls
+
+
+def refuse() -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def count_calls(made: "Made", root: Path) -> int:
+    with at_call(0, lambda: None) as calls:
+        harvest(root, made)
+    return calls[0]
+
+
+def test_a_harvest_killed_at_any_durable_call_is_finished_with_the_same_bytes(
+    tiny: "Made", tmp_path: Path
+) -> None:
+    def harvest_until(number: int, root: Path) -> None:
+        with at_call(number, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+            harvest(root, tiny)
+
+    n_calls = count_calls(tiny, tmp_path / "counted.zarr")
+    assert n_calls > 100
+    for number in range(1, n_calls + 1):
+        root = tmp_path / f"{number}.zarr"
+        assert ended(forked(lambda n=number, r=root: harvest_until(n, r))) == -signal.SIGKILL
+        check_what_is_there(root, tiny)
+        with patch("os.fsync"):
+            check_finishes(root, tiny)
+
+
+def test_a_disk_that_refuses_any_durable_call_gives_one_error_and_leaves_nothing_over(
+    tiny: "Made", tmp_path: Path
+) -> None:
+    n_calls = count_calls(tiny, tmp_path / "counted.zarr")
+    for call in range(1, n_calls + 1, 2):
+        root = tmp_path / f"{call}.zarr"
+        with (
+            pytest.raises(StoreWriteError, match="run the same command again"),
+            at_call(call, refuse),
+        ):
+            harvest(root, tiny)
+        assert list(root.rglob("*.partial")) == []
+        check_what_is_there(root, tiny)
+        with patch("os.fsync"):
+            check_finishes(root, tiny)
+
+
+def test_a_harvest_killed_at_random_moments_is_finished_with_the_same_bytes(
+    whole: "Made", tmp_path: Path
+) -> None:
+    seconds = 0.0
+    for warm_up in range(2):
+        began = time.monotonic()
+        assert ended(forked(lambda n=warm_up: harvest(tmp_path / f"timed-{n}.zarr", whole))) == 0
+        seconds = time.monotonic() - began
+    rng = np.random.default_rng()
+    killed = 0
+    for round_ in range(5):
+        root = tmp_path / f"{round_}.zarr"
+        for _ in range(2):
+            child = forked(lambda r=root: harvest(r, whole))
+            time.sleep(float(rng.uniform(0, seconds / 2)))
+            os.kill(child, signal.SIGKILL)
+            killed += ended(child) == -signal.SIGKILL
+            check_what_is_there(root, whole)
+        with patch("os.fsync"):
+            check_finishes(root, whole)
+    assert killed
+
+
+def test_two_harvests_side_by_side_leave_the_same_bytes(whole: "Made", tmp_path: Path) -> None:
+    rng = np.random.default_rng()
+    for round_ in range(4):
+        root = tmp_path / f"{round_}.zarr"
+        children = [forked(lambda r=root: harvest(r, whole)) for _ in range(3)]
+        if round_ % 2:
+            time.sleep(float(rng.uniform(0, 0.1)))
+            os.kill(children[0], signal.SIGKILL)
+        ends = [ended(child) for child in children]
+        assert ends[1:] == [0, 0]
+        assert ends[0] in ((0, -signal.SIGKILL) if round_ % 2 else (0,))
+        assert tree(root) == tree(whole.root)
+
+
+def test_a_held_shard_is_left_to_its_holder_until_that_is_killed(whole: "Made", tmp_path: Path) -> None:
+    root = tmp_path / "a.zarr"
+    writer = StoreWriter.begin(root, whole.manifest)
+    with writer.lock():
+        writer.write_tokens(whole.tokens, whole.documents, whole.corpus)
+        writer.add_layers(LAYERS)
+    told, tell = os.pipe()
+
+    def hold() -> None:
+        with writer.lock_shard(LAYERS, 0, wait=False) or pytest.fail("not to be had"):
+            os.write(tell, b"!")
+            time.sleep(60)
+
+    holder = forked(hold)
+    try:
+        assert os.read(told, 1) == b"!"
+        assert writer.lock_shard(LAYERS, 0, wait=False) is None
+        assert writer.lock_shard(LAYERS[1:], 0, wait=False) is None
+        other = writer.lock_shard(LAYERS, 1, wait=False)
+        assert other is not None
+        with other:
+            assert other.contexts == range(8, 16)
+            assert other.layers == LAYERS
+        waiting = forked(lambda: harvest(root, whole))
+        time.sleep(0.2)
+        assert os.waitpid(waiting, os.WNOHANG) == (0, 0)
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        ended(holder)
+        os.close(told)
+        os.close(tell)
+    assert ended(waiting) == 0
+    assert tree(root) == tree(whole.root)
+
+
+def test_the_lock_of_the_store_is_had_by_one_at_a_time_and_freed_by_a_kill(tmp_path: Path) -> None:
+    told, tell = os.pipe()
+
+    def hold() -> None:
+        with exclusive(tmp_path):
+            os.write(tell, b"!")
+            time.sleep(60)
+
+    holder = forked(hold)
+    assert os.read(told, 1) == b"!"
+    second = forked(hold)
+    os.set_blocking(told, False)
+    time.sleep(0.1)
+    with pytest.raises(BlockingIOError):
+        os.read(told, 1)
+    os.kill(holder, signal.SIGKILL)
+    ended(holder)
+    os.set_blocking(told, True)
+    assert os.read(told, 1) == b"!"
+    os.kill(second, signal.SIGKILL)
+    ended(second)
+    os.close(told)
+    os.close(tell)
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Generator[None]:
+    folder.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("size", ["20k", "80k", "160k", "240k"])
+def test_a_full_disk_gives_one_error_and_room_lets_the_harvest_go_on(
+    whole: "Made", tmp_path: Path, size: str
+) -> None:
+    disk = tmp_path / "disk"
+    with mounted(disk, f"size={size}"):
+        with pytest.raises(StoreWriteError, match="no space left"):
+            harvest(disk / "a.zarr", whole)
+        check_what_is_there(disk / "a.zarr", whole)
+        with pytest.raises(StoreWriteError, match="no space left"):
+            harvest(disk / "a.zarr", whole)
+        remount(disk, "size=4m")
+        check_finishes(disk / "a.zarr", whole)
+
+
+def test_a_read_only_disk_gives_one_error(whole: "Made", tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with mounted(disk, "size=4m"):
+        with suppress(KeyboardInterrupt), at_call(100, interrupt):
+            harvest(disk / "a.zarr", whole)
+        remount(disk, "ro")
+        with pytest.raises(StoreWriteError, match="read-only"):
+            harvest(disk / "a.zarr", whole)
+        with pytest.raises(StoreWriteError, match="read-only"):
+            harvest(disk / "b.zarr", whole)
+        remount(disk, "rw")
+        check_finishes(disk / "a.zarr", whole)
+
+
+def test_files_that_may_not_grow_give_one_error(make_store: "MakeStore", tmp_path: Path) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(StoreWriteError, match="File too large"):
+            make_store(tmp_path / "a.zarr", n_contexts=64, d_model=64, codec="raw")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert list(tmp_path.rglob("*.partial")) == []
+    made = make_store(tmp_path / "a.zarr", n_contexts=64, d_model=64, codec="raw")
+    assert verify(ActivationStore.open(made.root)).damaged == []
+
+
+@pytest.mark.parametrize("place", ["a file", "a file/a.zarr", "a file/b/a.zarr"])
+def test_a_file_in_the_way_gives_one_error(whole: "Made", tmp_path: Path, place: str) -> None:
+    (tmp_path / "a file").write_text("in the way")
+    with pytest.raises(StoreWriteError, match="a file stands where a folder should be"):
+        harvest(tmp_path / place, whole)
+    assert (tmp_path / "a file").read_text() == "in the way"
+
+
+def test_a_folder_that_may_not_be_written_gives_one_error(whole: "Made") -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+
+        def harvest_as_nobody() -> None:
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            with pytest.raises(StoreWriteError, match="permission denied"):
+                harvest(Path(folder) / "a.zarr", whole)
+
+        assert ended(forked(harvest_as_nobody)) == 0
+
+
+def test_an_added_layer_is_unseen_until_the_new_seal_and_leaves_old_files_alone(
+    whole: "Made", tmp_path: Path
+) -> None:
+    root = tmp_path / "a.zarr"
+    harvest(root, whole, LAYERS[:1])
+    before, early = tree(root), ActivationStore.open(root)
+    for number in (7, 20, 33):
+        # Each time further, as it goes on where it stopped.
+        with pytest.raises(StoreWriteError), at_call(number, refuse):
+            harvest(root, whole, LAYERS[1:])
+        store = ActivationStore.open(root)
+        assert (store.layers, store.identity) == ((0,), early.identity)
+        assert verify(store).damaged == []
+    assert ActivationStore.open(root).layers == (0,)
+    harvest(root, whole, LAYERS[1:])
+    assert tree(root) == tree(whole.root)
+    assert {path: tree(root)[path] for path in before if path != "seal.json"} == {
+        path: data for path, data in before.items() if path != "seal.json"
+    }
+    assert early.layers == (0,)
+    np.testing.assert_array_equal(early.read(0), whole.activations[0])
+    np.testing.assert_array_equal(ActivationStore.open(root).read(3), whole.activations[3])
+
+
+def test_other_settings_are_taken_before_the_tokens_are_committed(
+    whole: "Made", make_store: "MakeStore", tmp_path: Path
+) -> None:
+    more = make_store(tmp_path / "more.zarr", n_contexts=64, context_length=7, shard_contexts=16)
+    n_calls = count_calls(whole, tmp_path / "counted.zarr")
+    for number in range(1, n_calls, 3):
+        root = tmp_path / f"{number}.zarr"
+        with suppress(KeyboardInterrupt), at_call(number, interrupt):
+            harvest(root, more, (1,))
+        if (root / "stats/zarr.json").exists():
+            break
+        with patch("os.fsync"):
+            check_finishes(root, whole)
+    with pytest.raises(StoreMismatchError, match="n_contexts is 64 there and 20 now"):
+        harvest(root, whole)
+
+
+def test_a_finished_store_is_not_begun_anew_where_its_commit_record_is_lost(
+    whole: "Made", make_store: "MakeStore", tmp_path: Path
+) -> None:
+    root = tmp_path / "a.zarr"
+    harvest(root, whole)
+    (root / "stats/zarr.json").unlink()
+    left = tree(root)
+    other = make_store(tmp_path / "other.zarr", n_contexts=64)
+    with pytest.raises(StoreDamagedError, match=r"stats/zarr\.json"):
+        harvest(root, other, (1,))
+    assert tree(root) == left
+
+
+def test_a_shard_without_its_statistics_is_made_again(whole: "Made", tmp_path: Path) -> None:
+    root = tmp_path / "a.zarr"
+    harvest(root, whole)
+    for path in ("seal.json", "stats/layer_3/sums/c.1.0.0"):
+        (root / path).unlink()
+    assert ActivationStore.open(root).contexts_by_layer == {0: 20, 3: 8}
+    check_finishes(root, whole)
+
+
+def test_a_batch_that_ends_within_a_chunk_is_refused(whole: "Made", tmp_path: Path) -> None:
+    writer = StoreWriter.begin(tmp_path / "a.zarr", whole.manifest)
+    writer.write_tokens(whole.tokens, whole.documents, whole.corpus)
+    writer.add_layers(LAYERS)
+    for rows in ([0, 1, 2], range(9)):
+        locked = writer.lock_shard(LAYERS, 0, wait=False)
+        assert locked is not None
+        with locked, ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="whole chunks"):
+            locked.append(0, whole.activations[0][np.array(rows)], whole.ordinary[np.array(rows)], pool)
+    assert list((tmp_path / "a.zarr").rglob("*.partial")) == []
