@@ -11,7 +11,6 @@ Cost: saving and loading hold the weights twice in memory for a moment.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ...store.errors import RunError, RunNotFoundError, SettingsError
+from ...store.files import StoreFiles
 from ...store.ranges import PositionRange
 from .autoencoder import Autoencoder
 from .registry import architecture_class
@@ -67,7 +67,7 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path | str, metadata: Map
             ``context_size``, ``dataset_path``, ``prepend_bos`` …
 
     Raises:
-        RunError: the disk refused.
+        StoreWriteError: the disk refused.
     """
     folder = Path(folder)
     weights = {
@@ -96,31 +96,9 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path | str, metadata: Map
         },
     }
     text = json.dumps(configuration, indent=2, allow_nan=False) + "\n"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_durably(folder / WEIGHTS_FILE, weights_bytes)
-        _write_durably(folder / CONFIGURATION_FILE, text.encode())
-    except OSError as error:
-        raise RunError(f"{folder}: cannot save the autoencoder: {error.strerror}") from error
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    """Write the file so that at any moment either the old one is there or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.temporary")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    files = StoreFiles(folder)
+    files.write(WEIGHTS_FILE, weights_bytes)
+    files.write(CONFIGURATION_FILE, text.encode())
 
 
 def load_autoencoder(folder: Path | str) -> Autoencoder:

@@ -20,7 +20,7 @@ from posae.pipeline.sae.saving import (
     save_autoencoder,
 )
 from posae.pipeline.sae.standard import Standard
-from posae.store.errors import RunError, RunNotFoundError, SettingsError
+from posae.store.errors import RunError, RunNotFoundError, SettingsError, StoreWriteError
 from posae.store.ranges import PositionRange, equal_ranges, parse_ranges, range_of_position
 
 D_MODEL, DICTIONARY_SIZE, WIDTH, LENGTH = 6, 10, 4, 16
@@ -449,7 +449,7 @@ def test_a_failed_save_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.Mo
 
     with monkeypatch.context() as patched:
         patched.setattr("os.fsync", refuse)
-        with pytest.raises(RunError, match="No space left"):
+        with pytest.raises(StoreWriteError, match="no space left"):
             save_autoencoder(made("hierarchical"), tmp_path, METADATA)
     assert len(list(tmp_path.iterdir())) == 2
     assert isinstance(load_autoencoder(tmp_path), Standard)
