@@ -274,6 +274,33 @@ def test_a_held_shard_is_left_to_its_holder_until_that_is_killed(whole: "Made", 
     assert tree(root) == tree(whole.root)
 
 
+def test_a_shard_that_its_holder_gives_up_is_had_by_who_waits(whole: "Made", tmp_path: Path) -> None:
+    root = tmp_path / "a.zarr"
+    writer = StoreWriter.begin(root, whole.manifest)
+    with writer.lock():
+        writer.write_tokens(whole.tokens, whole.documents, whole.corpus)
+        writer.add_layers(LAYERS)
+    with ThreadPoolExecutor(2) as pool:
+        with writer.lock_shard(LAYERS, 0, wait=False) or pytest.fail("not to be had"):
+            # Junk that the next holder must not keep, longer than any shard.
+            (root / "layer_0/.c.1.0.0.partial").write_bytes(b"junk" * 5000)
+            waiting = [pool.submit(harvest, root, whole) for _ in range(2)]
+            time.sleep(0.2)
+            assert not waiting[0].done()
+        for done in waiting:
+            done.result(timeout=60)
+    assert tree(root) == tree(whole.root)
+
+
+def test_adding_a_layer_does_not_hide_damage_to_an_old_one(whole: "Made", tmp_path: Path) -> None:
+    root = tmp_path / "a.zarr"
+    harvest(root, whole, LAYERS[:1])
+    bad = root / "stats/layer_0/zarr.json"
+    bad.write_bytes(bad.read_bytes() + b" ")
+    harvest(root, whole, LAYERS[1:])
+    assert [damage.array for damage in verify(ActivationStore(root)).damaged] == ["stats/layer_0/zarr.json"]
+
+
 def test_the_lock_of_the_store_is_had_by_one_at_a_time_and_freed_by_a_kill(tmp_path: Path) -> None:
     told, tell = os.pipe()
 
@@ -392,7 +419,8 @@ def test_an_added_layer_is_unseen_until_the_new_seal_and_leaves_old_files_alone(
         assert (store.layers, store.identity) == ((0,), early.identity)
         assert verify(store).damaged == []
     assert ActivationStore.open(root).layers == (0,)
-    harvest(root, whole, LAYERS[1:])
+    with patch("os.fsync"):
+        harvest(root, whole, LAYERS[1:])
     assert tree(root) == tree(whole.root)
     assert {path: tree(root)[path] for path in before if path != "seal.json"} == {
         path: data for path, data in before.items() if path != "seal.json"
@@ -406,8 +434,8 @@ def test_other_settings_are_taken_before_the_tokens_are_committed(
     whole: "Made", make_store: "MakeStore", tmp_path: Path
 ) -> None:
     more = make_store(tmp_path / "more.zarr", n_contexts=64, context_length=7, shard_contexts=16)
-    n_calls = count_calls(whole, tmp_path / "counted.zarr")
-    for number in range(1, n_calls, 3):
+    root = tmp_path
+    for number in range(1, count_calls(whole, tmp_path / "counted.zarr"), 3):
         root = tmp_path / f"{number}.zarr"
         with suppress(KeyboardInterrupt), at_call(number, interrupt):
             harvest(root, more, (1,))

@@ -15,15 +15,24 @@ if TYPE_CHECKING:
     from ..conftest import Made
 
 
+def stand_in_the_way(place: Path, kind: str, victim: Path) -> None:
+    if kind == "link":
+        place.symlink_to(victim)
+    elif kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        place.touch()
+
+
 @pytest.mark.parametrize("kind", ["link", "pipe", "file"])
 def test_writing_goes_through_nothing_that_stands_at_the_temporary_name(tmp_path: Path, kind: str) -> None:
     root, victim = tmp_path / "store", tmp_path / "victim"
     root.mkdir()
     victim.write_text("precious")
     place = root / ".seal.json.partial"
-    {"link": place.symlink_to, "pipe": lambda _: os.mkfifo(place), "file": lambda _: place.touch()}[kind](
-        victim
-    )
+    stand_in_the_way(place, kind, victim)
     StoreFiles(root).write("seal.json", b"{}")
     assert victim.read_text() == "precious"
     assert [path.name for path in root.iterdir()] == ["seal.json"]
@@ -36,9 +45,7 @@ def test_a_shard_is_written_through_no_link_or_pipe(good_store: "Made", tmp_path
     victim.write_text("precious")
     (tmp_path / "layer_0").mkdir()
     place = tmp_path / "layer_0/.c.0.0.0.partial"
-    {"link": place.symlink_to, "pipe": lambda _: os.mkfifo(place), "folder": lambda _: place.mkdir()}[kind](
-        victim
-    )
+    stand_in_the_way(place, kind, victim)
     spec = layer_spec(good_store.manifest, 0)
     with pytest.raises(StoreWriteError):
         ShardWriter.try_lock(StoreFiles(tmp_path), spec, 0, wait=False)

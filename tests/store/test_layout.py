@@ -90,8 +90,10 @@ CHANGES: dict[str, Callable[[Any, Any], Any]] = {
     "object": lambda parent, key: parent.__setitem__(key, {"name": "pickle", "configuration": {}}),
 }
 # Other arrays of ours: another name of an axis, no compressor.
-OURS = {(("dimension_names", axis), "text") for axis in range(3)}
-OURS |= {(("codecs", 0, "configuration", "codecs", 1), "missing")}
+OURS = {
+    *((("dimension_names", axis), "text") for axis in range(3)),
+    (("codecs", 0, "configuration", "codecs", 1), "missing"),
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -127,6 +127,13 @@ def test_any_selection_reads_what_numpy_would(good_store: "Made", data: st.DataO
     np.testing.assert_array_equal(store.tokens(contexts), good_store.tokens[np.arange(41)[contexts]])
 
 
+def test_rows_of_whole_chunks_in_any_order(good_store: "Made") -> None:
+    store, rng = ActivationStore.open(good_store.root), np.random.default_rng(0)
+    orders = [np.arange(16).reshape(2, 8).T.ravel(), np.arange(16).reshape(8, 2).T.ravel(), np.arange(32) % 8]
+    for rows in [*orders, *(rng.permutation(41) for _ in range(20))]:
+        np.testing.assert_array_equal(store.read(0, rows), good_store.activations[0][rows])
+
+
 @pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0, 0x7F81, 0xFFFF])
 def test_what_is_not_finite_is_refused(make_store: "MakeStore", tmp_path: Path, bits: int) -> None:
     values = np.zeros((9, 3, 4), np.uint16)
