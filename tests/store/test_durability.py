@@ -282,8 +282,6 @@ def test_a_shard_that_its_holder_gives_up_is_had_by_who_waits(whole: "Made", tmp
         writer.add_layers(LAYERS)
     with ThreadPoolExecutor(2) as pool:
         with writer.lock_shard(LAYERS, 0, wait=False) or pytest.fail("not to be had"):
-            # Junk that the next holder must not keep, longer than any shard.
-            (root / "layer_0/.c.1.0.0.partial").write_bytes(b"junk" * 5000)
             waiting = [pool.submit(harvest, root, whole) for _ in range(2)]
             time.sleep(0.2)
             assert not waiting[0].done()
@@ -466,6 +464,16 @@ def test_a_shard_without_its_statistics_is_made_again(whole: "Made", tmp_path: P
     for path in ("seal.json", "stats/layer_3/sums/c.1.0.0"):
         (root / path).unlink()
     assert ActivationStore.open(root).contexts_by_layer == {0: 20, 3: 8}
+    check_finishes(root, whole)
+
+
+def test_what_a_killed_writer_left_is_begun_anew_or_removed(whole: "Made", tmp_path: Path) -> None:
+    root = tmp_path / "a.zarr"
+    harvest(root, whole)
+    for path in ("seal.json", "layer_0/c.1.0.0"):
+        (root / path).unlink()
+    for path in ("layer_0/.c.1.0.0", "layer_0/.c.2.0.0", "stats/layer_3/sums/.zarr.json", ".seal.json"):
+        (root / f"{path}.partial").write_bytes(b"longer than any shard" * 1000)
     check_finishes(root, whole)
 
 
