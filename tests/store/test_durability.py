@@ -72,8 +72,9 @@ def harvest(root: Path, made: "Made", layers: Sequence[int] = ()) -> None:
             writer.write_tokens(made.tokens, made.documents, made.corpus)
         writer.add_layers(layers)
     with ThreadPoolExecutor(1) as pool:
+        missing = list(range(made.manifest.n_shards))
         for wait in (False, True):
-            for shard in range(made.manifest.n_shards):
+            for shard in list(missing):
                 locked = writer.lock_shard(layers, shard, wait=wait)
                 if locked is None:
                     continue
@@ -83,6 +84,7 @@ def harvest(root: Path, made: "Made", layers: Sequence[int] = ()) -> None:
                         for layer in locked.layers:
                             locked.append(layer, made.activations[layer][rows], made.ordinary[rows], pool)
                     locked.commit()
+                missing.remove(shard)
     with writer.lock():
         if set(layers) - set(sealed_layers(root)):
             writer.seal()
