@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from ..pipeline.settings import HARVEST_PRESETS, HarvestSettings, resolve_settings
 from .display import LiveProgress, console, duration, errors, quantity
@@ -61,7 +62,5 @@ def harvest(
     with LiveProgress() as progress:
         done = work.run(progress)
     what = f"{done.n_contexts:,} contexts in layers {', '.join(map(str, done.layers))}"
-    if done.n_tokens:
-        console.print(f"{store}: {what}, sealed as {done.identity[:16]}", soft_wrap=True)
-    else:
-        console.print(f"{store}: finished before, {what}, sealed as {done.identity[:16]}", soft_wrap=True)
+    before = "" if done.n_tokens else "finished before, "
+    console.print(Text(f"{store}: {before}{what}, sealed as {done.identity[:16]}"), soft_wrap=True)

@@ -142,9 +142,8 @@ def _show_damage(damaged: list[dict[str, Any]]) -> None:
 def _show_brief(store: ActivationStore, facts: dict[str, Any]) -> None:
     state = f"sealed as {facts['identity'][:16]}" if store.is_sealed else "unfinished"
     ratio = f"ratio {facts['ratio']:.3f}" if facts["ratio"] else "nothing committed yet"
-    console.print(
-        f"[bold]{store.root}[/]: {store.manifest.model} on {store.manifest.dataset}, {state}", soft_wrap=True
-    )
+    what = f"{store.manifest.model} on {store.manifest.dataset}"
+    console.print(Text.assemble((str(store.root), "bold"), f": {what}, {state}"), soft_wrap=True)
     console.print(
         f"layers {', '.join(map(str, store.layers))}, {facts['contexts']:,} contexts of "
         f"{store.context_length} tokens, {quantity(facts['total_bytes'])}, {ratio}",
@@ -198,8 +197,8 @@ def _show(store: ActivationStore, facts: dict[str, Any]) -> None:
             console.print("[bold green]verified[/]: every byte is as it was written")
         _show_damage(facts["damaged"])
         if facts["not_part_of_the_store"]:
-            names = ", ".join(facts["not_part_of_the_store"][:8])
-            console.print(f"not part of the store, and never read: {names}", soft_wrap=True)
+            names = ", ".join(repr(name) for name in facts["not_part_of_the_store"][:8])
+            console.print(Text(f"not part of the store, and never read: {names}"), soft_wrap=True)
 
 
 def _show_layer(store: ActivationStore, facts: dict[str, Any], layer: int) -> None:

@@ -17,7 +17,8 @@ from .layout import FORMAT, MAX_SHARDS, ArraySpec, Json, refuse_newer
 MAX_TEXT = 4096
 MAX_LAYERS = 2**16
 
-Text = Annotated[str, Field(max_length=MAX_TEXT)]
+# No control characters: people see these strings on their terminals.
+Text = Annotated[str, Field(max_length=MAX_TEXT, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 Count = Annotated[int, Field(ge=0, lt=2**48, strict=True)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 
@@ -117,7 +118,7 @@ class Manifest(BaseModel):
     shard_contexts: Annotated[int, Field(ge=1, lt=2**30, strict=True)]
     """Contexts to a shard."""
 
-    versions: Annotated[dict[Text, Text], Field(max_length=64)]
+    versions: Annotated[dict[Annotated[str, Field(max_length=MAX_TEXT)], Text], Field(max_length=64)]
     """Versions of the libraries that bytes depend on."""
 
     @model_validator(mode="after")
