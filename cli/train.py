@@ -32,10 +32,8 @@ def train(
         TrainSettings, "train", presets=TRAIN_PRESETS, preset=preset, config=config, options=options
     )
     opened = ActivationStore.open(store)
-    if settings.layer is not None or opened.layers:
-        layer = settings.layer if settings.layer is not None else opened.layers[len(opened.layers) // 2]
-        # Damage and hostile files are found before anything heavy is loaded.
-        opened.check_layer(layer)
+    # Damage and hostile files are found before anything heavy is loaded.
+    opened.check_layer(opened.layer_or_middle(settings.layer))
     from ..pipeline.evaluate import evaluate
     from ..pipeline.runs import Run
     from ..pipeline.train import Training

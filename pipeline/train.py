@@ -207,11 +207,7 @@ def resolve(store: ActivationStore, settings: TrainSettings) -> TrainSettings:
         SettingsError: a setting does not fit the store.
         StoreIncompleteError: the store has no layers.
     """
-    if not store.layers:
-        raise StoreIncompleteError(
-            f"{store.root} holds no layer yet; run the harvest again, it goes on where it stopped"
-        )
-    layer = settings.layer if settings.layer is not None else store.layers[len(store.layers) // 2]
+    layer = store.layer_or_middle(settings.layer)
     parse_ranges(settings.ranges, store.context_length)
     warmup, ramp = settings.warmup_steps, settings.ramp_steps
     if warmup is None:

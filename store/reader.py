@@ -222,6 +222,18 @@ class ActivationStore:
         """Width of an activation."""
         return self.manifest.d_model
 
+    def layer_or_middle(self, layer: int | None) -> int:
+        """``layer``, or the middle one of the store where none is named.
+
+        Raises:
+            StoreIncompleteError: the store has no layers.
+        """
+        if not self.layers:
+            raise StoreIncompleteError(
+                f"{self.root} holds no layer yet; run the harvest again, it goes on where it stopped"
+            )
+        return layer if layer is not None else self.layers[len(self.layers) // 2]
+
     def held_out_part(self, layer: int) -> tuple[int, int]:
         """Contexts [start, stop) that training does not read.
 

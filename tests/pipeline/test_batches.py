@@ -1,8 +1,8 @@
 """Shuffled batches: every wanted token once an epoch, at any step the same, positions true."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +12,12 @@ from numpy.typing import NDArray
 
 from posae.pipeline.batches import Order, ShuffledBatches, as_torch, ordered_batches, shuffled_batches
 from posae.store.errors import StoreDamagedError
-from posae.store.manifest import Manifest
 from posae.store.ranges import equal_ranges, parse_ranges
 from posae.store.reader import ActivationStore
-from posae.store.writer import StoreWriter
 
 LENGTH, D_MODEL, CONTEXTS, TRAINING = 16, 8, 203, 184
 RANGES = equal_ranges(LENGTH, 4)
-SPECIAL = (0, 1)
+SPECIAL = (0, 1, 2)
 
 
 def activations_of(contexts: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.uint16]:
@@ -28,56 +26,18 @@ def activations_of(contexts: NDArray[np.int64], positions: NDArray[np.int64]) ->
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
-    root = tmp_path_factory.mktemp("store") / "small.zarr"
-    manifest = Manifest(
-        model="none",
-        model_revision=None,
-        model_config_hash="",
-        model_layers=1,
-        d_model=D_MODEL,
-        attention="eager",
-        device="cpu",
-        batch_contexts=8,
+def store(tmp_path_factory: pytest.TempPathFactory, make_store: Callable[..., Any]) -> ActivationStore:
+    contexts, positions = np.divmod(np.arange(CONTEXTS * LENGTH), LENGTH)
+    root: Path = make_store(
+        tmp_path_factory.mktemp("store") / "small.zarr",
         n_contexts=CONTEXTS,
         context_length=LENGTH,
-        skip_contexts=0,
-        held_out=(TRAINING, CONTEXTS),
-        packing="pack",
-        dataset="none",
-        dataset_revision=None,
-        dataset_config=None,
-        dataset_split=None,
-        dataset_column=None,
-        tokenizer_hash="",
-        first_token=0,
-        separator_token=1,
-        special_token_ids=SPECIAL,
-        vocabulary_size=10,
-        seed=0,
-        codec="small",
-        chunk_contexts=8,
+        d_model=D_MODEL,
+        layers=(0,),
+        held_out=CONTEXTS - TRAINING,
         shard_contexts=64,
-        versions={},
-    )
-    tokens = np.random.default_rng(0).integers(1, 10, (CONTEXTS, LENGTH)).astype(np.int32)
-    tokens[:, 0] = 0
-    writer = StoreWriter.begin(root, manifest)
-    with writer.lock():
-        writer.write_tokens(tokens, np.zeros(tokens.shape, np.int64), {})
-        writer.add_layers([0])
-    contexts, positions = np.divmod(np.arange(CONTEXTS * LENGTH), LENGTH)
-    bits = activations_of(contexts, positions).reshape(CONTEXTS, LENGTH, D_MODEL)
-    with ThreadPoolExecutor(1) as pool:
-        for shard in range(manifest.n_shards):
-            locked = writer.lock_shard([0], shard, wait=False)
-            assert locked
-            with locked:
-                rows = np.array(locked.contexts)
-                locked.append(0, bits[rows], ~np.isin(tokens[rows], SPECIAL), pool)
-                locked.commit()
-    with writer.lock():
-        writer.seal()
+        bits=activations_of(contexts, positions).reshape(CONTEXTS, LENGTH, D_MODEL),
+    ).root
     return ActivationStore.open(root)
 
 
