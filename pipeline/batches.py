@@ -4,7 +4,8 @@ A window of contexts (2,048 by default) is decoded into a buffer while the one b
 used; its tokens are permuted and cut into batches of nearly equal size, nothing is carried over.
 The order follows from (data seed, window, batch size, training contexts, left-out ids) alone, so a
 run resumes at any step by decoding one window. Costs: two windows of memory, and per batch one
-gather on top of decoding; where all training contexts fit into one window they are decoded once.
+gather on top of decoding; where all training contexts fit into one window they are decoded once. On a
+GPU batches are gathered into pinned memory and cross on a stream of their own, beside the training.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -25,11 +26,14 @@ _SCAN_CONTEXTS = 4096
 
 
 class Batch(NamedTuple):
-    """Tokens of one step, sorted by position range; the buffers are used again for the next."""
+    """Tokens of one step, sorted by position range; its memory is used again by the batch after the next."""
 
     step: int
     activations: NDArray[np.uint16]
     """bfloat16 bits [rows, d_model]."""
+
+    on_device: torch.Tensor
+    """The same as bfloat16 on the device that was asked for: on a CPU a view, on a GPU a copy under way."""
 
     positions: NDArray[np.int64]
     """Position of each row in its context; [rows]."""
@@ -47,6 +51,39 @@ class Batch(NamedTuple):
 def as_torch(bits: NDArray[np.uint16]) -> torch.Tensor:
     """The bits of bfloat16 viewed as a bfloat16 tensor, without a copy."""
     return torch.as_tensor(bits).view(torch.bfloat16)
+
+
+class _HostBuffer:
+    """Memory for the rows of a batch, pinned if a GPU is to copy from it."""
+
+    def __init__(self, device: torch.device, copying: torch.cuda.Stream | None, d_model: int) -> None:
+        self._device = device
+        self._copying = copying
+        self._rows = torch.empty((0, d_model), dtype=torch.bfloat16)
+        self._copied = torch.cuda.Event() if copying else None
+
+    def bits(self, n_rows: int) -> NDArray[np.uint16]:
+        """Room for ``n_rows``, as soon as the GPU has taken what was there; uint16 [rows, d_model]."""
+        if self._copied:
+            self._copied.synchronize()
+        if n_rows > len(self._rows):
+            shape = (n_rows, self._rows.shape[1])
+            self._rows = torch.empty(shape, dtype=torch.bfloat16, pin_memory=self._copying is not None)
+        bits: NDArray[np.int16] = self._rows[:n_rows].view(torch.int16).numpy()
+        return bits.view(np.uint16)
+
+    def on_device(self, n_rows: int) -> torch.Tensor:
+        """The rows, ready for whatever the current stream does next; bfloat16 [rows, d_model]."""
+        rows = self._rows[:n_rows]
+        if self._copying is None or self._copied is None:
+            return rows.to(self._device)
+        with torch.cuda.stream(self._copying):
+            moved = rows.to(self._device, non_blocking=True)
+            self._copied.record()
+        using = torch.cuda.current_stream(self._device)
+        using.wait_event(self._copied)
+        moved.record_stream(using)
+        return moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +184,7 @@ class ShuffledBatches:
         leave_out: Sequence[int] = (),
         n_contexts: int | None = None,
         threads: int = 2,
+        device: torch.device | None = None,
     ) -> None:
         """Plan the order; nothing is decoded but token ids.
 
@@ -160,6 +198,7 @@ class ShuffledBatches:
             leave_out: token ids whose rows are never given.
             n_contexts: contexts to read, from the first; by default the training part.
             threads: threads that decode.
+            device: where ``on_device`` is to be; by default the CPU.
 
         Raises:
             StoreDamagedError: the tokens are not what was written.
@@ -168,7 +207,8 @@ class ShuffledBatches:
         self.n_contexts = store.training_contexts(layer) if n_contexts is None else n_contexts
         self._reader = store.array(layer_path(layer))
         self._leave_out = np.array(sorted(leave_out), np.int64)
-        self._range_of = range_of_position(tuple(ranges))
+        self._range_of = range_of_position(tuple(ranges)).astype(np.int64)
+        self._device = device or torch.device("cpu")
         self._n_ranges = len(ranges)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="posae-decode")
         self.order = Order(
@@ -200,31 +240,34 @@ class ShuffledBatches:
             return
         epoch, first_window, skip = self.order.find(start)
         windows = self._windows(epoch, first_window)
-        rows_out = np.empty((0, self.store.d_model), np.uint16)
+        copying = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        buffers = [_HostBuffer(self._device, copying, self.store.d_model) for _ in range(2)]
         step = start
         for window in windows:
             for rows in window.batches[skip:]:
-                if len(rows) > len(rows_out):
-                    rows_out = np.empty((len(rows), self.store.d_model), np.uint16)
-                yield self._batch(step, window, rows, rows_out[: len(rows)])
+                yield self._batch(step, window, rows, buffers[step % 2])
                 step += 1
                 if step >= stop:
                     windows.close()
                     return
             skip = 0
 
-    def _batch(self, step: int, window: "_Window", rows: NDArray[np.int64], out: NDArray[np.uint16]) -> Batch:
+    def _batch(self, step: int, window: "_Window", rows: NDArray[np.int64], buffer: _HostBuffer) -> Batch:
         length = self.store.context_length
         range_ids = self._range_of[rows % length]
-        rows = rows[np.lexsort((rows, range_ids))]
-        np.take(window.activations, rows, axis=0, out=out, mode="clip")
+        n_rows = len(window.activations)
+        # By range, and within one as the rows lie in memory; one sort of one number each.
+        rows = np.sort(range_ids * n_rows + rows) % n_rows
+        bits = buffer.bits(len(rows))
+        np.take(window.activations, rows, axis=0, out=bits, mode="clip")
         place, position = np.divmod(rows, length)
         step_contexts = self.store.manifest.chunk_contexts
         chunk, within = np.divmod(place, step_contexts)
         counts = np.bincount(range_ids, minlength=self._n_ranges)
         return Batch(
             step,
-            out,
+            bits,
+            buffer.on_device(len(rows)),
             position,
             window.chunks[chunk] * step_contexts + within,
             window.tokens.reshape(-1)[rows],
@@ -323,6 +366,7 @@ def ordered_batches(
     stop: int,
     leave_out: Sequence[int] = (),
     batch_contexts: int = 64,
+    device: torch.device | None = None,
 ) -> Iterator[Batch]:
     """The contexts ``start`` to ``stop`` in order, ``batch_contexts`` at a time, rows sorted by range."""
     range_of = range_of_position(tuple(ranges))
@@ -334,9 +378,11 @@ def ordered_batches(
         order = np.argsort(range_of[row_position], kind="stable")
         row_context, row_position = row_context[order], row_position[order]
         counts = np.bincount(range_of[row_position], minlength=len(ranges))
+        bits = store.read(layer, contexts)[row_context, row_position]
         yield Batch(
             number,
-            store.read(layer, contexts)[row_context, row_position],
+            bits,
+            as_torch(bits).to(device),
             positions[row_position],
             contexts[row_context],
             tokens[row_context, row_position],

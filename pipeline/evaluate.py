@@ -13,7 +13,7 @@ import torch
 from ..store.errors import RunMismatchError, RunNotFoundError, StoreIncompleteError
 from ..store.ranges import parse_ranges
 from ..store.reader import ActivationStore
-from .batches import as_torch, ordered_batches
+from .batches import ordered_batches
 from .device import choose_device
 from .metrics import ScoreKeeper, Scores
 from .progress import Progress, Silent
@@ -54,10 +54,11 @@ def evaluate(folder: Path, settings: EvaluateSettings, progress: Progress | None
     keeper = ScoreKeeper(store.d_model, autoencoder.dictionary_size, len(ranges))
     n_contexts = min(stop - start, settings.contexts or stop - start)
     progress.begin("scoring", n_contexts * store.context_length, "tokens")
+    leave_out = config["store"]["left_out_ids"]
     for batch in ordered_batches(
-        store, layer, ranges, start=start, stop=start + n_contexts, leave_out=config["store"]["left_out_ids"]
+        store, layer, ranges, start=start, stop=start + n_contexts, leave_out=leave_out, device=device
     ):
-        x = as_torch(batch.activations).to(device, torch.float32)
+        x = batch.on_device.to(torch.float32)
         output = autoencoder(x, torch.as_tensor(batch.range_offsets))
         base = autoencoder.decode(output.base_code) if output.base_code is not None else None
         keeper.add(x, output.reconstruction, output.code, batch.range_offsets.tolist(), base)

@@ -18,7 +18,7 @@ from .. import __version__
 from ..store.errors import RunMismatchError, SettingsError, StoreIncompleteError
 from ..store.ranges import PositionRange, parse_ranges
 from ..store.reader import ActivationStore
-from .batches import Batch, ShuffledBatches, as_torch
+from .batches import Batch, ShuffledBatches
 from .device import choose_device
 from .metrics import ScoreKeeper
 from .progress import Progress, Silent
@@ -133,6 +133,7 @@ class Training:
             seed=self.settings.data_seed,
             leave_out=self.leave_out,
             n_contexts=self.n_contexts,
+            device=self.device,
         )
         if not int(batches.order.wanted_by_chunk.sum()):
             raise StoreIncompleteError(
@@ -260,7 +261,7 @@ class _State:
 
     def update(self, batch: Batch, *, measure: bool) -> dict[str, Any] | None:
         """One step of AdamW on one batch; what was measured, if asked to."""
-        x = as_torch(batch.activations).to(self.device, torch.float32)
+        x = batch.on_device.to(torch.float32)
         offsets = torch.as_tensor(batch.range_offsets)
         output = self.autoencoder(x, offsets)
         self.optimizer.zero_grad(set_to_none=True)
@@ -269,7 +270,8 @@ class _State:
         self.optimizer.step()  # pyright: ignore[reportUnknownMemberType]
         self.autoencoder.normalise_decoder()
         self.n_tokens += len(x)
-        self.last_fired[(output.code.detach() != 0).any(0)] = int(self.n_tokens)
+        # Not by indexing with booleans, for which a GPU must be waited for.
+        self.last_fired.masked_fill_((output.code.detach() != 0).any(0), int(self.n_tokens))
         return self._line(x, offsets, output, norm) if measure else None
 
     @torch.no_grad()

@@ -3,8 +3,9 @@
 A shard file is its chunks one after the other, each encoded with a checksum, then an index: offset
 and size of every chunk as little-endian uint64, and the index's own checksum (Zarr's
 ``sharding_indexed``). Reading maps the file and decodes straight out of the map into the caller's
-buffer; the index is checked once a shard, the checksum every time a chunk is read. Writing streams:
-a chunk at a time, no more than that in memory.
+buffer; the index is checked once a shard, the checksum every time a chunk is read (where nothing is
+compressed, the first time: then rows come straight from the map). Of the maps at most 2 GiB stay in
+memory, so a reader's does not grow with the store. Writing streams: a chunk at a time.
 """
 
 import fcntl
@@ -12,20 +13,18 @@ import hashlib
 import mmap
 import os
 import resource
-import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from .codecs import ChunkError
+from .codecs import CHECKSUM_BYTES, ChunkError, checksum
 from .errors import StoreDamagedError
 from .files import PARTIAL, StoreFiles, sync_folder, writing
 from .layout import ArraySpec
@@ -34,11 +33,14 @@ from .seal import SealedFile
 _ABSENT = 2**64 - 1
 # A map keeps its file open; a process may often open no more than 1,024.
 _MAPS_KEPT = min(4096, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
+# Pages of a map that were read count as the process's memory until let go. Having them back costs a tenth of
+# the decoding, so small stores keep theirs.
+_PAGES_KEPT_BYTES = 2**31
 
 
 def index_bytes(spec: ArraySpec) -> int:
     """Size of the index at the end of every shard of ``spec``."""
-    return 16 * spec.chunks_per_shard + 4
+    return 16 * spec.chunks_per_shard + CHECKSUM_BYTES
 
 
 def parse_index(spec: ArraySpec, shard: int, data: bytes | memoryview, file_bytes: int) -> NDArray[np.uint64]:
@@ -61,9 +63,9 @@ def parse_index(spec: ArraySpec, shard: int, data: bytes | memoryview, file_byte
     if len(data) != index_bytes(spec):
         raise damaged("the file is cut short")
     raw = bytes(data)
-    if google_crc32c.value(raw[:-4]) != struct.unpack("<I", raw[-4:])[0]:
+    if checksum(raw[:-CHECKSUM_BYTES]) != raw[-CHECKSUM_BYTES:]:
         raise damaged("the checksum of its index does not hold (the file is cut short or changed)")
-    entries = np.frombuffer(raw[:-4], "<u8").reshape(-1, 2)
+    entries = np.frombuffer(raw[:-CHECKSUM_BYTES], "<u8").reshape(-1, 2)
     present, absent = np.split(entries, [spec.chunks_in(shard)])
     limit = np.uint64(file_bytes)
     if not (absent == _ABSENT).all() or (present > limit).any():
@@ -77,6 +79,12 @@ def parse_index(spec: ArraySpec, shard: int, data: bytes | memoryview, file_byte
 class _MappedShard(NamedTuple):
     data: mmap.mmap
     chunks: NDArray[np.uint64]  # offset and size; [chunks, 2]
+    checked: NDArray[np.bool_]  # payload checked, for good; [chunks]
+    touched: NDArray[np.bool_]  # read since pages were last let go; [chunks]
+
+    def place(self, within: int) -> tuple[int, int]:
+        """Offset and size of a chunk."""
+        return int(self.chunks[within, 0]), int(self.chunks[within, 1])
 
 
 class ShardReader:
@@ -96,6 +104,7 @@ class ShardReader:
         self.spec = spec
         self.sealed = sealed
         self._mapped: OrderedDict[int, _MappedShard] = OrderedDict()
+        self._touched_bytes = 0
         self._lock = threading.Lock()
 
     def is_committed(self, shard: int) -> bool:
@@ -150,7 +159,8 @@ class ShardReader:
         if entry is not None and entry.n_bytes != len(data):
             raise self._damaged(shard, f"its file has {len(data):,} bytes, {entry.n_bytes:,} were sealed")
         tail = memoryview(data)[-index_bytes(self.spec) :]
-        return _MappedShard(data, parse_index(self.spec, shard, tail, len(data)))
+        chunks = parse_index(self.spec, shard, tail, len(data))
+        return _MappedShard(data, chunks, *np.zeros((2, len(chunks)), np.bool_))
 
     def _damaged(self, shard: int, problem: str) -> StoreDamagedError:
         return StoreDamagedError(problem, array=self.spec.path, shard=shard)
@@ -162,24 +172,40 @@ class ShardReader:
             raise self._damaged(shard, "the file was cut short while it was read")
         return mapped
 
-    def encoded(self, chunk: int) -> memoryview:
-        """The bytes of a chunk as they lie in its file, not checked.
+    @contextmanager
+    def _payload(self, chunk: int) -> Generator[memoryview]:
+        """The checked payload of a chunk, in the map.
 
         Raises:
-            StoreDamagedError: the file is missing, cut short, or its index does not hold.
+            StoreDamagedError: the file is missing, cut short, or the chunk is not what was written.
         """
         shard, within = divmod(chunk, self.spec.chunks_per_shard)
         mapped = self._still_whole(shard)
-        offset, size = (int(number) for number in mapped.chunks[within])
-        return memoryview(mapped.data)[offset : offset + size]
+        offset, size = mapped.place(within)
+        data = memoryview(mapped.data)[offset : offset + size]
+        try:
+            if mapped.checked[within]:
+                yield data[:-CHECKSUM_BYTES]
+            else:
+                yield self.spec.codec.payload(data, self.spec.chunk_bytes)
+                # Uncompressed rows may be read one by one, and a checksum over all each time would cost more.
+                mapped.checked[within] = self.spec.codec.compressor is None
+        except ChunkError as error:
+            raise StoreDamagedError(str(error), array=self.spec.path, shard=shard, chunk=within) from None
+        if not mapped.touched[within]:
+            mapped.touched[within] = True
+            self._let_go_of_pages(size)
 
-    def whole(self, shard: int) -> mmap.mmap:
-        """The map of a whole file.
-
-        Raises:
-            StoreDamagedError: the file is missing, cut short, or its index does not hold.
-        """
-        return self._still_whole(shard).data
+    def _let_go_of_pages(self, n_bytes: int) -> None:
+        """Count pages that a map brought into memory, and let go of all when they are many."""
+        with self._lock:
+            self._touched_bytes += n_bytes
+            if self._touched_bytes < _PAGES_KEPT_BYTES:
+                return
+            self._touched_bytes = 0
+            for mapped in self._mapped.values():
+                mapped.data.madvise(mmap.MADV_DONTNEED)
+                mapped.touched[:] = False
 
     def read_chunk(self, chunk: int, out: NDArray[Any]) -> None:
         """Decode a chunk into ``out``, C-contiguous bits of shape ``spec.chunk_shape``.
@@ -187,18 +213,25 @@ class ShardReader:
         Raises:
             StoreDamagedError: the chunk is missing or not what was written.
         """
-        try:
-            self.spec.codec.decode(self.encoded(chunk), out)
-        except ChunkError as error:
-            shard, within = divmod(chunk, self.spec.chunks_per_shard)
-            raise StoreDamagedError(str(error), array=self.spec.path, shard=shard, chunk=within) from None
+        with self._payload(chunk) as payload:
+            self.spec.codec.decode(payload, out)
+
+    def _read_rows_of(self, chunk: int, within: NDArray[np.int64]) -> NDArray[Any]:
+        """Some rows of a chunk; bits [rows, …]."""
+        shape, dtype = self.spec.chunk_shape, self.spec.dtype
+        if self.spec.codec.compressor is None:
+            with self._payload(chunk) as payload:
+                return np.frombuffer(payload, dtype).reshape(shape)[within]
+        scratch = np.empty(shape, dtype)
+        self.read_chunk(chunk, scratch)
+        return scratch[within]
 
     def will_need(self, chunks: Iterable[int]) -> None:
         """Ask the operating system to read these chunks ahead, without waiting."""
         for chunk in chunks:
             shard, within = divmod(chunk, self.spec.chunks_per_shard)
             mapped = self._shard(shard)
-            offset, size = (int(number) for number in mapped.chunks[within])
+            offset, size = mapped.place(within)
             start = offset - offset % mmap.PAGESIZE
             with suppress(OSError, ValueError):
                 mapped.data.madvise(mmap.MADV_WILLNEED, start, offset + size - start)
@@ -225,9 +258,7 @@ class ShardReader:
             if whole:
                 self.read_chunk(int(chunk_of[first]), out[first : first + spec.chunk_rows])
             else:
-                scratch = np.empty(spec.chunk_shape, spec.dtype)
-                self.read_chunk(int(chunk_of[first]), scratch)
-                out[places] = scratch[within]
+                out[places] = self._read_rows_of(int(chunk_of[first]), within)
 
         for _ in pool.map(read, groups) if pool else map(read, groups):
             pass
@@ -337,7 +368,7 @@ class ShardWriter:
         if self._n_chunks != self.spec.chunks_in(self.shard):
             raise ValueError(f"{self._n_chunks} of {self.spec.chunks_in(self.shard)} chunks written")
         index = self._index.tobytes()
-        self._write(index + struct.pack("<I", google_crc32c.value(index)))
+        self._write(index + checksum(index))
         with writing(self._target):
             os.fsync(self._file.fileno())
         return ShardDigest(self._n_bytes, self._digest.digest())
@@ -402,4 +433,4 @@ def write_shard(files: StoreFiles, spec: ArraySpec, shard: int, rows: NDArray[An
         index[number] = (len(data), len(encoded))
         data += encoded
     raw = index.tobytes()
-    files.write(spec.shard_path(shard), bytes(data + raw + struct.pack("<I", google_crc32c.value(raw))))
+    files.write(spec.shard_path(shard), bytes(data + raw + checksum(raw)))

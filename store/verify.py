@@ -6,7 +6,6 @@ unfinished store the committed part is checked the same way, against the digests
 Costs one pass over the disk and about 1 s a core for each GB on it.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .codecs import ChunkError
 from .errors import StoreDamagedError, StoreError, StoreFormatError
 from .files import PARTIAL
 from .manifest import layer_path, token_specs
@@ -181,8 +179,7 @@ def _check_shard(
         reader.check_index(shard)
         first = shard * spec.chunks_per_shard
         chunks = range(first, first + spec.chunks_in(shard))
-        n_bytes = len(reader.whole(shard))
-        digest = hashlib.sha256(reader.whole(shard)).hexdigest()
+        n_bytes, digest = sha256_of(store.files, spec.shard_path(shard))
         damaged = [
             Damage(spec.path, shard, chunk, problem) for chunk, problem in _bad_chunks(store, reader, chunks)
         ]
@@ -201,9 +198,11 @@ def _bad_chunks(
     for chunk in chunks:
         within = chunk % spec.chunks_per_shard
         try:
-            spec.codec.decode(reader.encoded(chunk), out)
-        except ChunkError as error:
-            yield within, str(error)
+            reader.read_chunk(chunk, out)
+        except StoreDamagedError as error:
+            if error.chunk is None:
+                raise
+            yield within, error.problem
             continue
         rows = out[: spec.shape[0] - chunk * spec.chunk_rows]
         if spec.path == "tokens" and not ((rows >= 0) & (rows < store.manifest.vocabulary_size)).all():

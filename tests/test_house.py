@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MAY_USE = {
-    "store": {"numpy", "zarr", "numcodecs", "pydantic", "google_crc32c", "fsspec"},
+    "store": {"numpy", "zarr", "numcodecs", "pydantic", "awscrt", "fsspec"},
     "pipeline": {
         *("store", "numpy", "torch", "transformers", "datasets", "safetensors", "pydantic"),
         *("huggingface_hub", "pyarrow"),  # the hub's errors and revisions; parquet: both come with datasets

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -41,7 +42,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, make_store: Callable[..., An
     return ActivationStore.open(root)
 
 
-def batches_of(store: ActivationStore, **options: int) -> ShuffledBatches:
+def batches_of(store: ActivationStore, **options: Any) -> ShuffledBatches:
     return ShuffledBatches(store, 0, RANGES, leave_out=SPECIAL, **options)
 
 
@@ -151,3 +152,17 @@ def test_a_damaged_chunk_stops_the_batches(
     monkeypatch.setattr(opened.array("layer_0"), "read_chunk", damaged)
     with pytest.raises(StoreDamagedError, match="layer_0, shard 0, chunk 5"):
         list(batches_of(opened, batch_size=64, window_contexts=64).steps(0, 100))
+
+
+def test_rows_on_the_device_are_the_activations(store: ActivationStore) -> None:
+    for batch in shuffled_batches(store, 0, RANGES, steps=9, batch_size=64, device=torch.device("cpu")):
+        assert torch.equal(batch.on_device, as_torch(batch.activations))
+        assert batch.on_device.dtype == torch.bfloat16
+
+
+def test_a_batch_keeps_its_memory_while_the_next_is_made(store: ActivationStore) -> None:
+    batches = shuffled_batches(store, 0, RANGES, steps=2, batch_size=64)
+    first = next(batches)
+    kept = first.activations.copy()
+    next(batches)
+    assert (first.activations == kept).all()

@@ -18,7 +18,8 @@ bfloat16: Any = ml_dtypes.bfloat16
 def test_bits_are_rounded_as_others_round_them(value: float) -> None:
     expected = int(np.float32(value).astype(bfloat16).view(np.uint16))
     found = int(bfloat16_bits(value))
-    assert found == expected or (value != value and found & 0x7FFF == expected & 0x7FFF == 0x7FC0)
+    # Others write one NaN for all; ours keeps the payload's upper bits.
+    assert found == expected or (value != value and found & 0x7FFF > 0x7F80 < expected & 0x7FFF)
 
 
 @given(st.integers(0, 2**16 - 1))

@@ -13,7 +13,7 @@ from posae.store import ActivationStore
 from posae.store.errors import StoreDamagedError, StoreError
 from posae.store.layout import ArraySpec
 from posae.store.manifest import Manifest, layer_spec, token_specs
-from posae.store.shards import ShardReader
+from posae.store.shards import index_bytes, parse_index
 from posae.store.stats import stats_specs
 from posae.store.verify import Damage, Verification, verify
 
@@ -43,10 +43,10 @@ def place_of(made: "Made", path: str, byte: int) -> tuple[str, int | None, int |
     if not key.startswith("c."):
         return path, None, None
     shard = int(key.split(".")[1])
-    reader = ShardReader(ActivationStore(made.root).files, arrays(made.manifest, [*made.activations])[name])
-    first = shard * reader.spec.chunks_per_shard
-    for chunk in range(reader.spec.chunks_in(shard)):
-        byte -= len(reader.encoded(first + chunk))
+    spec = arrays(made.manifest, [*made.activations])[name]
+    data = (made.root / path).read_bytes()
+    for chunk, (_, size) in enumerate(parse_index(spec, shard, data[-index_bytes(spec) :], len(data))):
+        byte -= int(size)
         if byte < 0:
             return name, shard, chunk
     return name, shard, None
