@@ -36,7 +36,15 @@ from .seal import (
     read_seal,
 )
 from .shards import ShardReader
-from .stats import LayerStats, NormStats, bits_to_float32, norm_stats, stats_specs
+from .stats import (
+    LayerStats,
+    NormStats,
+    RoundingError,
+    bits_to_float32,
+    byte_plane_bound,
+    norm_stats,
+    stats_specs,
+)
 
 Selection = slice | Sequence[int] | NDArray[Any]
 
@@ -316,11 +324,13 @@ class ActivationStore:
 
     def _merged(self, layer: int, name: str) -> NDArray[Any]:
         array = self.array(f"stats/{layer_path(layer)}/{name}")
-        shard_contexts = self.manifest.shard_contexts
+        # A count is over a shard's contexts, of bytes also over all of their values.
+        values = self.context_length * self.d_model if name == "byte_counts" else 1
+        most = self.manifest.shard_contexts * values
         total: NDArray[Any] | None = None
         for shard in range(self.committed_shards(layer)):
             entry = array.read_rows(np.array([shard]))[0]
-            if entry.dtype.kind == "i" and not 0 <= entry.min() <= entry.max() <= shard_contexts:
+            if entry.dtype.kind == "i" and not 0 <= entry.min() <= entry.max() <= most:
                 raise StoreDamagedError("counts that cannot be", array=array.spec.path, shard=shard)
             entry = entry.astype(np.float64) if entry.dtype.kind == "f" else entry
             total = entry if total is None else total + entry
@@ -338,6 +348,24 @@ class ActivationStore:
                 "it does not count every token", array=f"stats/{layer_path(layer)}/norm_counts"
             )
         return norm_stats(self._merged(layer, "norm_sums"), counts)
+
+    def compression_bound(self, layer: int) -> float | None:
+        """The best ratio of raw to stored bytes that a code of single bytes can reach; None if not counted.
+
+        The low byte of a bfloat16 is noise, so without rounding this is about 1.5.
+        """
+        if not self.manifest.byte_counts:
+            return None
+        return byte_plane_bound(self._merged(layer, "byte_counts"))
+
+    def rounding_error(self, layer: int) -> RoundingError | None:
+        """The error that rounding to ``mantissa_bits`` made, measured at harvest; None if lossless."""
+        if self.manifest.mantissa_bits is None:
+            return None
+        relative, squared = self._merged(layer, "rounding").sum(axis=1).tolist()
+        n_tokens = self.contexts_by_layer[layer] * self.context_length
+        variation = self.stats(layer).variation
+        return RoundingError(relative / n_tokens, squared / variation if variation > 0 else float("nan"))
 
     def stored_bytes(self, layer: int) -> int:
         """Bytes on disk of the committed shards of ``layer``."""

@@ -75,6 +75,35 @@ def test_the_greatest_and_least_numbers_do_not_spoil_statistics(
     np.testing.assert_allclose(store.norms(1).mean, 4 * abs(value), rtol=1e-12)
 
 
+@pytest.mark.parametrize(("shift", "expected"), [(0.0, 0.0), (1.0, 0.5), (30.0, 0.9989)])
+def test_what_position_explains_is_told_and_chance_is_not(
+    make_store: "MakeStore", tmp_path: Path, shift: float, expected: float
+) -> None:
+    rng = np.random.default_rng(3)
+    means = shift * rng.standard_normal((16, 8)).astype(np.float32)
+    values = rng.standard_normal((400, 16, 8), np.float32) + means
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+    made = make_store(
+        tmp_path / "a.zarr", n_contexts=400, context_length=16, d_model=8, held_out=40, bits=bits
+    )
+    stats = ActivationStore.open(made.root).stats(1)
+    assert stats.position_r2 == pytest.approx(expected, abs=0.004 if not shift else 0.1)
+    kept, place = values[made.ordinary], np.nonzero(made.ordinary)[1]
+    within = sum(
+        float(np.square(kept[place == p] - kept[place == p].mean(axis=0)).sum()) for p in np.unique(place)
+    )
+    total = float(np.square(kept - kept.mean(axis=0)).sum())
+    n, groups = len(kept), len(np.unique(place))
+    assert stats.position_r2 == pytest.approx(1 - within / total * (n - 1) / (n - groups), abs=1e-3)
+
+
+def test_position_explains_nothing_that_can_be_told_of_too_few_tokens(
+    make_store: "MakeStore", tmp_path: Path
+) -> None:
+    made = make_store(tmp_path / "a.zarr", n_contexts=1)
+    assert np.isnan(ActivationStore.open(made.root).stats(1).position_r2)
+
+
 def test_a_few_huge_norms_are_outliers(make_store: "MakeStore", tmp_path: Path) -> None:
     bits = np.full((20, 6, 16), 0x3F80, np.uint16)
     bits[:, 0] = 0x4380
