@@ -166,7 +166,9 @@ def parse_manifest(root: Json) -> Manifest:
         raise StoreFormatError(
             "this is Zarr, but no store of posae: zarr.json has no manifest; read it with zarr-python"
         )
-    refuse_newer(cast("Json", found).get("format"))
+    versions = cast("Json", found).get("versions")
+    written_by = cast("Json", versions).get("posae") if isinstance(versions, dict) else None
+    refuse_newer(cast("Json", found).get("format"), written_by)
     missing = Manifest.model_fields.keys() - _ADDED.keys() - cast("Json", found).keys()
     if missing:
         raise StoreFormatError(
