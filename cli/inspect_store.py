@@ -115,7 +115,7 @@ def describe_layer(store: ActivationStore, layer: int) -> dict[str, Any]:
         "ratio": ratio,
         "bound": _finite(bound),
         "share_of_bound": _finite(ratio / bound) if bound else None,
-        "position_r2": _finite(store.stats(layer).position_r2),
+        "position_r2": _finite(store.position_r2(layer)),
         "rounding_error": _finite(rounding.relative) if rounding else None,
         "rounding_fvu": _finite(rounding.fvu) if rounding else None,
     }

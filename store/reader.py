@@ -46,6 +46,9 @@ from .stats import (
     stats_specs,
 )
 
+# What is told of a whole layer by its first shards: 8,192 contexts, and about 20 MB to read at d_model 2,304.
+_SAMPLE_SHARDS = 16
+
 Selection = slice | Sequence[int] | NDArray[Any]
 
 
@@ -322,13 +325,13 @@ class ActivationStore:
             return {}
         return parse_corpus(self.metadata(CORPUS_PATH))
 
-    def _merged(self, layer: int, name: str) -> NDArray[Any]:
+    def _merged(self, layer: int, name: str, most_shards: int | None = None) -> NDArray[Any]:
         array = self.array(f"stats/{layer_path(layer)}/{name}")
         # A count is over a shard's contexts, of bytes also over all of their values.
         values = self.context_length * self.d_model if name == "byte_counts" else 1
         most = self.manifest.shard_contexts * values
         total: NDArray[Any] | None = None
-        for shard in range(self.committed_shards(layer)):
+        for shard in range(self.committed_shards(layer))[:most_shards]:
             entry = array.read_rows(np.array([shard]))[0]
             if entry.dtype.kind == "i" and not 0 <= entry.min() <= entry.max() <= most:
                 raise StoreDamagedError("counts that cannot be", array=array.spec.path, shard=shard)
@@ -336,9 +339,15 @@ class ActivationStore:
             total = entry if total is None else total + entry
         return np.zeros(array.spec.shape[1:]) if total is None else total
 
-    def stats(self, layer: int) -> LayerStats:
-        """Statistics of the ordinary tokens of the training part; one entry a shard is read."""
-        return LayerStats(*(self._merged(layer, name) for name in LayerStats._fields))
+    def stats(self, layer: int, most_shards: int | None = None) -> LayerStats:
+        """Statistics of the ordinary tokens of the training part.
+
+        Args:
+            layer: one of ``layers``.
+            most_shards: read the entries of so many shards, the first, and no more. Contexts are in random
+                order, so they are a sample; an entry is L · d_model float32 numbers.
+        """
+        return LayerStats(*(self._merged(layer, name, most_shards) for name in LayerStats._fields))
 
     def norms(self, layer: int) -> NormStats:
         """Norms by position over all committed tokens."""
@@ -363,9 +372,17 @@ class ActivationStore:
         if self.manifest.mantissa_bits is None:
             return None
         relative, squared = self._merged(layer, "rounding").sum(axis=1).tolist()
-        n_tokens = self.contexts_by_layer[layer] * self.context_length
-        variation = self.stats(layer).variation
-        return RoundingError(relative / n_tokens, squared / variation if variation > 0 else float("nan"))
+        sample = self.stats(layer, _SAMPLE_SHARDS)
+        variance = sample.variation / max(1, sample.n_tokens)
+        squared /= max(1, int(self._merged(layer, "counts").sum()))
+        return RoundingError(
+            relative / (self.contexts_by_layer[layer] * self.context_length),
+            squared / variance if variance > 0 else float("nan"),
+        )
+
+    def position_r2(self, layer: int) -> float:
+        """Share of the variance that position alone explains, of a sample of at most 16 shards."""
+        return self.stats(layer, _SAMPLE_SHARDS).position_r2
 
     def stored_bytes(self, layer: int) -> int:
         """Bytes on disk of the committed shards of ``layer``."""
