@@ -8,7 +8,9 @@ whole chunks (8 contexts) out of the memory map, about 1.5 GB/s to a core with c
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -48,6 +50,7 @@ from .stats import (
 
 # What is told of a whole layer by its first shards: 8,192 contexts, and about 20 MB to read at d_model 2,304.
 _SAMPLE_SHARDS = 16
+_THREADS = min(4, os.cpu_count() or 1)
 
 Selection = slice | Sequence[int] | NDArray[Any]
 
@@ -270,7 +273,7 @@ class ActivationStore:
         positions: Selection = slice(None),
         dtype: str = "uint16",
     ) -> NDArray[Any]:
-        """Activations of one layer.
+        """Activations of one layer, decoded by a few threads.
 
         Args:
             layer: one of ``layers``.
@@ -291,10 +294,13 @@ class ActivationStore:
             self.check_layer(layer)
         rows = select(contexts, self.contexts_by_layer[layer], "contexts")
         columns = select(positions, self.context_length, "positions")
-        bits = self.array(layer_path(layer)).read_rows(rows)
-        if len(columns) != self.context_length or (np.diff(columns) != 1).any():
-            bits = bits[:, columns]
+        whole = len(columns) == self.context_length and bool((np.diff(columns) == 1).all())
+        bits = self.array(layer_path(layer)).read_rows(rows, self._pool, None if whole else columns)
         return bits_to_float32(bits) if dtype == "float32" else bits
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_THREADS, thread_name_prefix="posae-read")
 
     def tokens(self, contexts: Selection = slice(None)) -> NDArray[np.int32]:
         """Token ids; int32 [contexts, positions].
