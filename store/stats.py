@@ -185,7 +185,7 @@ class LayerStats(NamedTuple):
         there = self.counts > 0
         n_groups = int(there.sum())
         variation = self.variation
-        if self.n_tokens <= n_groups or not variation > 0:
+        if self.n_tokens <= n_groups or not 0 < variation < np.inf:
             return float("nan")
         with np.errstate(over="ignore", invalid="ignore"):
             mean = self.sums.sum(axis=0) / self.n_tokens
