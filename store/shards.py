@@ -14,12 +14,13 @@ import mmap
 import os
 import resource
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ _MAPS_KEPT = min(4096, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 
 # Pages of a map that were read count as the process's memory until let go. Having them back costs a tenth of
 # the decoding, so small stores keep theirs.
 _PAGES_KEPT_BYTES = 2**31
+_CUT_SHORT = "the file was cut short while it was read"
 
 
 def index_bytes(spec: ArraySpec) -> int:
@@ -86,9 +88,16 @@ class _MappedShard(NamedTuple):
         """Offset and size of a chunk."""
         return int(self.chunks[within, 0]), int(self.chunks[within, 1])
 
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the file is now shorter than its map."""
+        return self.data.size() < len(self.data)
+
 
 class ShardReader:
     """Chunks of one array, by number; thread-safe."""
+
+    _all: ClassVar[weakref.WeakValueDictionary[int, Self]] = weakref.WeakValueDictionary()
 
     def __init__(
         self, files: StoreFiles, spec: ArraySpec, sealed: Mapping[str, SealedFile] | None = None
@@ -107,6 +116,21 @@ class ShardReader:
         self._touched_bytes = 0
         self._scratch = threading.local()
         self._lock = threading.Lock()
+        self._all[id(self)] = self
+
+    @classmethod
+    def cut_short(cls) -> list[StoreDamagedError]:
+        """What is to be said of mapped files that are shorter than their maps: reading one kills the process.
+
+        Takes no lock, so a handler of that signal may ask.
+        """
+        readers = [reader for ref in cls._all.valuerefs() if (reader := ref()) is not None]
+        return [
+            reader._damaged(shard, _CUT_SHORT)
+            for reader in readers
+            for shard, mapped in list(reader._mapped.items())
+            if mapped.is_cut_short
+        ]
 
     def is_committed(self, shard: int) -> bool:
         """Whether the file of ``shard`` is there with an index that holds."""
@@ -169,8 +193,8 @@ class ShardReader:
     def _still_whole(self, shard: int) -> _MappedShard:
         mapped = self._shard(shard)
         # Reading a map past the end of a file cut short meanwhile would kill the process.
-        if mapped.data.size() != len(mapped.data):
-            raise self._damaged(shard, "the file was cut short while it was read")
+        if mapped.is_cut_short:
+            raise self._damaged(shard, _CUT_SHORT)
         return mapped
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,14 @@ import pytest
 from numpy.typing import NDArray
 
 from posae.store import ActivationStore
-from posae.store.errors import SettingsError, StoreIncompleteError
+from posae.store.errors import (
+    SettingsError,
+    StoreDamagedError,
+    StoreIncompleteError,
+    StoreNotFoundError,
+)
 from posae.store.stats import bin_middles, norm_bin
+from posae.store.verify import verify
 
 if TYPE_CHECKING:
     from ..conftest import Made, MakeStore
@@ -275,6 +282,23 @@ def test_a_replaced_file_is_not_seen_by_an_open_reader(make_store: "MakeStore", 
     store.read(1)
     (made.root / "layer_1/c.0.0.0").rename(tmp_path / "elsewhere")
     np.testing.assert_array_equal(store.read(1), made.activations[1])
+
+
+def test_a_store_removed_under_an_open_reader_is_an_error_where_nothing_is_mapped_yet(
+    make_store: "MakeStore", tmp_path: Path
+) -> None:
+    made = make_store(tmp_path / "a.zarr", n_contexts=40, shard_contexts=16)
+    store = ActivationStore.open(made.root)
+    store.read(1, slice(0, 16))
+    shutil.rmtree(made.root)
+    np.testing.assert_array_equal(store.read(1, slice(0, 16)), made.activations[1][:16])
+    with pytest.raises(StoreDamagedError, match=r"layer_1, shard 1: its file layer_1/c\.1\.0\.0 is missing"):
+        store.read(1)
+    with pytest.raises(StoreDamagedError, match="tokens, shard 0: its file"):
+        store.tokens()
+    assert {damage.problem for damage in verify(store).damaged} >= {"the file is missing"}
+    with pytest.raises(StoreNotFoundError, match="there is no store"):
+        ActivationStore.open(made.root)
 
 
 def test_reading_a_store_needs_neither_torch_nor_zarr(good_store: "Made") -> None:
