@@ -173,10 +173,8 @@ class StoreWriter:
 
     def is_committed(self, layer: int, shard: int) -> bool:
         """Whether one shard of one layer, and its statistics, are there."""
-        stats = stats_specs(self.manifest, layer).values()
-        return all(self.files.exists(spec.shard_path(shard)) for spec in stats) and ShardReader(
-            self.files, layer_spec(self.manifest, layer)
-        ).is_committed(shard)
+        specs = [layer_spec(self.manifest, layer), *stats_specs(self.manifest, layer).values()]
+        return all(ShardReader(self.files, spec).is_committed(shard) for spec in specs)
 
     def lock_shard(self, layers: Sequence[int], shard: int, *, wait: bool) -> "ShardOfLayers | None":
         """The shard of those ``layers`` that lack it, or None if none does or another process has it.
@@ -212,6 +210,7 @@ class StoreWriter:
         were written.
 
         Raises:
+            StoreDamagedError: a file that was committed is missing or not what was written.
             StoreWriteError: the disk refused.
         """
         old = ActivationStore.open(self.root).seal
@@ -252,7 +251,10 @@ class StoreWriter:
             digests = ShardReader(self.files, stats_specs(self.manifest, layer)["sha256"])
             size = self.files.size_bytes(path)
             return SealedFile(size or 0, digests.read_rows(np.array([shard]))[0].tobytes().hex())
-        return sha256_of(self.files, path)
+        try:
+            return sha256_of(self.files, path)
+        except FileNotFoundError:
+            raise StoreDamagedError("the file is missing", array=path) from None
 
 
 class ShardOfLayers:

@@ -1,13 +1,14 @@
 """The command line when disk, clock or another process does its worst: one clear line, and no loss."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ import torch
 
 from posae.cli.app import main
 from posae.store import ActivationStore
+from posae.store.files import StoreFiles
 from posae.store.verify import verify
 
 if TYPE_CHECKING:
@@ -133,6 +135,32 @@ def test_times_in_the_future_and_a_clock_that_goes_backwards_change_nothing(
             os.utime(path, (now + 10**8, now + 10**8))
     assert call("inspect-store", store, "--verify") == 0
     assert call("train", store, tmp_path / "run", *QUICK) == 0
+
+
+def test_an_unfinished_store_from_the_future_is_inspected_without_nonsense(
+    make_store: "MakeStore", tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store(tmp_path / "a.zarr", seal=False).root
+    assert call("inspect-store", store) == 0
+    assert re.search(r"last written \d+ s ago", " ".join(capsys.readouterr().out.split()))
+    os.utime(store / "zarr.json", (time.time() + 4000, time.time() + 4000))
+    assert call("inspect-store", store) == 0
+    assert "last written 0 s ago" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("option", ["--json", "--brief", "--verify"])
+def test_temporary_files_that_vanish_meanwhile_do_not_stop_inspecting(
+    make_store: "MakeStore", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    store = make_store(tmp_path / "a.zarr", seal=False).root
+    walk = StoreFiles.walk
+
+    def and_a_vanished_one(files: StoreFiles) -> Iterator[str]:
+        yield from walk(files)
+        yield "layer_1/.c.7.0.0.partial"
+
+    monkeypatch.setattr(StoreFiles, "walk", and_a_vanished_one)
+    assert call("inspect-store", store, option) == 0
 
 
 # --- what the disk refuses ----------------------------------------------------------------------------

@@ -495,6 +495,30 @@ def test_a_shard_without_its_statistics_is_made_again(whole: "Made", tmp_path: P
     check_finishes(root, whole)
 
 
+@pytest.mark.parametrize("name", ["sums", "norm_counts", "sha256"])
+def test_damaged_statistics_are_made_again_before_the_seal(whole: "Made", tmp_path: Path, name: str) -> None:
+    root = tmp_path / "a.zarr"
+    harvest(root, whole)
+    (root / "seal.json").unlink()
+    (file,) = (root / f"stats/layer_3/{name}").glob("c.1.*")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert [damage[:2] for damage in verify(ActivationStore(root)).damaged] == [(f"stats/layer_3/{name}", 1)]
+    check_finishes(root, whole)
+
+
+@pytest.mark.parametrize("path", ["tokens/c.2.0", "document/c.0.0", "position/c.0", "tokens/zarr.json"])
+def test_tokens_that_vanished_are_told_and_not_sealed(whole: "Made", tmp_path: Path, path: str) -> None:
+    root = tmp_path / "a.zarr"
+    harvest(root, whole)
+    for gone in ("seal.json", path):
+        (root / gone).unlink()
+    with pytest.raises(StoreDamagedError, match=r"missing; restore this file from a copy"):
+        harvest(root, whole)
+    assert not (root / "seal.json").exists()
+
+
 def test_what_a_killed_writer_left_is_begun_anew_or_removed(whole: "Made", tmp_path: Path) -> None:
     root = tmp_path / "a.zarr"
     harvest(root, whole)
