@@ -59,8 +59,9 @@ def evaluate(folder: Path, settings: EvaluateSettings, progress: Progress | None
         store, layer, ranges, start=start, stop=start + n_contexts, leave_out=leave_out, device=device
     ):
         x = batch.on_device.to(torch.float32)
-        output = autoencoder(x, torch.as_tensor(batch.range_offsets))
-        base = autoencoder.decode(output.base_code) if output.base_code is not None else None
+        positions = torch.as_tensor(batch.positions).to(device)
+        output = autoencoder(x, torch.as_tensor(batch.range_offsets), positions)
+        base = None if output.base_code is None else autoencoder.decode(output.base_code, positions)
         keeper.add(x, output.reconstruction, output.code, batch.range_offsets.tolist(), base)
         progress.advance(len(set(batch.contexts.tolist())) * store.context_length)
     progress.end()

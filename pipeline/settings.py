@@ -113,11 +113,26 @@ class TrainSettings(Settings):
     layer: int | None = Field(default=None, ge=0)
     """Layer to train on; by default the middle one of the store."""
 
-    architecture: Literal["standard", "hierarchical"] = "hierarchical"
-    """standard (ReLU, L1, decoder bias) or hierarchical (the paper's adapters by position range)."""
+    architecture: Literal["standard", "hierarchical", "topk", "batchtopk"] = "hierarchical"
+    """standard (ReLU and L1), topk or batchtopk (the largest activations of a token or of a batch), or
+    hierarchical (the paper's adapters by position range)."""
 
     dictionary_size: int | None = Field(default=None, ge=1)
-    """Features, k; by default as many as the model is wide, as in the paper."""
+    """Features; by default as many as the model is wide, as in the paper, and 8 times as many for topk and
+    batchtopk."""
+
+    position_mean: str = "none"
+    """What is taken from activations by their position before encoding, and added back after decoding, from
+    the store's own means: none, range, exact, or lowrank:16 (any rank)."""
+
+    target_l0: int = Field(default=32, ge=1)
+    """Features active on a token with topk, and on average with batchtopk."""
+
+    auxiliary_coefficient: float = Field(default=1 / 32, ge=0)
+    """Weight of the loss that brings dead features back, with topk and batchtopk."""
+
+    dead_after_tokens: int = Field(default=1_000_000, ge=1)
+    """A feature silent for so many training tokens counts as dead."""
 
     ranges: str = "4"
     """Position ranges: a count of equal ones, or edges such as 0:1,1:4,4:128."""
@@ -137,8 +152,15 @@ class TrainSettings(Settings):
     ramp_steps: int | None = Field(default=None, ge=1)
     """Steps over which alpha then rises to 1; by default the rest."""
 
-    learning_rate: float = Field(default=3e-4, gt=0)
-    """Learning rate of AdamW."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Learning rate of AdamW; by default 3e-4, as in the paper, and 2e-4 · sqrt(16384 / dictionary size) for
+    topk and batchtopk."""
+
+    learning_rate_warmup: float = Field(default=0.0, ge=0, le=1)
+    """Share of the steps over which the learning rate rises from 0."""
+
+    learning_rate_decay: float = Field(default=0.0, ge=0, le=1)
+    """Share of the steps, the last, over which it falls to 0."""
 
     weight_decay: float = Field(default=1e-2, ge=0)
     """Weight decay of AdamW, on every parameter."""
@@ -190,6 +212,10 @@ class TrainSettings(Settings):
             )
         if warmup is None and ramp is not None and ramp > self.steps:
             raise ValueError(f"ramp_steps {ramp} does not fit into {self.steps} steps")
+        if self.learning_rate_warmup + self.learning_rate_decay > 1:
+            raise ValueError(
+                "learning_rate_warmup and learning_rate_decay are shares of the same steps; above 1"
+            )
         return self
 
 
@@ -223,13 +249,31 @@ PAPER = {
     "l1_coefficient": 0.04,
 }
 
+TOPK = {
+    "batch_size": 2048,
+    "weight_decay": 0.0,
+    "clip_norm": 1.0,
+    "learning_rate_warmup": 0.05,
+    "learning_rate_decay": 0.2,
+}
+
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"architecture": "hierarchical", "ranges": "4", "dropout": 0.1, **PAPER},
     "paper-baseline": {"architecture": "standard", **PAPER},
+    "topk": {"architecture": "topk", **TOPK},
+    "batchtopk": {"architecture": "batchtopk", **TOPK},
+    "posae": {"architecture": "batchtopk", "position_mean": "lowrank:16", **TOPK},
 }
-"""``paper``: the text, to the letter. ``paper-baseline``: its settings without adapters or layer norm."""
+"""``paper``: the text, to the letter. ``paper-baseline``: its settings without adapters or layer norm.
+``posae``: what measurement favours so far, BatchTopK on activations less their position's mean. ``topk``,
+``batchtopk``: the same without, to compare with."""
 
-BEST_PRACTICE = {"hierarchical": "paper", "standard": "paper-baseline"}
+BEST_PRACTICE = {
+    "hierarchical": "paper",
+    "standard": "paper-baseline",
+    "topk": "topk",
+    "batchtopk": "batchtopk",
+}
 """What ``--architecture X`` alone takes its settings from."""
 
 Stage = TypeVar("Stage", bound=Settings)

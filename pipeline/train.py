@@ -28,8 +28,11 @@ from .sae.registry import architecture_class, new_autoencoder
 from .sae.saving import save_autoencoder
 from .settings import TrainSettings
 
-_DEAD_AFTER_TOKENS = 1_000_000
-"""A feature silent for so many training tokens counts as dead in ``metrics.jsonl``."""
+_COUNT_DEAD_STEPS = 100
+"""How often it is counted anew which features are dead: it makes a GPU wait."""
+
+_EXPANSION = {"topk": 8, "batchtopk": 8}
+"""Features for each number of an activation, where none are named; of other architectures 1."""
 
 
 class Curriculum(NamedTuple):
@@ -171,9 +174,12 @@ class Training:
         try:
             for batch in batches.steps(start, s.steps):
                 state.autoencoder.alpha = curriculum.alpha(step)
+                state.set_learning_rate(learning_rate(s, step))
                 measure = (step + 1) % s.log_steps == 0 or step + 1 == s.steps
                 line = state.update(batch, measure=measure)
                 step += 1
+                if step % _COUNT_DEAD_STEPS == 0:
+                    state.count_dead()
                 if line:
                     self.run.add_metrics({"step": step, **line})
                     progress.advance(0, _note(line))
@@ -215,15 +221,35 @@ def resolve(store: ActivationStore, settings: TrainSettings) -> TrainSettings:
         warmup = settings.steps // 10 if ramp is None else max(0, settings.steps - ramp)
     if ramp is None:
         ramp = max(1, settings.steps - warmup)
+    size = settings.dictionary_size or store.d_model * _EXPANSION.get(settings.architecture, 1)
+    # Found by sweeps of dictionary_learning for TopK: the larger a dictionary, the slower.
+    usual = 2e-4 * math.sqrt(2**14 / size) if settings.architecture in _EXPANSION else 3e-4
     return settings.model_copy(
         update={
             "layer": layer,
-            "dictionary_size": settings.dictionary_size or store.d_model,
+            "dictionary_size": size,
+            "learning_rate": settings.learning_rate or usual,
             "adapter_width": settings.adapter_width or max(1, store.d_model // 2),
             "warmup_steps": warmup,
             "ramp_steps": ramp,
         }
     )
+
+
+def learning_rate(settings: TrainSettings, step: int) -> float:
+    """The learning rate of the update that follows ``step`` others.
+
+    >>> shares = {"learning_rate_warmup": 0.1, "learning_rate_decay": 0.2}
+    >>> settings = TrainSettings(steps=100, learning_rate=1.0, **shares)
+    >>> [round(learning_rate(settings, step), 2) for step in (0, 9, 50, 89, 99)]
+    [0.1, 1.0, 1.0, 0.55, 0.05]
+    """
+    assert settings.learning_rate is not None
+    rising = settings.learning_rate_warmup * settings.steps
+    falling = settings.learning_rate_decay * settings.steps
+    up = (step + 1) / rising if rising else 1.0
+    down = (settings.steps - step) / falling if falling else 1.0
+    return settings.learning_rate * min(1.0, up, down)
 
 
 class _State:
@@ -233,6 +259,7 @@ class _State:
         self.autoencoder = autoencoder
         self.settings = settings
         self.device = device
+        assert settings.learning_rate is not None
         self.optimizer = torch.optim.AdamW(
             autoencoder.parameters(),
             lr=settings.learning_rate,
@@ -254,16 +281,32 @@ class _State:
             "dictionary_size": settings.dictionary_size,
             "ranges": training.ranges,
             "generator": torch.Generator(training.device).manual_seed(settings.seed),
-            "l1_coefficient": settings.l1_coefficient,
             "activation_scale": _activation_scale(training),
+            "position_mean": settings.position_mean,
         }
-        return cls(new_autoencoder(settings.architecture, **given), settings, training.device)
+        autoencoder = new_autoencoder(settings.architecture, **given)
+        stats = training.store.stats(training.layer)
+        autoencoder.fit_means(stats.sums, stats.counts)
+        return cls(autoencoder, settings, training.device)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """For the next update."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    @torch.no_grad()
+    def count_dead(self) -> None:
+        """Tell the autoencoder which features were silent for long."""
+        silent = int(self.n_tokens) - self.last_fired
+        dead = silent > self.settings.dead_after_tokens
+        self.autoencoder.dead = dead if bool(dead.any()) else None
 
     def update(self, batch: Batch, *, measure: bool) -> dict[str, Any] | None:
         """One step of AdamW on one batch; what was measured, if asked to."""
         x = batch.on_device.to(torch.float32)
         offsets = torch.as_tensor(batch.range_offsets)
-        output = self.autoencoder(x, offsets)
+        positions = torch.as_tensor(batch.positions).to(self.device, non_blocking=True)
+        output = self.autoencoder(x, offsets, positions)
         self.optimizer.zero_grad(set_to_none=True)
         output.losses.total.backward()  # pyright: ignore[reportUnknownMemberType]
         norm = torch.nn.utils.clip_grad_norm_(self.autoencoder.parameters(), self.settings.clip_norm)
@@ -272,12 +315,16 @@ class _State:
         self.n_tokens += len(x)
         # Not by indexing with booleans, for which a GPU must be waited for.
         self.last_fired.masked_fill_((output.code.detach() != 0).any(0), int(self.n_tokens))
-        return self._line(x, offsets, output, norm) if measure else None
+        return self._line(x, positions, offsets, output, norm) if measure else None
 
     @torch.no_grad()
-    def _line(self, x: Tensor, offsets: Tensor, output: Output, norm: Tensor) -> dict[str, Any]:
+    def _line(
+        self, x: Tensor, positions: Tensor, offsets: Tensor, output: Output, norm: Tensor
+    ) -> dict[str, Any]:
         keeper = ScoreKeeper(x.shape[1], output.code.shape[1], len(offsets) - 1)
-        base = None if output.base_code is None else self.autoencoder.decode(output.base_code)
+        base = None
+        if output.base_code is not None:
+            base = self.autoencoder.decode(output.base_code, positions)
         keeper.add(x, output.reconstruction, output.code, offsets, base)
         scores = keeper.scores()
         silent = int(self.n_tokens) - self.last_fired
@@ -286,15 +333,16 @@ class _State:
             "loss": output.losses.total.item(),
             "reconstruction_loss": output.losses.reconstruction.item(),
             "sparsity_loss": output.losses.sparsity.item(),
+            "auxiliary_loss": output.losses.auxiliary.item(),
             "alpha": self.autoencoder.alpha,
-            "learning_rate": self.settings.learning_rate,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
             "l1_coefficient": self.settings.l1_coefficient,
             "l0": scores.l0,
             "fvu": _finite(scores.fvu),
             "fvu_base": None if scores.fvu_base is None else _finite(scores.fvu_base),
             "fvu_by_range": [_finite(value) for value in scores.fvu_by_range],
             "gradient_norm": norm.item(),
-            "dead_fraction": (silent > _DEAD_AFTER_TOKENS).float().mean().item(),
+            "dead_fraction": (silent > self.settings.dead_after_tokens).float().mean().item(),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -303,6 +351,8 @@ class _State:
         for number, entry in self.optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{number}.{key}": value for key, value in entry.items()}
         found |= {"generator": self.autoencoder.generator.get_state(), "last_fired": self.last_fired}
+        dead = self.autoencoder.dead
+        found["dead"] = torch.zeros_like(self.last_fired, dtype=torch.bool) if dead is None else dead
         return {name: value.detach().cpu() for name, value in found.items()} | {"n_tokens": self.n_tokens}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -321,15 +371,23 @@ class _State:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.autoencoder.generator.set_state(tensors["generator"])
         self.last_fired.copy_(tensors["last_fired"])
+        if "dead" in tensors and bool(tensors["dead"].any()):
+            self.autoencoder.dead = tensors["dead"].to(self.device)
         self.n_tokens.copy_(tensors["n_tokens"])
 
 
 def _activation_scale(training: Training) -> float:
-    """What brings the layer's ordinary tokens to a root mean square norm of √d_model."""
-    if training.settings.activation_scale == "none":
+    """What brings the layer's ordinary tokens to a root mean square norm of √d_model.
+
+    Around their mean where that is taken off, else around 0.
+    """
+    settings = training.settings
+    if settings.activation_scale == "none":
         return 1.0
     stats = training.store.stats(training.layer)
-    mean_square = float(stats.squares.sum()) / max(1, int(stats.counts.sum()))
+    is_centred = settings.position_mean != "none" or settings.architecture in _EXPANSION
+    squares = stats.variation if is_centred else float(stats.squares.sum())
+    mean_square = squares / max(1, stats.n_tokens)
     if not mean_square > 0:
         raise SettingsError(
             "activation_scale rms needs ordinary tokens in the training part, and the store's stats name "

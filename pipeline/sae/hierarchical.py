@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .autoencoder import Autoencoder, CommonSettings, empty_weight, require
+from .autoencoder import Autoencoder, Codes, CommonSettings, empty_weight, require
 
 
 class Adapter(nn.Module):
@@ -66,6 +66,7 @@ class Hierarchical(Autoencoder):
     def __init__(
         self,
         *,
+        l1_coefficient: float,
         adapter_width: int,
         dropout: float = 0.1,
         adapter_gain: float = 1.0,
@@ -74,13 +75,15 @@ class Hierarchical(Autoencoder):
         """Make the base, and an adapter for each range.
 
         Raises:
-            SettingsError: see ``Autoencoder``; or an adapter of width 0, a dropout that is no
-                probability below 1, a gain that is not finite.
+            SettingsError: see ``Autoencoder``; or a λ that is negative, an adapter of width 0, a dropout that
+                is no probability below 1, a gain that is not finite.
         """
         super().__init__(**common)
+        require(0 <= l1_coefficient < math.inf, "l1_coefficient", l1_coefficient, "at least 0")
         require(adapter_width >= 1, "adapter_width", adapter_width, "at least 1")
         require(0 <= dropout < 1, "dropout", dropout, "at least 0 and below 1")
         require(math.isfinite(adapter_gain), "adapter_gain", adapter_gain, "finite")
+        self.l1_coefficient = l1_coefficient
         self.adapter_width = adapter_width
         self.dropout = dropout
         self.adapter_gain = adapter_gain
@@ -101,10 +104,10 @@ class Hierarchical(Autoencoder):
         for adapter in self.adapters:
             cast(Adapter, adapter).initialise(self.generator, self.adapter_gain)
 
-    def _codes(self, scaled: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    def _codes(self, scaled: Tensor, lengths: list[int]) -> Codes:
         base_code: Tensor = self.norm(torch.addmm(self.b_enc, scaled, self.W_enc)).relu_()  # eq. 2
         if self.alpha == 0.0:
-            return base_code, base_code
+            return Codes(base_code, base_code)
         # One split has one gradient; slices would each have one of the size of the whole.
         parts = zip(self.adapters, torch.split(base_code, lengths), strict=True)
         adaptation = torch.cat([adapter(rows) for adapter, rows in parts])
@@ -112,10 +115,11 @@ class Hierarchical(Autoencoder):
             kept = torch.empty_like(adaptation)
             kept.bernoulli_(1.0 - self.dropout, generator=self.generator)
             factor = self.alpha / (1.0 - self.dropout)
-            return torch.addcmul(base_code, adaptation, kept, value=factor), base_code  # eq. 3
-        return torch.add(base_code, adaptation, alpha=self.alpha), base_code  # eq. 3
+            return Codes(torch.addcmul(base_code, adaptation, kept, value=factor), base_code)  # eq. 3
+        return Codes(torch.add(base_code, adaptation, alpha=self.alpha), base_code)  # eq. 3
 
-    def _sparsity(self, code: Tensor, base_code: Tensor | None) -> Tensor:
+    def _sparsity(self, codes: Codes) -> Tensor:
+        code, base_code = codes.code, codes.base_code
         assert base_code is not None
         penalty = base_code.sum()  # nothing in h_b is negative: the sum is its L1 norm
         if self.alpha != 0.0:
@@ -124,11 +128,12 @@ class Hierarchical(Autoencoder):
 
     def base_parameters(self) -> int:
         """How many numbers are learned outside the adapters."""
-        return self.n_parameters() - sum(weight.numel() for weight in self.adapters.parameters())
+        return super().base_parameters() - sum(weight.numel() for weight in self.adapters.parameters())
 
     def own_settings(self) -> dict[str, float]:
         """The constructor's keywords that weights do not tell."""
         return super().own_settings() | {
+            "l1_coefficient": self.l1_coefficient,
             "adapter_width": self.adapter_width,
             "dropout": self.dropout,
             "adapter_gain": self.adapter_gain,

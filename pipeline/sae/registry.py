@@ -6,8 +6,11 @@ from ...store.errors import SettingsError
 from .autoencoder import Autoencoder
 from .hierarchical import Hierarchical
 from .standard import Standard
+from .topk import BatchTopK, TopK
 
-ARCHITECTURES: dict[str, type[Autoencoder]] = {kind.architecture: kind for kind in (Hierarchical, Standard)}
+ARCHITECTURES: dict[str, type[Autoencoder]] = {
+    kind.architecture: kind for kind in (Hierarchical, Standard, TopK, BatchTopK)
+}
 
 
 def architecture_class(name: str) -> type[Autoencoder]:

@@ -43,6 +43,7 @@ class _OurKeys(BaseModel):
     alpha: FiniteFloat
     folded_activation_scale: FiniteFloat
     """The scale at which training was done; the weights hold it already."""
+    position_mean: str = "none"
     weights_sha256: str
 
 
@@ -91,6 +92,7 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path | str, metadata: Map
             "ranges": autoencoder.ranges,
             "alpha": autoencoder.alpha,
             "folded_activation_scale": autoencoder.activation_scale,
+            "position_mean": autoencoder.position_mean.form,
             "weights_sha256": hashlib.sha256(weights_bytes).hexdigest(),
             **autoencoder.own_settings(),
         },
@@ -151,6 +153,7 @@ def _without_values(configuration: _Configuration, folder: Path) -> Autoencoder:
             dictionary_size=configuration.d_sae,
             ranges=[PositionRange(*edges) for edges in ours.ranges],
             generator=None,
+            position_mean=ours.position_mean,
             **(ours.model_extra or {}),
         )
     except (SettingsError, TypeError, RuntimeError, OverflowError) as error:

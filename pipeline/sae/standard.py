@@ -8,12 +8,13 @@ and the loss ‖x - x̂‖² + λ‖h‖₁: equation 1 of the paper, with no po
 pass is 4 · d_model · dictionary_size operations a row.
 """
 
+import math
 from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from .autoencoder import Autoencoder, CommonSettings, empty_weight
+from .autoencoder import Autoencoder, Codes, CommonSettings, empty_weight, require
 
 
 class Standard(Autoencoder):
@@ -22,13 +23,19 @@ class Standard(Autoencoder):
     architecture: ClassVar[str] = "standard"
     saelens_architecture: ClassVar[str] = "standard"
 
-    def __init__(self, **common: Unpack[CommonSettings]) -> None:
+    def __init__(self, *, l1_coefficient: float, **common: Unpack[CommonSettings]) -> None:
         """Make the weights: tied at the start, feature directions random.
 
+        Args:
+            l1_coefficient: λ.
+            **common: see ``Autoencoder``.
+
         Raises:
-            SettingsError: see ``Autoencoder``.
+            SettingsError: see ``Autoencoder``; or a λ that is negative.
         """
         super().__init__(**common)
+        require(0 <= l1_coefficient < math.inf, "l1_coefficient", l1_coefficient, "at least 0")
+        self.l1_coefficient = l1_coefficient
         self.b_dec = empty_weight(self.d_model, device=self.W_enc.device)
         self._start()
 
@@ -39,17 +46,16 @@ class Standard(Autoencoder):
         nn.init.zeros_(self.b_enc)
         nn.init.zeros_(self.b_dec)
 
-    def encode(self, x: Tensor, positions: Tensor) -> Tensor:
-        """As in ``Autoencoder``, but positions do not matter and nothing is sorted."""
-        code, _ = self._codes(self._scaled(x.reshape(-1, self.d_model)), [])
-        return code.reshape(*x.shape[:-1], self.dictionary_size)
+    def _codes(self, scaled: Tensor, lengths: list[int]) -> Codes:
+        return Codes(torch.addmm(self.b_enc, scaled - self.b_dec, self.W_enc).relu_())
 
-    def _codes(self, scaled: Tensor, lengths: list[int]) -> tuple[Tensor, None]:
-        return torch.addmm(self.b_enc, scaled - self.b_dec, self.W_enc).relu_(), None
-
-    def _sparsity(self, code: Tensor, base_code: Tensor | None) -> Tensor:
+    def _sparsity(self, codes: Codes) -> Tensor:
         # Nothing in the code is negative, so its sum is its L1 norm.
-        return self.l1_coefficient * code.sum() / len(code)
+        return self.l1_coefficient * codes.code.sum() / len(codes.code)
 
     def _decoded(self, code: Tensor) -> Tensor:
         return torch.addmm(self.b_dec, code, self.W_dec)
+
+    def own_settings(self) -> dict[str, float]:
+        """The constructor's keywords that weights do not tell."""
+        return super().own_settings() | {"l1_coefficient": self.l1_coefficient}

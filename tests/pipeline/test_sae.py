@@ -20,11 +20,13 @@ from posae.pipeline.sae.saving import (
     save_autoencoder,
 )
 from posae.pipeline.sae.standard import Standard
+from posae.pipeline.sae.topk import BatchTopK
 from posae.store.errors import RunError, RunNotFoundError, SettingsError, StoreWriteError
 from posae.store.ranges import PositionRange, equal_ranges, parse_ranges, range_of_position
 
 D_MODEL, DICTIONARY_SIZE, WIDTH, LENGTH = 6, 10, 4, 16
 RANGES = parse_ranges("0:1,1:4,4:10,10:16", LENGTH)
+each_mean = pytest.mark.parametrize("position_mean", ["none", "range", "exact", "lowrank:3"])
 SCALE = 0.3
 Weights = dict[str, np.ndarray[Any, np.dtype[np.float64]]]
 
@@ -48,28 +50,47 @@ def common(seed: int = 0, **more: Any) -> dict[str, Any]:
         "dictionary_size": DICTIONARY_SIZE,
         "ranges": RANGES,
         "generator": generator(seed),
-        "l1_coefficient": 0.04,
         "activation_scale": SCALE,
     } | more
 
 
+OWN: dict[str, dict[str, Any]] = {
+    "hierarchical": {"l1_coefficient": 0.04, "adapter_width": WIDTH},
+    "standard": {"l1_coefficient": 0.04},
+    "topk": {"target_l0": 4},
+    "batchtopk": {"target_l0": 4},
+}
+"""What each architecture must be told."""
+
+
+def new(architecture: str, seed: int = 0, **settings: Any) -> Autoencoder:
+    return new_autoencoder(architecture, **common(seed) | OWN[architecture] | settings)
+
+
 def hierarchical(seed: int = 0, **settings: Any) -> Hierarchical:
-    return Hierarchical(**common(seed, adapter_width=WIDTH) | settings)
+    return Hierarchical(**common(seed) | OWN["hierarchical"] | settings)
 
 
 def standard(seed: int = 0, **settings: Any) -> Standard:
-    return Standard(**common(seed) | settings)
+    return Standard(**common(seed) | OWN["standard"] | settings)
 
 
-def made(architecture: str) -> Autoencoder:
-    """One whose weights are all far from their first values, as after training."""
-    autoencoder = hierarchical() if architecture == "hierarchical" else standard()
+def made(architecture: str, **settings: Any) -> Autoencoder:
+    """One whose weights and means are all far from their first values, as after training."""
+    autoencoder = new(architecture, **settings)
     draw = generator(1)
+    autoencoder.fit_means(np.random.default_rng(1).normal(size=(LENGTH, D_MODEL)), np.arange(LENGTH))
     with torch.no_grad():
         for weight in autoencoder.parameters():
             weight += 0.3 * torch.randn(weight.shape, generator=draw)
+        if isinstance(autoencoder, BatchTopK):
+            autoencoder.threshold.fill_(0.2)
     autoencoder.alpha = 0.7
     return autoencoder
+
+
+def test_all_architectures_are_tested() -> None:
+    assert OWN.keys() == ARCHITECTURES.keys()
 
 
 def batch(n_rows: int = 37, seed: int = 2) -> tuple[Tensor, Tensor, list[int]]:
@@ -203,17 +224,18 @@ def test_each_row_uses_the_adapter_of_its_own_range_alone() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_encode_takes_any_order_and_shape(architecture: str) -> None:
-    autoencoder = made(architecture).eval()
+@each_mean
+def test_encode_takes_any_order_and_shape(architecture: str, position_mean: str) -> None:
+    autoencoder = made(architecture, position_mean=position_mean).eval()
     x, positions, offsets = batch(n_rows=40)
-    expected = autoencoder(x, offsets).code
+    output = autoencoder(x, offsets, positions)
+    expected = output.code
     shuffled = torch.randperm(40, generator=generator(3))
     code = autoencoder.encode(x[shuffled].view(5, 8, -1), positions[shuffled].view(5, 8))
     assert code.shape == (5, 8, DICTIONARY_SIZE)
     torch.testing.assert_close(code.view(40, -1), expected[shuffled])
-    torch.testing.assert_close(
-        autoencoder.decode(code).view(40, -1), autoencoder(x, offsets).reconstruction[shuffled]
-    )
+    decoded = autoencoder.decode(code, positions[shuffled].view(5, 8))
+    torch.testing.assert_close(decoded.view(40, -1), output.reconstruction[shuffled])
 
 
 def test_encode_takes_whole_contexts_in_bfloat16() -> None:
@@ -296,10 +318,7 @@ def test_first_weights_of_the_standard_autoencoder() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dictionary_size", [4, D_MODEL, 20])
 def test_decoder_rows_have_unit_norm(architecture: str, dictionary_size: int) -> None:
-    settings = common() | {"dictionary_size": dictionary_size}
-    if architecture == "hierarchical":
-        settings["adapter_width"] = WIDTH
-    autoencoder = new_autoencoder(architecture, **settings)
+    autoencoder = new(architecture, dictionary_size=dictionary_size)
     ones = torch.ones(dictionary_size)
     torch.testing.assert_close(autoencoder.W_dec.square().sum(1), ones)
     direction = autoencoder.W_dec.detach().clone()
@@ -337,8 +356,7 @@ def test_the_standard_autoencoder_has_no_overhead() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_makes_the_loss_small(architecture: str) -> None:
-    settings = {"adapter_width": WIDTH} if architecture == "hierarchical" else {}
-    autoencoder = new_autoencoder(architecture, **common() | settings)
+    autoencoder = new(architecture)
     optimiser: Any = torch.optim.AdamW(autoencoder.parameters(), lr=1e-2)
     x, _, offsets = batch(n_rows=64)
     losses: list[float] = []
@@ -360,8 +378,11 @@ METADATA = {"model_name": "demo", "hook_name": "model.layers.2", "context_size":
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_saved_autoencoder_gives_the_same_on_raw_activations(architecture: str, tmp_path: Path) -> None:
-    autoencoder = made(architecture).eval()
+@each_mean
+def test_a_saved_autoencoder_gives_the_same_on_raw_activations(
+    architecture: str, position_mean: str, tmp_path: Path
+) -> None:
+    autoencoder = made(architecture, position_mean=position_mean).eval()
     before = {name: weight.clone() for name, weight in autoencoder.state_dict().items()}
     save_autoencoder(autoencoder, tmp_path / "run", METADATA)
     for name, weight in autoencoder.state_dict().items():
@@ -372,8 +393,9 @@ def test_a_saved_autoencoder_gives_the_same_on_raw_activations(architecture: str
     assert not loaded.training
     assert (loaded.alpha, loaded.ranges, loaded.activation_scale) == (0.7, RANGES, 1.0)
     assert loaded.own_settings() == autoencoder.own_settings()
-    x, _, offsets = batch()
-    mine, theirs = autoencoder(x, offsets), loaded(x, offsets)
+    assert loaded.n_parameters() == autoencoder.n_parameters()
+    x, positions, offsets = batch()
+    mine, theirs = autoencoder(x, offsets, positions), loaded(x, offsets, positions)
     torch.testing.assert_close(theirs.code, mine.code, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(theirs.reconstruction, mine.reconstruction, rtol=1e-4, atol=1e-5)
     assert theirs.losses.reconstruction.item() == pytest.approx(
@@ -433,6 +455,7 @@ def test_the_configuration_of_the_hierarchical_autoencoder(tmp_path: Path) -> No
         "ranges": [[0, 1], [1, 4], [4, 10], [10, 16]],
         "alpha": 0.7,
         "folded_activation_scale": SCALE,
+        "position_mean": "none",
         "l1_coefficient": 0.04,
         "adapter_width": WIDTH,
         "dropout": 0.1,
@@ -485,7 +508,10 @@ def test_damaged_weights_are_noticed(damage: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "topk"}, "no architecture 'topk'; take one of hierarchical, standard"),
+        (
+            {"architecture": "gated"},
+            "no architecture 'gated'; take one of hierarchical, standard, topk, batchtopk",
+        ),
         ({"ranges": [[0, 4], [5, 16]]}, "should start at 4"),
         ({"ranges": []}, "ranges is"),
         ({"ranges": [[0, "16"]]}, r"posae\.ranges"),
@@ -560,7 +586,7 @@ def replace_weights(folder: Path, content: bytes) -> None:
 
 
 def test_an_unknown_architecture_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(SettingsError, match="'gated'; take one of hierarchical, standard"):
+    with pytest.raises(SettingsError, match="'gated'; take one of hierarchical, standard, topk, batchtopk"):
         new_autoencoder("gated", **common())
 
 
@@ -578,6 +604,9 @@ def test_an_unknown_architecture_is_refused_with_those_that_exist() -> None:
         {"adapter_width": 0},
         {"dropout": 1.0},
         {"adapter_gain": float("inf")},
+        {"position_mean": "mean"},
+        {"position_mean": "lowrank:7"},
+        {"position_mean": "lowrank:0"},
     ],
     ids=str,
 )

@@ -1,0 +1,101 @@
+"""What is taken off by position: the means that the store summed up, in each form."""
+
+import numpy as np
+import pytest
+import torch
+
+from posae.pipeline.sae.position_mean import PositionMean
+from posae.pipeline.sae.topk import TopK
+from posae.store.errors import SettingsError
+from posae.store.ranges import parse_ranges
+
+LENGTH, D_MODEL = 16, 6
+RANGES = parse_ranges("0:1,1:4,4:10,10:16", LENGTH)
+DRAW = np.random.default_rng(0)
+COUNTS = np.array([0, *DRAW.integers(5, 50, LENGTH - 1)])
+MEANS = DRAW.normal(size=(LENGTH, 2)) @ DRAW.normal(size=(2, D_MODEL)) + 4  # of rank 2 around their mean
+SUMS = MEANS * COUNTS[:, None]
+OVERALL = SUMS.sum(axis=0) / COUNTS.sum()
+
+
+def fitted(form: str) -> PositionMean:
+    mean = PositionMean(form, RANGES, D_MODEL, torch.device("cpu"))
+    mean.fit(SUMS, COUNTS)
+    return mean
+
+
+def rows_of(form: str) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    return fitted(form).rows(torch.arange(LENGTH)).numpy()
+
+
+def test_exact_is_each_positions_mean_and_that_of_all_where_there_is_none() -> None:
+    np.testing.assert_allclose(rows_of("exact")[1:], MEANS[1:], rtol=1e-5)
+    np.testing.assert_allclose(rows_of("exact")[0], OVERALL, rtol=1e-5)
+
+
+def test_range_is_the_mean_of_a_ranges_rows() -> None:
+    found = rows_of("range")
+    for start, stop in RANGES[1:]:
+        expected = SUMS[start:stop].sum(axis=0) / COUNTS[start:stop].sum()
+        np.testing.assert_allclose(found[start:stop], np.tile(expected, (stop - start, 1)), rtol=1e-5)
+    np.testing.assert_allclose(found[0], OVERALL, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_low_rank_is_the_best_of_its_rank(rank: int) -> None:
+    found = rows_of(f"lowrank:{rank}")
+    weights = np.sqrt(COUNTS / COUNTS.sum())[:, None]
+    _, singular, _ = np.linalg.svd((MEANS - OVERALL) * weights)
+    error = np.square((found - MEANS) * weights).sum()
+    assert error == pytest.approx(np.square(singular[rank:]).sum(), rel=1e-5, abs=1e-9)
+    assert np.linalg.matrix_rank((found - OVERALL)[1:], tol=1e-4) <= rank
+    np.testing.assert_allclose(found[0], OVERALL, rtol=1e-4)
+
+
+def test_numbers_are_counted() -> None:
+    kept = {"none": 0, "range": 4 * D_MODEL, "exact": LENGTH * D_MODEL, "lowrank:3": 3 * (LENGTH + D_MODEL)}
+    for form, expected in kept.items():
+        extra = D_MODEL if form.startswith("lowrank") else 0
+        assert fitted(form).n_numbers() == expected + extra
+
+
+def test_a_store_without_rows_gives_zeros() -> None:
+    for form in ("range", "exact", "lowrank:2"):
+        mean = PositionMean(form, RANGES, D_MODEL, torch.device("cpu"))
+        mean.fit(np.zeros((LENGTH, D_MODEL)), np.zeros(LENGTH, np.int64))
+        assert not mean.rows(torch.arange(LENGTH)).any()
+
+
+def test_an_autoencoder_that_takes_means_off_wants_positions() -> None:
+    autoencoder = TopK(
+        d_model=D_MODEL,
+        dictionary_size=12,
+        ranges=RANGES,
+        generator=torch.Generator(),
+        target_l0=2,
+        position_mean="exact",
+    )
+    x = torch.zeros(3, D_MODEL)
+    with pytest.raises(SettingsError, match="give it the position of each row"):
+        autoencoder(x, [0, 3, 3, 3, 3])
+    with pytest.raises(SettingsError, match="give it the position of each row"):
+        autoencoder.decode(torch.zeros(3, 12))
+    with pytest.raises(SettingsError, match="positions lie between 0 and 16"):
+        autoencoder.decode(torch.zeros(3, 12), torch.tensor([0, 1, 16]))
+
+
+def test_what_is_taken_off_is_added_back() -> None:
+    autoencoder = TopK(
+        d_model=D_MODEL,
+        dictionary_size=12,
+        ranges=RANGES,
+        generator=torch.Generator().manual_seed(0),
+        target_l0=2,
+        activation_scale=0.3,
+        position_mean="exact",
+    ).eval()
+    autoencoder.fit_means(SUMS, COUNTS)
+    positions = torch.arange(1, LENGTH)
+    x = torch.as_tensor(MEANS[1:], dtype=torch.float32)
+    assert autoencoder.encode(x, positions).abs().max() < 1e-5
+    torch.testing.assert_close(autoencoder.decode(torch.zeros(LENGTH - 1, 12), positions), x)
