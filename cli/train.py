@@ -1,5 +1,6 @@
 """``posae train``: an autoencoder from a store."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,9 +8,12 @@ import typer
 
 from ..pipeline.settings import TRAIN_PRESETS, EvaluateSettings, TrainSettings, resolve_settings
 from ..store.reader import ActivationStore
-from .display import LiveProgress, console
+from .display import LiveProgress, console, errors
 from .options import Config, with_settings
 from .report import comparison
+
+_LITTLE_R2 = 0.01
+"""Below this share, position means brought nothing where they were tried (docs/paper.md)."""
 
 
 @with_settings(TrainSettings)
@@ -33,12 +37,14 @@ def train(
     )
     opened = ActivationStore.open(store)
     # Damage and hostile files are found before anything heavy is loaded.
-    opened.check_layer(opened.layer_or_middle(settings.layer))
+    layer = opened.layer_or_middle(settings.layer)
+    opened.check_layer(layer)
     from ..pipeline.evaluate import evaluate
     from ..pipeline.runs import Run
     from ..pipeline.train import Training
 
     training = Training(opened, run, settings)
+    errors.print(_about_position(opened.position_r2(layer)), soft_wrap=True)
     with LiveProgress() as progress:
         trained = training.train(progress)
     if not trained.steps_done and (run / "evaluation.json").exists():
@@ -57,3 +63,13 @@ def train(
             "this code is not sparse; a larger --l1-coefficient makes it so",
             soft_wrap=True,
         )
+
+
+def _about_position(r2: float) -> str:
+    """What there is to gain by knowing the position."""
+    if math.isnan(r2):
+        return "what position explains cannot be told of so few tokens"
+    told = f"position explains {max(0.0, r2):.2%} of this layer's variance"
+    if r2 < _LITTLE_R2:
+        return f"{told}: next to nothing for an autoencoder to gain by knowing it"
+    return f"{told}; --position-mean takes that off before encoding"

@@ -80,6 +80,27 @@ class Training:
         self.device = choose_device(self.settings.device)
         self.n_contexts = self._n_contexts()
         self.leave_out = () if self.settings.special_tokens else store.manifest.special_token_ids
+        self.new_autoencoder(None)  # refuses what the architecture cannot be, before a run is begun
+
+    def new_autoencoder(self, generator: torch.Generator | None) -> Autoencoder:
+        """An untrained autoencoder; without a generator one whose weights are only shapes.
+
+        Raises:
+            SettingsError: a setting that the architecture cannot have.
+        """
+        settings = self.settings
+        # An architecture's own keywords are settings of the same names.
+        keywords = inspect.signature(architecture_class(settings.architecture)).parameters
+        own = {name: getattr(settings, name) for name in keywords if name in TrainSettings.model_fields}
+        common = {
+            "d_model": self.store.d_model,
+            "dictionary_size": settings.dictionary_size,
+            "ranges": self.ranges,
+            "generator": generator,
+            "activation_scale": _activation_scale(self) if generator else 1.0,
+            "position_mean": settings.position_mean,
+        }
+        return new_autoencoder(settings.architecture, **own, **common)
 
     def _n_contexts(self) -> int:
         # A run keeps to the contexts that it began with, whatever the store has grown to since.
@@ -271,23 +292,11 @@ class _State:
 
     @classmethod
     def new(cls, training: Training) -> "_State":
-        settings = training.settings
-        # An architecture's own keywords are settings of the same names.
-        keywords = inspect.signature(architecture_class(settings.architecture)).parameters
-        own = {name: getattr(settings, name) for name in keywords if name in TrainSettings.model_fields}
-        given: dict[str, Any] = {
-            **own,
-            "d_model": training.store.d_model,
-            "dictionary_size": settings.dictionary_size,
-            "ranges": training.ranges,
-            "generator": torch.Generator(training.device).manual_seed(settings.seed),
-            "activation_scale": _activation_scale(training),
-            "position_mean": settings.position_mean,
-        }
-        autoencoder = new_autoencoder(settings.architecture, **given)
+        generator = torch.Generator(training.device).manual_seed(training.settings.seed)
+        autoencoder = training.new_autoencoder(generator)
         stats = training.store.stats(training.layer)
         autoencoder.fit_means(stats.sums, stats.counts)
-        return cls(autoencoder, settings, training.device)
+        return cls(autoencoder, training.settings, training.device)
 
     def set_learning_rate(self, rate: float) -> None:
         """For the next update."""

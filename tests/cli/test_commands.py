@@ -267,7 +267,7 @@ def test_a_trained_autoencoder_reproduces_its_score(store: Path, trained: Path) 
     assert fvu.item() == pytest.approx(found["fvu"], rel=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["hierarchical", "standard"])
+@pytest.mark.parametrize("architecture", ["hierarchical", "standard", "batchtopk"])
 def test_a_killed_training_ends_with_the_same_weights(architecture: str, store: Path, tmp_path: Path) -> None:
     words = (*QUICK, "--steps", "300", "--checkpoint-steps", "20", "--architecture", architecture)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -280,6 +280,42 @@ def test_a_killed_training_ends_with_the_same_weights(architecture: str, store: 
     assert call("train", store, whole, *words) == 0
     for name in ("sae_weights.safetensors", "metrics.jsonl", "cfg.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_preset_posae_takes_position_means_off(posae: Posae, store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ended = posae(
+        "train",
+        store,
+        run,
+        "--preset",
+        "posae",
+        "--steps",
+        40,
+        "--position-mean",
+        "lowrank:2",
+        "--target-l0",
+        8,
+    )
+    assert ended.code == 0, ended.err
+    assert "position explains" in ended.err
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    assert (settings["architecture"], settings["dictionary_size"]) == ("batchtopk", 1024)
+    assert settings["learning_rate"] == pytest.approx(8e-4)
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["n_parameters"] - found["n_base_parameters"] == 2 * (16 + 128) + 128
+    assert 2 < found["l0"] < 24
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["learning_rate"] < 2e-4, "it does not fall at the end"
+    opened, autoencoder = ActivationStore.open(store), load_autoencoder(run)
+    bits = as_torch(opened.read(2, slice(16, 24)))
+    x, positions = bits[:, 1:], torch.arange(1, 16)
+    rebuilt = autoencoder.decode(autoencoder.encode(x, positions), positions)
+    special = np.isin(opened.tokens(slice(16, 24))[:, 1:], opened.manifest.special_token_ids)
+    ordinary = torch.as_tensor(~special)
+    error, kept = (x - rebuilt).square()[ordinary], x.float()[ordinary]
+    fvu = error.sum() / (kept - kept.mean(0)).square().sum()
+    assert found["fvu"] == pytest.approx(fvu.item(), rel=1e-3)
 
 
 def test_a_finished_training_says_so_and_changes_nothing(posae: Posae, store: Path, trained: Path) -> None:
@@ -364,6 +400,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["harvest", "{run}", "--dataset", "{jsonl}"], "column"),
     (["harvest", "{run}", "--contexts", "8", "--tokens", "8"], "give one of them"),
     (["harvest", "{run}", "--mantissa-bits", "5", "--codec", "raw"], "take small"),
+    (["train", "{store}", "{run}", "--position-mean", "means"], "none, range, exact, or lowrank:R"),
+    (["train", "{store}", "{run}", "--architecture", "topk", "--target-l0", "2000"], "target_l0 is 2000"),
     (["harvest", "{text}"], "text.txt"),
     (["harvest", "{folder}"], "is no store"),
 ]
