@@ -52,15 +52,8 @@ class StoreFiles:
         Raises:
             OSError: a folder is missing, or something else stands in its place.
         """
-        handle = os.open(self.root, _FOLDER)
+        handle = _descend(os.open(self.root, _FOLDER), path, make=make)
         try:
-            for folder in path.split("/")[:-1]:
-                if make:
-                    with suppress(FileExistsError):
-                        os.mkdir(folder, dir_fd=handle)
-                inner = os.open(folder, _FOLDER | os.O_NOFOLLOW, dir_fd=handle)
-                os.close(handle)
-                handle = inner
             yield handle
         finally:
             os.close(handle)
@@ -75,9 +68,13 @@ class StoreFiles:
         name = path.rpartition("/")[2]
         # O_NONBLOCK: opening a pipe returns at once and is refused below.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        root = os.open(self.root, _FOLDER)
         try:
-            with self.folder_of(path) as folder:
+            folder = _descend(root, path)
+            try:
                 file = os.open(name, flags, dir_fd=folder)
+            finally:
+                os.close(folder)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
                 raise StoreDamagedError("not a regular file (a link, pipe or device)", array=path) from None
@@ -186,6 +183,22 @@ class StoreFiles:
         with writing(self.root / folder), suppress(FileNotFoundError), self.folder_of(f"{folder}/") as handle:
             for name in filter(unwanted, os.listdir(handle)):  # noqa: PTH208 (a descriptor)
                 os.unlink(name, dir_fd=handle)
+
+
+def _descend(handle: int, path: str, *, make: bool = False) -> int:
+    """The folder of ``path`` below the folder ``handle``, in whose place it comes."""
+    try:
+        for folder in path.split("/")[:-1]:
+            if make:
+                with suppress(FileExistsError):
+                    os.mkdir(folder, dir_fd=handle)
+            inner = os.open(folder, _FOLDER | os.O_NOFOLLOW, dir_fd=handle)
+            os.close(handle)
+            handle = inner
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
 
 
 def sync_folder(folder: Path | int) -> None:
