@@ -30,6 +30,7 @@ from .seal import (
     CORPUS_PATH,
     MAX_METADATA_BYTES,
     ROOT_PATH,
+    SEAL_PATH,
     Seal,
     check_sealed_bytes,
     parse_json,
@@ -62,6 +63,7 @@ class ActivationStore:
         self._readers: dict[str, ShardReader] = {}
         self._specs: dict[str, ArraySpec] = {}
         self.layers: tuple[int, ...] = self._find_layers()
+        self._check_seal_is_no_longer_than_the_store()
         self.contexts_by_layer = {layer: self._committed(layer) for layer in self.layers}
         self.n_contexts = min(self.contexts_by_layer.values(), default=0)
 
@@ -124,6 +126,16 @@ class ActivationStore:
         if self.seal:
             return tuple(i for i in candidates if f"{layer_path(i)}/zarr.json" in self.seal.files)
         return tuple(i for i in candidates if self.files.exists(f"{layer_path(i)}/zarr.json"))
+
+    def _check_seal_is_no_longer_than_the_store(self) -> None:
+        """Refuse a stranger's endless seal, before anyone goes through all of it."""
+        beside = token_specs(self.manifest).values()
+        of_a_layer = [layer_spec(self.manifest, 0), *stats_specs(self.manifest, 0).values()]
+        most = 2 + sum(1 + spec.n_shards for spec in beside)
+        most += len(self.layers) * (1 + sum(1 + spec.n_shards for spec in of_a_layer))
+        if self.seal and len(self.seal.files) > most:
+            problem = f"it names {len(self.seal.files):,} files, and a store of these layers has {most:,}"
+            raise StoreDamagedError(problem, array=SEAL_PATH)
 
     def spec(self, path: str) -> ArraySpec:
         """The array at ``path``, checked to be what the manifest says.
@@ -322,6 +334,8 @@ class ActivationStore:
             entry = array.read_rows(np.array([shard]))[0]
             if entry.dtype.kind == "i" and not 0 <= entry.min() <= entry.max() <= shard_contexts:
                 raise StoreDamagedError("counts that cannot be", array=array.spec.path, shard=shard)
+            if entry.dtype.kind == "f" and np.isnan(entry).any():
+                raise StoreDamagedError("sums that are no numbers", array=array.spec.path, shard=shard)
             entry = entry.astype(np.float64) if entry.dtype.kind == "f" else entry
             total = entry if total is None else total + entry
         return np.zeros(array.spec.shape[1:]) if total is None else total

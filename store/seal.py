@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
-from .errors import StoreDamagedError, StoreFormatError
+from .errors import StoreDamagedError, StoreFormatError, StoreWriteError
 from .files import StoreFiles
 from .layout import FORMAT, Json, refuse_newer
 
@@ -32,8 +32,9 @@ _HEAD, _TAIL = b'{"files":{', b'},"format":%d}' % FORMAT
 _PART = rb'(?!\.{1,2}[/"])[ !#-.0-\[\]-~]+'
 _ENTRY = re.compile(
     rb'"(?=[^"]{1,%d}")(%b(?:/%b)*)":' % (MAX_PATH, _PART, _PART)
-    + rb'\{"bytes":(0|[1-9][0-9]{0,17}),"sha256":"([0-9a-f]{64})"\},?'
+    + rb'\{"bytes":(0|[1-9][0-9]{0,17}),"sha256":"([0-9a-f]{64})"\}(?:,|\Z)|(?s:.)'
 )
+# Or else one byte, and no path: what is no entry is not searched for one.
 _ANY_FORMAT = re.compile(rb'"format"\s*:\s*([0-9]{1,18})')
 
 
@@ -58,14 +59,16 @@ class SealedFiles(Mapping[str, SealedFile]):
         self._data = data
         self._starts = array("I")
         self._next = 0
-        at, end, before = len(_HEAD), len(data) - len(_TAIL), b""
-        while at < end:
-            entry = _ENTRY.match(data, at, end)
-            # Sorted, and so none twice; a comma behind all but the last.
-            if not entry or entry[1] <= before or (data[entry.end() - 1] == ord(",")) == (entry.end() == end):
+        self._end = len(data) - len(_TAIL)
+        at, before = len(_HEAD), b""
+        for entry in _ENTRY.finditer(data, at, self._end):
+            # Sorted, and so none twice.
+            if not entry[1] or entry[1] <= before:
                 raise ValueError("entry")
             self._starts.append(at)
             at, before = entry.end(), entry[1]
+        if at != self._end or data[at - 1] == ord(","):
+            raise ValueError("end")
 
     def _path_at(self, start: int) -> bytes:
         return self._data[start + 1 : self._data.index(b'"', start + 1)]
@@ -87,7 +90,7 @@ class SealedFiles(Mapping[str, SealedFile]):
             if index == len(self._starts) or self._path_at(self._starts[index]) != wanted:
                 raise KeyError(path)
         self._next = index + 1
-        entry = cast("re.Match[bytes]", _ENTRY.match(self._data, self._starts[index]))
+        entry = cast("re.Match[bytes]", _ENTRY.match(self._data, self._starts[index], self._end))
         return SealedFile(int(entry[2]), entry[3].decode())
 
 
@@ -149,9 +152,19 @@ def sha256_of(files: StoreFiles, path: str) -> SealedFile:
 
 
 def seal_bytes(sealed: Mapping[str, SealedFile]) -> bytes:
-    """The ``seal.json`` of these files."""
+    """The ``seal.json`` of these files.
+
+    Raises:
+        StoreWriteError: so many files that no reader would take it.
+    """
     listed = {path: {"bytes": entry.n_bytes, "sha256": entry.sha256} for path, entry in sealed.items()}
-    return canonical_json({"format": FORMAT, "files": listed})
+    data = canonical_json({"format": FORMAT, "files": listed})
+    if len(data) > MAX_SEAL_BYTES:
+        raise StoreWriteError(
+            f"{SEAL_PATH} of {len(listed):,} files would be longer than the {MAX_SEAL_BYTES:,} bytes that a "
+            "store may have; harvest these layers into another store"
+        )
+    return data
 
 
 def read_seal(files: StoreFiles) -> Seal | None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posae.store.errors import StoreFormatError
+from posae.store.errors import StoreFormatError, StoreWriteError
 from posae.store.files import StoreFiles
 from posae.store.seal import (
     CORPUS_PATH,
@@ -136,6 +136,16 @@ def test_a_seal_in_another_form_is_refused(form: str, tmp_path: Path) -> None:
     (tmp_path / "seal.json").write_bytes(data.replace(old, new, 1))
     with pytest.raises(StoreFormatError, match="not a seal that posae writes"):
         read_seal(StoreFiles(tmp_path))
+
+
+def test_a_seal_that_no_reader_would_take_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    sealed = {"zarr.json": SealedFile(1, "ab" * 32)}
+    size = len(seal_bytes(sealed))
+    monkeypatch.setattr("posae.store.seal.MAX_SEAL_BYTES", size)
+    assert len(seal_bytes(sealed)) == size
+    monkeypatch.setattr("posae.store.seal.MAX_SEAL_BYTES", size - 1)
+    with pytest.raises(StoreWriteError, match="another store"):
+        seal_bytes(sealed)
 
 
 @pytest.mark.parametrize("needed", [ROOT_PATH, CORPUS_PATH])
