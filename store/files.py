@@ -22,7 +22,7 @@ PARTIAL = ".partial"
 """Ending of a file being written; such a file is never part of a store."""
 
 
-_MAX_NAME_BYTES, _MAX_PATH_BYTES = 256, 4096  # Linux; a final NUL counts
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 256, 4096  # on Linux, with the slash and the NUL
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -134,13 +134,14 @@ class StoreFiles:
     def walk(self) -> Iterator[str]:
         """Every file, link or device below the root, sorted; folders that are links are not entered.
 
-        Nor are folders so deep that no path leads there: what is in them cannot be asked for.
+        Nor is a folder so deep that no path leads to what is in it; it is listed itself.
         """
         # Not os.walk, which recurses and so gives up at folders a thousand deep.
         waiting = [""]
         while waiting:
             base = waiting.pop()
-            if len(os.fsencode(self.root / base)) + _MAX_NAME_BYTES > _MAX_PATH_BYTES:
+            if len(os.fsencode(self.root / base)) + _MAX_NAME_BYTES >= _MAX_PATH_BYTES:
+                yield base.rstrip("/")
                 continue
             try:
                 entries = sorted(os.scandir(self.root / base), key=lambda entry: entry.name)
