@@ -659,7 +659,8 @@ def is_cheap(outcome: Outcome) -> bool:
 
 def beside(root: Path) -> dict[str, tuple[int, bytes]]:
     """All regular files beside the store, and when each was last read."""
-    found = [file for file in root.parent.rglob("*") if root not in file.parents and file != root]
+    others = [place for place in root.parent.iterdir() if place != root]
+    found = [file for place in others for file in (place, *place.rglob("*"))]
     regular = [file for file in found if stat.S_ISREG(file.lstat().st_mode)]
     return {str(file): (file.stat().st_atime_ns, file.read_bytes()) for file in regular}
 
