@@ -1,12 +1,13 @@
-"""The store against zarr-python, tensorstore and a bare memory map: speed, size, scaling.
+"""The store against zarr-python, tensorstore and a bare memory map: speed, size, memory.
 
-    make demo && python benchmarks/store.py FOLDER [--gigabytes 1.06] [--rounds 5]
+    make demo && python benchmarks/store.py FOLDER [--data data/demo.zarr] [--gigabytes 1.06] [--rounds 5]
 
-Data: the demo store's activations, tiled up to d_model 2,304 (each block of 128 features from another
-layer or other contexts), so values and their statistics are real. All contenders run in turn, round
+Data: another store's activations, tiled up to d_model 2,304 (each block of features from another layer
+or other contexts), so values and their statistics are real. All contenders run in turn, round
 after round, in one process and one thread; a figure is the median over rounds of decoded GB to a
 second of CPU time (all threads counted), a ratio the median of the ratios within a round. The page
-cache is hot except where it says cold. Checksums are on in every reader that has them.
+cache is hot except where it says cold. Checksums are on in every reader that has them. Takes some
+minutes, and 6.5 times the gigabytes on disk.
 """
 
 import argparse
@@ -14,41 +15,48 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import tensorstore
 import zarr
+from numcodecs import blosc
 from numpy.typing import NDArray
 
 from posae.pipeline.batches import ShuffledBatches
 from posae.store.bfloat16 import register_bfloat16
+from posae.store.codecs import CHECKSUM_BYTES
 from posae.store.layout import ArraySpec
 from posae.store.manifest import Manifest, layer_spec
 from posae.store.ranges import equal_ranges
 from posae.store.reader import ActivationStore
-from posae.store.shards import ShardReader
+from posae.store.rounding import round_mantissas
+from posae.store.shards import ShardReader, encode_chunks, index_bytes, parse_index
+from posae.store.stats import bits_to_float32
 from posae.store.writer import StoreWriter
 
-LENGTH, D_MODEL, BLOCK = 128, 2304, 128
+LENGTH, D_MODEL = 128, 2304
+WINDOW = 256
 DEMO = Path(__file__).parents[1] / "data" / "demo.zarr"
 
 
 def tiled(demo: ActivationStore, start: int, stop: int) -> NDArray[np.uint16]:
     """Contexts ``start`` to ``stop`` of the large store; bits [contexts, positions, D_MODEL]."""
     blocks: list[NDArray[np.uint16]] = []
-    for block in range(D_MODEL // BLOCK):
+    for block in range(D_MODEL // demo.d_model):
         layer = demo.layers[block % len(demo.layers)]
-        contexts = (np.arange(start, stop) + 97 * block) % demo.n_contexts
+        contexts = (np.arange(start, stop) + 97 * (block // len(demo.layers))) % demo.n_contexts
         blocks.append(demo.read(layer, contexts))
     return np.concatenate(blocks, axis=2)
 
 
-def make_store(root: Path, demo: ActivationStore, n_contexts: int, codec: str) -> ActivationStore:
+def make_store(root: Path, demo: ActivationStore, n_contexts: int, codec: str = "small") -> ActivationStore:
     """A sealed store of one layer; made once."""
     if (root / "seal.json").exists():
         return ActivationStore.open(root)
@@ -162,52 +170,117 @@ def chunk_readers(store: ActivationStore, order: NDArray[np.int64]) -> dict[str,
     return {"posae": ours, "zarr-python": zarr_python, "tensorstore (memmap)": tensorstore_memmap}
 
 
+def codec_alone(store: ActivationStore) -> Callable[[], None]:
+    """What the codec itself costs: payloads in memory, no file, no index, no checksum."""
+    spec = store.spec("layer_0")
+    payloads: list[bytes] = []
+    for shard in range(spec.n_shards):
+        data = (store.root / spec.shard_path(shard)).read_bytes()
+        places = parse_index(spec, shard, data[-index_bytes(spec) :], len(data))
+        payloads += [data[int(a) : int(a) + int(n) - CHECKSUM_BYTES] for a, n in places]
+    buffer = np.empty(spec.chunk_shape, np.uint16)
+
+    def decode() -> None:
+        for payload in payloads:
+            blosc.decompress(payload, buffer)
+
+    return decode
+
+
+def raw_readers(
+    store: ActivationStore, order: NDArray[np.int64], flat: Path
+) -> dict[str, Callable[[], None]]:
+    """Uncompressed chunks: the first reading, which checks them, and copies out of a bare memory map."""
+    n_contexts = store.n_contexts
+    if not flat.exists() or flat.stat().st_size != n_contexts * LENGTH * D_MODEL * 2:
+        values = np.memmap(flat, np.uint16, "w+", shape=(n_contexts, LENGTH, D_MODEL))
+        for start in range(0, n_contexts, 256):
+            values[start : start + 256] = store.read(0, slice(start, min(start + 256, n_contexts)))
+        values.flush()
+    values = np.memmap(flat, np.uint16, "r", shape=(n_contexts, LENGTH, D_MODEL))
+    buffer = np.empty((8, LENGTH, D_MODEL), np.uint16)
+
+    def copies(values: NDArray[np.uint16]) -> None:
+        for chunk in order:
+            np.copyto(buffer, values[int(chunk) * 8 : (int(chunk) + 1) * 8])
+
+    def first() -> None:
+        reader = ShardReader(store.files, store.spec("layer_0"))
+        for chunk in order:
+            reader.read_chunk(int(chunk), buffer)
+
+    return {
+        "posae, first reading": first,
+        "np.memmap copy, new map": lambda: copies(
+            np.memmap(flat, np.uint16, "r", shape=(n_contexts, LENGTH, D_MODEL))
+        ),
+        "np.memmap copy": lambda: copies(values),
+    }
+
+
 def main() -> None:
     """Make the stores, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--data", type=Path, default=DEMO)
     parser.add_argument("--gigabytes", type=float, default=1.06)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peak-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.peak_of:
+        print_peak(arguments.peak_of)
+        return
     register_bfloat16()
     zarr.config.set({"threading.max_workers": 1, "async.concurrency": 1})
-    demo = ActivationStore.open(DEMO)
+    folder: Path = arguments.folder
+    demo = ActivationStore.open(arguments.data)
     n_contexts = round(arguments.gigabytes * 1e9 / (LENGTH * D_MODEL * 2) / 8) * 8
     say(
         f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
-        f"numpy {np.__version__}, zarr {zarr.__version__}; {n_contexts} contexts x {LENGTH} x {D_MODEL}"
+        f"numpy {np.__version__}, zarr {zarr.__version__}, tensorstore {version('tensorstore')}; "
+        f"{n_contexts} contexts x {LENGTH} x {D_MODEL}, tiled from {demo.manifest.model}"
     )
     table = Table(arguments.rounds)
-    stores = {
-        c: make_store(arguments.folder / f"{c}.zarr", demo, n_contexts, c) for c in ("small", "fast", "raw")
-    }
-    sample = stores["raw"].read(0, slice(0, 256))
-    bound = entropy_bound(sample)
-    for codec, store in stores.items():
-        ratio = store.raw_bytes(0) / store.stored_bytes(0)
-        say(f"size of {codec}: ratio {ratio:.3f}, byte-plane bound {bound:.3f}, {ratio / bound:.1%} of it")
-
+    stores = {c: make_store(folder / f"{c}.zarr", demo, n_contexts, c) for c in ("small", "fast", "raw")}
     order = np.random.default_rng(0).permutation(stores["small"].spec("layer_0").n_chunks)
+    cold(stores, order, arguments.rounds)  # first: what a process has mapped stays in the cache
+    sizes(stores)
     n_bytes = len(order) * stores["small"].spec("layer_0").chunk_bytes
     for codec, store in stores.items():
         say(f"reading whole chunks in random order, one thread, {codec}")
         contenders = chunk_readers(store, order)
         if codec == "raw":
-            flat = np.memmap(arguments.folder / "flat", np.uint16, "w+", shape=(n_contexts, LENGTH, D_MODEL))
-            for start in range(0, n_contexts, 256):
-                flat[start : start + 256] = store.read(0, slice(start, min(start + 256, n_contexts)))
-            buffer = np.empty((8, LENGTH, D_MODEL), np.uint16)
-
-            def copies(flat: NDArray[np.uint16] = flat, buffer: NDArray[np.uint16] = buffer) -> None:
-                for chunk in order:
-                    np.copyto(buffer, flat[int(chunk) * 8 : (int(chunk) + 1) * 8])
-
-            contenders["np.memmap copy"] = copies
+            contenders |= raw_readers(store, order, folder / "flat")
+        else:
+            contenders["codec alone, in memory"] = codec_alone(store)
         table.measure(n_bytes, contenders)
 
     scaling(stores["small"], order, table, n_bytes)
     batches(stores["small"], table)
-    writing(arguments.folder, demo, stores["small"].manifest, table)
+    writing(folder, demo, stores["small"].manifest, table)
+    memory(folder, demo, n_contexts)
+
+
+def sizes(stores: dict[str, ActivationStore]) -> None:
+    """Ratios beside the bound, which is computed here from the data, and what rounding would give."""
+    sample = stores["raw"].read(0, slice(0, 256))
+    for codec, store in stores.items():
+        bound = entropy_bound(sample)
+        ratio = store.raw_bytes(0) / store.stored_bytes(0)
+        say(f"size of {codec}: ratio {ratio:.3f}, byte-plane bound {bound:.3f}, {ratio / bound:.1%} of it")
+    values = bits_to_float32(sample).astype(np.float64)
+    variation = float(np.square(values - values.mean(axis=(0, 1))).sum())
+    spec = stores["small"].spec("layer_0")
+    for mantissa_bits in (6, 5, 4, 3):
+        rounded = round_mantissas(sample, mantissa_bits)
+        ratio = sample.nbytes / sum(map(len, encode_chunks(spec, rounded)))
+        error = values - bits_to_float32(rounded)
+        relative = np.linalg.norm(error, axis=-1) / np.linalg.norm(values, axis=-1)
+        say(
+            f"size of small with {mantissa_bits} mantissa bits: ratio {ratio:.3f}, byte-plane bound "
+            f"{entropy_bound(rounded):.3f}; relative error {relative.mean():.2%}, "
+            f"FVU {np.square(error).sum() / variation:.1e}"
+        )
 
 
 def scaling(store: ActivationStore, order: NDArray[np.int64], table: Table, n_bytes: int) -> None:
@@ -231,24 +304,83 @@ def scaling(store: ActivationStore, order: NDArray[np.int64], table: Table, n_by
 
 def batches(store: ActivationStore, table: Table) -> None:
     """Shuffled batches of 2,048 with positions against decoding the same chunks and no more."""
-    shuffled = ShuffledBatches(store, 0, equal_ranges(LENGTH, 4), window_contexts=512, threads=1)
+    shuffled = ShuffledBatches(store, 0, equal_ranges(LENGTH, 4), window_contexts=WINDOW, threads=1)
     order = shuffled.order
-    n_steps = sum(order.steps_of_window(chunks) for chunks in order.windows_of_epoch(0))
+    epochs = 2
+    n_steps = sum(
+        order.steps_of_window(chunks) for epoch in range(epochs) for chunks in order.windows_of_epoch(epoch)
+    )
     spec = store.spec("layer_0")
     reader = ShardReader(store.files, spec)
-    window = np.empty((64, *spec.chunk_shape), np.uint16)
+    window = np.empty((WINDOW // spec.chunk_rows, *spec.chunk_shape), np.uint16)
 
     def all_batches() -> None:
         for _ in shuffled.steps(0, n_steps):
             pass
 
     def bare() -> None:
-        for number, chunk in enumerate(order.chunks_of_epoch(0)):
-            reader.read_chunk(int(chunk), window[number % 64])
+        for epoch in range(epochs):
+            for number, chunk in enumerate(order.chunks_of_epoch(epoch)):
+                reader.read_chunk(int(chunk), window[number % len(window)])
 
     all_batches()
-    say("shuffled batches of 2,048 with positions, windows of 512 contexts")
-    table.measure(order.n_chunks * spec.chunk_bytes, {"batches": all_batches, "bare decode": bare})
+    say(f"shuffled batches of 2,048 with positions, windows of {WINDOW} contexts, one decoding thread")
+    table.measure(epochs * order.n_chunks * spec.chunk_bytes, {"batches": all_batches, "bare decode": bare})
+
+
+def cold(stores: dict[str, ActivationStore], order: NDArray[np.int64], rounds: int) -> None:
+    """Chunks that are not in the page cache: read ahead of the decoding, or not."""
+    chosen = order[:32]
+    for codec, store in stores.items():
+        spec = store.spec("layer_0")
+        buffer = np.empty(spec.chunk_shape, np.uint16)
+        walls: dict[str, list[float]] = {"WILLNEED ahead": [], "none": []}
+        for _ in range(rounds):
+            for name, found in walls.items():
+                for shard in range(spec.n_shards):
+                    with (store.root / spec.shard_path(shard)).open("rb") as file:
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                reader = ShardReader(store.files, spec)
+                started = time.perf_counter()
+                if name == "WILLNEED ahead":
+                    reader.will_need(chosen.tolist())
+                for chunk in chosen:
+                    reader.read_chunk(int(chunk), buffer)
+                found.append(len(chosen) * spec.chunk_bytes / 1e9 / (time.perf_counter() - started))
+        ahead, none = (statistics.median(found) for found in walls.values())
+        say(
+            f"cold cache, 32 chunks in random order, {codec}: WILLNEED ahead {ahead:.2f} GB/s wall, "
+            f"none {none:.2f}, {ahead / none:.2f} x"
+        )
+
+
+def memory(folder: Path, demo: ActivationStore, n_contexts: int) -> None:
+    """Peak memory of reading an epoch of batches, each in a process of its own."""
+    two_windows = 2 * WINDOW * LENGTH * D_MODEL * 2 / 1e6
+    say(f"peak memory of an epoch of batches, windows of {WINDOW} contexts, two windows {two_windows:.0f} MB")
+    for factor in (1, 4, 16):
+        store = make_store(folder / f"memory-{factor}.zarr", demo, factor * n_contexts // 4 // 8 * 8)
+        words = [sys.executable, __file__, str(folder), "--peak-of", str(store.root)]
+        ended = subprocess.run(words, check=True, capture_output=True, text=True)
+        decoded, stored = store.raw_bytes(0) / 1e9, store.stored_bytes(0) / 1e9
+        say(f"  {factor:2} x ({decoded:5.2f} GB decoded, {stored:.2f} stored): {ended.stdout}")
+
+
+def print_peak(root: Path) -> None:
+    """Read an epoch in this process; print its peaks."""
+    shuffled = ShuffledBatches(
+        ActivationStore.open(root), 0, equal_ranges(LENGTH, 4), window_contexts=WINDOW, threads=2
+    )
+    order = shuffled.order
+    anonymous = mapped = 0
+    for batch in shuffled.steps(0, sum(map(order.steps_of_window, order.windows_of_epoch(0)))):
+        if batch.step % 16 == 0:
+            lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+            anonymous = max(anonymous, int(lines["RssAnon"].split()[0]))
+            mapped = max(mapped, int(lines["RssFile"].split()[0]))
+    sys.stdout.write(
+        f"{anonymous / 1e3:.0f} MB of its own, and {mapped / 1e3:.0f} MB of files mapped at the most"
+    )
 
 
 def writing(folder: Path, demo: ActivationStore, manifest: Manifest, table: Table) -> None:
@@ -277,7 +409,7 @@ def writing(folder: Path, demo: ActivationStore, manifest: Manifest, table: Tabl
 def write_ours(root: Path, spec: ArraySpec, rows: NDArray[np.uint16]) -> None:
     """One shard by our writer, streamed chunk by chunk."""
     from posae.store.files import StoreFiles
-    from posae.store.shards import ShardWriter, encode_chunks
+    from posae.store.shards import ShardWriter
 
     shutil.rmtree(root, ignore_errors=True)
     (root / spec.path).mkdir(parents=True)

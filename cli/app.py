@@ -1,10 +1,14 @@
 """The command ``posae``: one line a command, and what becomes of errors.
 
 Exit codes: 0 done; 1 a ``PosaeError``, in one line that says what to do next; 2 wrong usage; 130
-interrupted. Anything else is a bug and keeps its traceback.
+interrupted. Anything else is a bug and keeps its traceback. A file of a store that is cut short while it is
+decoded ends the command with such a line and 1 too, though no Python is running then: see ``_on_bus_error``.
 """
 
+import ctypes
 import logging
+import os
+import signal
 import sys
 from typing import Annotated
 
@@ -13,6 +17,7 @@ from rich.logging import RichHandler
 
 from .. import __version__
 from ..store.errors import PosaeError
+from ..store.shards import ShardReader
 from .display import errors, show_error
 from .evaluate import evaluate
 from .harvest import harvest
@@ -52,8 +57,29 @@ def options(
     """
 
 
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_bus_error(_: int) -> None:
+    """Say which file was cut short while it was read, and end; the system would end us without a word.
+
+    Reading a map past the end of its file raises SIGBUS. A handler of Python's own would never run: it waits
+    for the faulting instruction, which faults for ever. This one is C's, called at once in the thread that
+    read. It may take the GIL: checksums and decoders hold no lock that the GIL's holder could wait for.
+    """
+    found = ShardReader.cut_short()
+    what = (
+        f"{found[0]}, and check the others"
+        if found
+        else "a file of the store was cut short while it was read, or its disk failed; look for damage"
+    )
+    if os.isatty(2):
+        os.write(2, b"\r\x1b[K\x1b[?25h")  # the progress bar hid the cursor
+    os.write(2, f"error: {what}: posae inspect-store STORE --verify\n".encode())
+    os._exit(1)
+
+
 def main() -> None:
     """Run the command line."""
+    ctypes.CDLL(None).signal(int(signal.SIGBUS), _on_bus_error)
     logging.getLogger("posae").addHandler(RichHandler(console=errors, show_time=False, show_path=False))
     # Its retries are told once, by our own error, when they are used up.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -2,19 +2,19 @@
 
 import json
 import math
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from ..store.errors import SettingsError, StoreDamagedError, StoreError, StoreFormatError
+from ..store.errors import StoreDamagedError, StoreError, StoreFormatError
 from ..store.reader import ActivationStore
-from .display import LiveProgress, console, duration, plot, quantity
+from .display import LiveProgress
+from .show_store import show_brief, show_context, show_damage, show_store
 
 
 def inspect_store(
@@ -47,11 +47,11 @@ def inspect_store(
     if as_json:
         typer.echo(json.dumps(facts))
     elif brief:
-        _show_brief(opened, facts)
+        show_brief(opened, facts)
     elif context is None:
-        _show(opened, facts)
+        show_store(opened, facts)
     if context is not None and not as_json:
-        _show_context(opened, context, tokenizer)
+        show_context(opened, context, tokenizer)
     if facts.get("damaged"):
         raise typer.Exit(1)
 
@@ -61,6 +61,7 @@ def describe(store: ActivationStore) -> dict[str, Any]:
     manifest = store.manifest
     raw = sum(store.raw_bytes(layer) for layer in store.layers)
     stored = sum(store.stored_bytes(layer) for layer in store.layers)
+    written = list(_all_files(store))
     norms = {layer: store.norms(layer) for layer in store.layers if store.contexts_by_layer[layer]}
     return {
         "format": manifest.format,
@@ -83,17 +84,45 @@ def describe(store: ActivationStore) -> dict[str, Any]:
         "raw_bytes": raw,
         "stored_bytes": stored,
         "ratio": raw / stored if stored else None,
-        "total_bytes": sum((store.root / path).lstat().st_size for path in store.files.walk()),
-        "norms": {str(layer): _finite(found.mean) for layer, found in norms.items()},
-        "median_norm": {str(layer): found.median for layer, found in norms.items()},
-        "outlier_share": {str(layer): found.outlier_share for layer, found in norms.items()},
+        "total_bytes": sum(found.st_size for found in written),
+        "seconds_since_written": None if store.is_sealed else _seconds_since(written),
+        "mantissa_bits": manifest.mantissa_bits,
+        "by_layer": {str(layer): describe_layer(store, layer) for layer in norms},
+        "norms": {str(layer): [_finite(x) for x in found.mean] for layer, found in norms.items()},
+        "median_norm": {str(layer): _finite(found.median) for layer, found in norms.items()},
+        "outlier_share": {str(layer): _finite(found.outlier_share) for layer, found in norms.items()},
         "corpus": store.corpus,
         "manifest": manifest.model_dump(mode="json"),
     }
 
 
-def _finite(values: Iterable[float]) -> list[float | None]:
-    return [float(value) if math.isfinite(value) else None for value in values]
+def _all_files(store: ActivationStore) -> Iterator[os.stat_result]:
+    for path in store.files.walk():
+        with suppress(FileNotFoundError):  # a harvest that goes on renames its files
+            yield (store.root / path).lstat()
+
+
+def _seconds_since(written: Iterable[os.stat_result]) -> float:
+    # Not below 0, where files come from a clock that runs ahead of ours.
+    return max(0.0, time.time() - max((found.st_mtime for found in written), default=0.0))
+
+
+def describe_layer(store: ActivationStore, layer: int) -> dict[str, Any]:
+    """What statistics say of one layer: how small it is, how small it could be, what position explains."""
+    bound, rounding = store.compression_bound(layer), store.rounding_error(layer)
+    ratio = store.raw_bytes(layer) / max(1, store.stored_bytes(layer))
+    return {
+        "ratio": ratio,
+        "bound": _finite(bound),
+        "share_of_bound": _finite(ratio / bound) if bound else None,
+        "position_r2": _finite(store.position_r2(layer)),
+        "rounding_error": _finite(rounding.relative) if rounding else None,
+        "rounding_fvu": _finite(rounding.fvu) if rounding else None,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _verified(store: ActivationStore) -> dict[str, Any]:
@@ -126,130 +155,4 @@ def _verify_what_will_not_open(store: Path, error: StoreError, as_json: bool) ->
     if as_json:
         typer.echo(json.dumps({"verified": False, "damaged": damaged}))
     else:
-        _show_damage(damaged)
-
-
-def _show_damage(damaged: list[dict[str, Any]]) -> None:
-    for entry in damaged:
-        place = entry["array"]
-        for part in ("shard", "chunk"):
-            place += f", {part} {entry[part]}" if entry[part] is not None else ""
-        console.print(Text(f"damaged: {place}: {entry['problem']}", style="bold red"), soft_wrap=True)
-    if damaged:
-        console.print("restore these files from a copy of the store, or harvest it anew", soft_wrap=True)
-
-
-def _show_brief(store: ActivationStore, facts: dict[str, Any]) -> None:
-    state = f"sealed as {facts['identity'][:16]}" if store.is_sealed else "unfinished"
-    ratio = f"ratio {facts['ratio']:.3f}" if facts["ratio"] else "nothing committed yet"
-    what = f"{store.manifest.model} on {store.manifest.dataset}"
-    console.print(Text.assemble((str(store.root), "bold"), f": {what}, {state}"), soft_wrap=True)
-    console.print(
-        f"layers {', '.join(map(str, store.layers))}, {facts['contexts']:,} contexts of "
-        f"{store.context_length} tokens, {quantity(facts['total_bytes'])}, {ratio}",
-        soft_wrap=True,
-    )
-
-
-def _show(store: ActivationStore, facts: dict[str, Any]) -> None:
-    manifest = store.manifest
-    state = f"sealed as {facts['identity'][:16]}" if store.is_sealed else "unfinished"
-    if not store.is_sealed:
-        newest = max(((store.root / path).lstat().st_mtime for path in store.files.walk()), default=0.0)
-        state += f", last written {duration(time.time() - newest)} ago"
-    revision = f" @ {manifest.dataset_revision}" if manifest.dataset_revision else ""
-    split = f" ({manifest.dataset_split})" if manifest.dataset_split else ""
-    percent = facts["contexts"] / manifest.n_contexts
-    held = manifest.held_out[1] - manifest.held_out[0]
-    corpus = facts["corpus"]
-    rows = {
-        "store": f"{store.root}, format {manifest.format}, {state}",
-        "model": f"{manifest.model} @ {manifest.model_revision}, {manifest.hook_point}, {manifest.dtype}, "
-        f"{manifest.attention} attention on {manifest.device}",
-        "text": f"{manifest.dataset}{split}{revision}",
-        "contexts": f"{facts['contexts']:,} of {manifest.n_contexts:,} committed ({percent:.0%}), "
-        f"{manifest.context_length} tokens each, {manifest.packing}; the last {held:,} held out",
-        "tokens": f"{facts['tokens']:,} in each layer",
-        "chunks": f"{manifest.chunk_contexts} contexts to a chunk, {manifest.shard_contexts} to a shard; "
-        f"codec {manifest.codec}",
-    }
-    if corpus:
-        rows["corpus"] = (
-            f"{corpus['documents']:,} documents ({corpus['documents_left_out']:,} left out), "
-            f"{corpus['duplicate_contexts']:,} contexts that repeat another, special tokens "
-            + ", ".join(f"{token}: {count:,}" for token, count in corpus["special_tokens"].items())
-        )
-    if facts["ratio"]:
-        rows["size"] = (
-            f"{quantity(facts['stored_bytes'])} for {quantity(facts['raw_bytes'])} of activations, "
-            f"ratio {facts['ratio']:.3f}; {quantity(facts['total_bytes'])} with all files"
-        )
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, text in rows.items():
-        table.add_row(name, Text(text))
-    console.print(table)
-    for layer in store.layers:
-        _show_layer(store, facts, layer)
-    if "verified" in facts:
-        if facts["verified"]:
-            console.print("[bold green]verified[/]: every byte is as it was written")
-        _show_damage(facts["damaged"])
-        if facts["not_part_of_the_store"]:
-            names = ", ".join(repr(name) for name in facts["not_part_of_the_store"][:8])
-            console.print(Text(f"not part of the store, and never read: {names}"), soft_wrap=True)
-
-
-def _show_layer(store: ActivationStore, facts: dict[str, Any], layer: int) -> None:
-    n_contexts = store.contexts_by_layer[layer]
-    console.print()
-    if not n_contexts:
-        console.print(f"[bold]layer {layer}[/]  nothing committed yet")
-        return
-    norms = [value or 0.0 for value in facts["norms"][str(layer)]]
-    rest = sum(norms[1:]) / max(1, len(norms) - 1)
-    ratio = store.raw_bytes(layer) / max(1, store.stored_bytes(layer))
-    console.print(
-        f"[bold]layer {layer}[/]  {n_contexts:,} contexts, ratio {ratio:.3f}; norm at position 0: "
-        f"{norms[0]:.1f}, elsewhere {rest:.1f} on average ({norms[0] / rest if rest else 0:.2f} x); "
-        f"over 10 x the median: {facts['outlier_share'][str(layer)]:.2%} of tokens",
-        soft_wrap=True,
-    )
-    lines = plot(norms, width=max(8, min(64, console.width - 22)))
-    for number, line in enumerate(lines):
-        label = f"{max(norms):8.1f}" if number == 0 else f"{0:8.1f}" if number == len(lines) - 1 else " " * 8
-        console.print(f"{label} ┤[cyan]{line}[/]")
-    end = f"{store.context_length - 1}"
-    console.print(f"{'':9} 0{end:>{max(1, len(lines[0]) - 1)}}  position")
-
-
-def _show_context(store: ActivationStore, context: int, tokenizer: str | None) -> None:
-    tokens = store.tokens([context])[0]
-    documents = store.documents([context])[0]
-    from ..pipeline.language_model import load_tokenizer
-    from ..pipeline.text.contexts import tokenizer_hash
-
-    source = tokenizer or store.manifest.model
-    if tokenizer is None and (store.manifest.model_revision or "").startswith("sha256:") and source != "demo":
-        raise SettingsError(
-            f"this store was made with a model in a local folder, {source}; name that folder with --tokenizer"
-        )
-    decoder = load_tokenizer(source, None if tokenizer else store.manifest.model_revision)
-    if tokenizer_hash(decoder) != store.manifest.tokenizer_hash:
-        raise StoreFormatError(
-            f"{source} has another tokenizer than this store was made with; "
-            "name the right one with --tokenizer"
-        )
-    table = Table(title=f"context {context}", title_justify="left", pad_edge=False)
-    for name in ("position", "document", "token", "text"):
-        table.add_column(name, justify="left" if name == "text" else "right")
-    for position, (token, document) in enumerate(zip(tokens.tolist(), documents.tolist(), strict=True)):
-        text = repr(_decoded(decoder, [token]))[1:-1]
-        table.add_row(str(position), str(document), str(token), Text(text))
-    console.print(table)
-    console.print(Text(_decoded(decoder, tokens.tolist())), soft_wrap=True)
-
-
-def _decoded(tokenizer: Any, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids))
+        show_damage(damaged)

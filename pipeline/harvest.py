@@ -24,6 +24,7 @@ from ..store.errors import ModelError
 from ..store.layout import CHUNK_CONTEXTS, shard_contexts
 from ..store.manifest import Manifest, token_specs
 from ..store.reader import ActivationStore
+from ..store.rounding import MANTISSA_BITS
 from ..store.shards import ShardReader
 from ..store.writer import ShardOfLayers, StoreWriter, committed_manifest
 from .device import choose_device
@@ -114,9 +115,15 @@ class Harvest:
             n_contexts,
             n_contexts * length,
             raw,
-            int(raw / EXPECTED_RATIO[self.settings.codec]) + beside,
+            int(raw / self._expected_ratio) + beside,
             shutil.disk_usage(folder).free,
         )
+
+    @property
+    def _expected_ratio(self) -> float:
+        # Each mantissa bit that is not kept saves about one of a value's 16 bits.
+        saved = 0 if self.settings.mantissa_bits is None else MANTISSA_BITS - self.settings.mantissa_bits
+        return 16 / (16 / EXPECTED_RATIO[self.settings.codec] - saved)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -174,6 +181,9 @@ class Harvest:
             vocabulary_size=len(self.tokenizer),
             seed=s.seed,
             codec=s.codec,
+            mantissa_bits=s.mantissa_bits,
+            # A store that was begun before bytes were counted is finished without.
+            byte_counts=self.begun is None or self.begun.byte_counts,
             chunk_contexts=CHUNK_CONTEXTS,
             shard_contexts=shard_contexts(s.n_contexts),
             versions={name: version(name) for name in _VERSIONS_THAT_MATTER},

@@ -166,30 +166,3 @@ def _ratio(numerator: float, denominator: float) -> float:
 def _ratios(numerators: Tensor, denominators: Tensor) -> tuple[float, ...]:
     pairs = zip(numerators.cpu(), denominators.cpu(), strict=True)
     return tuple(_ratio(float(numerator), float(denominator)) for numerator, denominator in pairs)
-
-
-def position_r2(sums: Tensor, counts: Tensor, squares: Tensor) -> float:
-    """The share of an activation's variance that its exact position explains, less chance's share.
-
-    Where positions mean nothing, the means of G positions over n rows still explain (G - 1)/(n - 1)
-    of the variance on average. With c that share and R² the raw one, (R² - c)/(1 - c) is 0 on
-    average then, at times a little below, and 1 where the position determines the activation.
-
-    Args:
-        sums: of the activations by position, [positions, d_model].
-        counts: rows by position, [positions]; positions without rows are left out.
-        squares: Σ x² over all rows, [d_model].
-
-    Returns:
-        NaN where nothing varies or no position has a second row.
-    """
-    seen = counts > 0
-    sums, counts, squares = sums[seen].double(), counts[seen].double(), squares.double()
-    n_rows, n_positions = float(counts.sum()), len(counts)
-    if n_rows <= n_positions:
-        return math.nan
-    mean = sums.sum(0) / n_rows
-    total = float((squares - n_rows * mean.square()).sum())
-    between = float((counts * (sums / counts[:, None] - mean).square().sum(1)).sum())
-    by_chance = (n_positions - 1) / (n_rows - 1)
-    return (_ratio(between, total) - by_chance) / (1 - by_chance)

@@ -74,6 +74,10 @@ class HarvestSettings(Settings):
     codec: Literal["small", "fast", "raw"] = "small"
     """Compression: small (zstd), fast (lz4), or raw (none, rows readable from the memory map)."""
 
+    mantissa_bits: int | None = Field(default=None, ge=1, le=6)
+    """Round activations to so many mantissa bits (bfloat16 has 7) before compressing them: 5 gives about 1.78
+    to 1 at an error of about 0.7 %. By default nothing is lost."""
+
     batch_contexts: int = Field(default=32, ge=8, multiple_of=8)
     """Contexts to a forward pass; part of what the bytes depend on."""
 
@@ -89,6 +93,10 @@ class HarvestSettings(Settings):
             raise ValueError("contexts and tokens contradict each other; give one of them")
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             raise ValueError("layers are whole numbers from 0, at least one")
+        if self.mantissa_bits is not None and self.codec == "raw":
+            raise ValueError(
+                "mantissa_bits saves nothing with codec raw, which compresses nothing; take small"
+            )
         return self
 
     @property

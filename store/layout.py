@@ -7,6 +7,7 @@ that differs from what its own spec would write. Normative text: docs/format.md.
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -52,17 +53,25 @@ def shard_contexts(n_contexts: int) -> int:
     return contexts
 
 
-def refuse_newer(version: object) -> None:
+def refuse_newer(version: object, written_by: object = None) -> None:
     """Refuse a format that is newer than this posae; what is no format at all is for others.
 
+    Args:
+        version: the format's number.
+        written_by: version of posae that wrote it, where a manifest says so.
+
     Raises:
-        StoreFormatError: a later format.
+        StoreFormatError: a later format; says which posae reads it.
     """
-    if type(version) is int and version > FORMAT:
-        raise StoreFormatError(
-            f"this store has format {version} and this posae reads format {FORMAT}; "
-            "upgrade it: pip install --upgrade posae"
-        )
+    if type(version) is not int or version <= FORMAT:
+        return
+    # The words of a stranger's store: shown only if they are a version.
+    is_version = isinstance(written_by, str) and re.fullmatch(r"[0-9][0-9A-Za-z.+-]{0,39}", written_by)
+    reader = f"posae {written_by} or later" if is_version else "a later posae"
+    raise StoreFormatError(
+        f"this store has format {version} and this posae reads format {FORMAT}; {reader} reads it: "
+        "pip install --upgrade posae"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .codecs import CODECS
 from .errors import StoreFormatError
 from .layout import FORMAT, MAX_SHARDS, ArraySpec, Json, refuse_newer
+from .rounding import MANTISSA_BITS
+
+_ADDED = {"mantissa_bits": None, "byte_counts": False}
+"""Keys that the first stores lack, each with what its absence means; so written they are left out."""
 
 MAX_TEXT = 4096
 MAX_LAYERS = 2**16
@@ -112,6 +116,12 @@ class Manifest(BaseModel):
     codec: Literal["small", "fast", "raw"]
     """Preset of the layer arrays."""
 
+    mantissa_bits: Annotated[int, Field(ge=1, lt=MANTISSA_BITS, strict=True)] | None = None
+    """Mantissa bits that activations were rounded to; None: stored as the model gave them."""
+
+    byte_counts: Annotated[bool, Field(strict=True)] = False
+    """Whether ``stats/layer_N/byte_counts`` is kept."""
+
     chunk_contexts: Annotated[int, Field(ge=1, lt=2**20, strict=True)]
     """Contexts to a chunk."""
 
@@ -156,8 +166,10 @@ def parse_manifest(root: Json) -> Manifest:
         raise StoreFormatError(
             "this is Zarr, but no store of posae: zarr.json has no manifest; read it with zarr-python"
         )
-    refuse_newer(cast("Json", found).get("format"))
-    missing = Manifest.model_fields.keys() - cast("Json", found).keys()
+    versions = cast("Json", found).get("versions")
+    written_by = cast("Json", versions).get("posae") if isinstance(versions, dict) else None
+    refuse_newer(cast("Json", found).get("format"), written_by)
+    missing = Manifest.model_fields.keys() - _ADDED.keys() - cast("Json", found).keys()
     if missing:
         raise StoreFormatError(
             f"zarr.json has a manifest that is not whole: {', '.join(sorted(missing))} missing; "
@@ -197,7 +209,8 @@ def parse_corpus(group: Json) -> Json:
 
 def root_json(manifest: Manifest) -> Json:
     """The root ``zarr.json``."""
-    return group_json({"posae": manifest.model_dump(mode="json")})
+    written = manifest.model_dump(mode="json")
+    return group_json({"posae": {k: v for k, v in written.items() if k not in _ADDED or v != _ADDED[k]}})
 
 
 def group_json(attributes: Json) -> Json:

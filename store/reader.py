@@ -8,7 +8,9 @@ whole chunks (8 contexts) out of the memory map, about 1.5 GB/s to a core with c
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -37,7 +39,19 @@ from .seal import (
     read_seal,
 )
 from .shards import ShardReader
-from .stats import LayerStats, NormStats, bits_to_float32, norm_stats, stats_specs
+from .stats import (
+    LayerStats,
+    NormStats,
+    RoundingError,
+    bits_to_float32,
+    byte_plane_bound,
+    norm_stats,
+    stats_specs,
+)
+
+# What is told of a whole layer by its first shards: 8,192 contexts, and about 20 MB to read at d_model 2,304.
+_SAMPLE_SHARDS = 16
+_THREADS = min(4, os.cpu_count() or 1)
 
 Selection = slice | Sequence[int] | NDArray[Any]
 
@@ -271,7 +285,7 @@ class ActivationStore:
         positions: Selection = slice(None),
         dtype: str = "uint16",
     ) -> NDArray[Any]:
-        """Activations of one layer.
+        """Activations of one layer, decoded by a few threads.
 
         Args:
             layer: one of ``layers``.
@@ -292,10 +306,13 @@ class ActivationStore:
             self.check_layer(layer)
         rows = select(contexts, self.contexts_by_layer[layer], "contexts")
         columns = select(positions, self.context_length, "positions")
-        bits = self.array(layer_path(layer)).read_rows(rows)
-        if len(columns) != self.context_length or (np.diff(columns) != 1).any():
-            bits = bits[:, columns]
+        whole = len(columns) == self.context_length and bool((np.diff(columns) == 1).all())
+        bits = self.array(layer_path(layer)).read_rows(rows, self._pool, None if whole else columns)
         return bits_to_float32(bits) if dtype == "float32" else bits
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_THREADS, thread_name_prefix="posae-read")
 
     def tokens(self, contexts: Selection = slice(None)) -> NDArray[np.int32]:
         """Token ids; int32 [contexts, positions].
@@ -326,13 +343,15 @@ class ActivationStore:
             return {}
         return parse_corpus(self.metadata(CORPUS_PATH))
 
-    def _merged(self, layer: int, name: str) -> NDArray[Any]:
+    def _merged(self, layer: int, name: str, most_shards: int | None = None) -> NDArray[Any]:
         array = self.array(f"stats/{layer_path(layer)}/{name}")
-        shard_contexts = self.manifest.shard_contexts
+        # A count is over a shard's contexts, of bytes also over all of their values.
+        values = self.context_length * self.d_model if name == "byte_counts" else 1
+        most = self.manifest.shard_contexts * values
         total: NDArray[Any] | None = None
-        for shard in range(self.committed_shards(layer)):
+        for shard in range(self.committed_shards(layer))[:most_shards]:
             entry = array.read_rows(np.array([shard]))[0]
-            if entry.dtype.kind == "i" and not 0 <= entry.min() <= entry.max() <= shard_contexts:
+            if entry.dtype.kind == "i" and not 0 <= entry.min() <= entry.max() <= most:
                 raise StoreDamagedError("counts that cannot be", array=array.spec.path, shard=shard)
             if entry.dtype.kind == "f" and np.isnan(entry).any():
                 raise StoreDamagedError("sums that are no numbers", array=array.spec.path, shard=shard)
@@ -340,9 +359,15 @@ class ActivationStore:
             total = entry if total is None else total + entry
         return np.zeros(array.spec.shape[1:]) if total is None else total
 
-    def stats(self, layer: int) -> LayerStats:
-        """Statistics of the ordinary tokens of the training part; one entry a shard is read."""
-        return LayerStats(*(self._merged(layer, name) for name in LayerStats._fields))
+    def stats(self, layer: int, most_shards: int | None = None) -> LayerStats:
+        """Statistics of the ordinary tokens of the training part.
+
+        Args:
+            layer: one of ``layers``.
+            most_shards: read the entries of so many shards, the first, and no more. Contexts are in random
+                order, so they are a sample; an entry is L · d_model float32 numbers.
+        """
+        return LayerStats(*(self._merged(layer, name, most_shards) for name in LayerStats._fields))
 
     def norms(self, layer: int) -> NormStats:
         """Norms by position over all committed tokens."""
@@ -352,6 +377,32 @@ class ActivationStore:
                 "it does not count every token", array=f"stats/{layer_path(layer)}/norm_counts"
             )
         return norm_stats(self._merged(layer, "norm_sums"), counts)
+
+    def compression_bound(self, layer: int) -> float | None:
+        """The best ratio of raw to stored bytes that a code of single bytes can reach; None if not counted.
+
+        The low byte of a bfloat16 is noise, so without rounding this is about 1.5.
+        """
+        if not self.manifest.byte_counts:
+            return None
+        return byte_plane_bound(self._merged(layer, "byte_counts"))
+
+    def rounding_error(self, layer: int) -> RoundingError | None:
+        """The error that rounding to ``mantissa_bits`` made, measured at harvest; None if lossless."""
+        if self.manifest.mantissa_bits is None:
+            return None
+        relative, squared = self._merged(layer, "rounding").sum(axis=1).tolist()
+        sample = self.stats(layer, _SAMPLE_SHARDS)
+        variance = sample.variation / max(1, sample.n_tokens)
+        squared /= max(1, int(self._merged(layer, "counts").sum()))
+        return RoundingError(
+            relative / (self.contexts_by_layer[layer] * self.context_length),
+            squared / variance if variance > 0 else float("nan"),
+        )
+
+    def position_r2(self, layer: int) -> float:
+        """Share of the variance that position alone explains, of a sample of at most 16 shards."""
+        return self.stats(layer, _SAMPLE_SHARDS).position_r2
 
     def stored_bytes(self, layer: int) -> int:
         """Bytes on disk of the committed shards of ``layer``."""

@@ -14,12 +14,13 @@ import mmap
 import os
 import resource
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ _MAPS_KEPT = min(4096, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 
 # Pages of a map that were read count as the process's memory until let go. Having them back costs a tenth of
 # the decoding, so small stores keep theirs.
 _PAGES_KEPT_BYTES = 2**31
+_CUT_SHORT = "the file was cut short while it was read"
 
 
 def index_bytes(spec: ArraySpec) -> int:
@@ -86,9 +88,16 @@ class _MappedShard(NamedTuple):
         """Offset and size of a chunk."""
         return int(self.chunks[within, 0]), int(self.chunks[within, 1])
 
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the file is now shorter than its map."""
+        return self.data.size() < len(self.data)
+
 
 class ShardReader:
     """Chunks of one array, by number; thread-safe."""
+
+    _all: ClassVar[weakref.WeakValueDictionary[int, Self]] = weakref.WeakValueDictionary()
 
     def __init__(
         self, files: StoreFiles, spec: ArraySpec, sealed: Mapping[str, SealedFile] | None = None
@@ -105,7 +114,23 @@ class ShardReader:
         self.sealed = sealed
         self._mapped: OrderedDict[int, _MappedShard] = OrderedDict()
         self._touched_bytes = 0
+        self._scratch = threading.local()
         self._lock = threading.Lock()
+        self._all[id(self)] = self
+
+    @classmethod
+    def cut_short(cls) -> list[StoreDamagedError]:
+        """What is to be said of mapped files that are shorter than their maps: reading one kills the process.
+
+        Takes no lock, so a handler of that signal may ask.
+        """
+        readers = [reader for ref in cls._all.valuerefs() if (reader := ref()) is not None]
+        return [
+            reader._damaged(shard, _CUT_SHORT)
+            for reader in readers
+            for shard, mapped in list(reader._mapped.items())
+            if mapped.is_cut_short
+        ]
 
     def is_committed(self, shard: int) -> bool:
         """Whether the file of ``shard`` is there with an index that holds."""
@@ -168,8 +193,8 @@ class ShardReader:
     def _still_whole(self, shard: int) -> _MappedShard:
         mapped = self._shard(shard)
         # Reading a map past the end of a file cut short meanwhile would kill the process.
-        if mapped.data.size() != len(mapped.data):
-            raise self._damaged(shard, "the file was cut short while it was read")
+        if mapped.is_cut_short:
+            raise self._damaged(shard, _CUT_SHORT)
         return mapped
 
     @contextmanager
@@ -216,15 +241,17 @@ class ShardReader:
         with self._payload(chunk) as payload:
             self.spec.codec.decode(payload, out)
 
-    def _read_rows_of(self, chunk: int, within: NDArray[np.int64]) -> NDArray[Any]:
-        """Some rows of a chunk; bits [rows, …]."""
+    def _read_part(self, chunk: int, part: Any) -> NDArray[Any]:
+        """Some entries of a chunk, by an index into it; bits. No more of it is kept."""
         shape, dtype = self.spec.chunk_shape, self.spec.dtype
         if self.spec.codec.compressor is None:
             with self._payload(chunk) as payload:
-                return np.frombuffer(payload, dtype).reshape(shape)[within]
-        scratch = np.empty(shape, dtype)
+                return np.frombuffer(payload, dtype).reshape(shape)[part]
+        if not hasattr(self._scratch, "chunk"):
+            self._scratch.chunk = np.empty(shape, dtype)
+        scratch: NDArray[Any] = self._scratch.chunk
         self.read_chunk(chunk, scratch)
-        return scratch[within]
+        return scratch[part]
 
     def will_need(self, chunks: Iterable[int]) -> None:
         """Ask the operating system to read these chunks ahead, without waiting."""
@@ -236,14 +263,26 @@ class ShardReader:
             with suppress(OSError, ValueError):
                 mapped.data.madvise(mmap.MADV_WILLNEED, start, offset + size - start)
 
-    def read_rows(self, rows: NDArray[np.int64], pool: Executor | None = None) -> NDArray[Any]:
+    def read_rows(
+        self,
+        rows: NDArray[np.int64],
+        pool: Executor | None = None,
+        columns: NDArray[np.int64] | None = None,
+    ) -> NDArray[Any]:
         """The entries ``rows`` of axis 0, in that order; bits [rows, …].
+
+        Args:
+            rows: indices from 0.
+            pool: threads to decode in; by default this one.
+            columns: indices into axis 1, by default all of it; chunks are decoded whole all the same, but
+                one at a time.
 
         Raises:
             StoreDamagedError: a chunk is missing or not what was written.
         """
         spec = self.spec
-        out = np.empty((len(rows), *spec.shape[1:]), spec.dtype)
+        width = spec.shape[1:2] if columns is None else (len(columns),)
+        out = np.empty((len(rows), *width, *spec.shape[2:]), spec.dtype)
         chunk_of = rows // spec.chunk_rows
         order = np.argsort(chunk_of, kind="stable")
         starts = np.flatnonzero(np.diff(chunk_of[order], prepend=-1))
@@ -252,13 +291,17 @@ class ShardReader:
         def read(places: NDArray[np.int64]) -> None:
             within = rows[places] % spec.chunk_rows
             first = int(places[0])
-            whole = len(places) == spec.chunk_rows and bool(
-                (within == np.arange(spec.chunk_rows)).all() and (np.diff(places) == 1).all()
+            chunk = int(chunk_of[first])
+            whole = (
+                columns is None
+                and len(places) == spec.chunk_rows
+                and bool((within == np.arange(spec.chunk_rows)).all() and (np.diff(places) == 1).all())
             )
             if whole:
-                self.read_chunk(int(chunk_of[first]), out[first : first + spec.chunk_rows])
+                self.read_chunk(chunk, out[first : first + spec.chunk_rows])
             else:
-                out[places] = self._read_rows_of(int(chunk_of[first]), within)
+                part = within if columns is None else (within[:, np.newaxis], columns)
+                out[places] = self._read_part(chunk, part)
 
         for _ in pool.map(read, groups) if pool else map(read, groups):
             pass

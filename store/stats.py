@@ -2,9 +2,10 @@
 
 One entry per shard, so that harvests by many processes need no common state: sums by position of
 the training part's ordinary tokens (what position means are made of), their second moments, norms
-of every token by position, and the digest of the shard's file (so that sealing reads nothing
-again). Sums run in float64, context after context, so equal shards give equal bytes. Costs about
-as much CPU time as compressing the shard, in the same threads.
+of every token by position, how often each byte occurs (what compression can gain at most), the error
+of rounding, and the digest of the shard's file (so that sealing reads nothing again). Sums run in
+float64, context after context, so equal shards give equal bytes. Costs about as much CPU time as
+compressing the shard, in the same threads.
 """
 
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ def stats_specs(manifest: Manifest, layer: int) -> dict[str, ArraySpec]:
         )
 
     position, feature = ("position", length), ("feature", d_model)
-    return {
+    found = {
         "sums": by_shard("sums", "float32", position, feature),
         "counts": by_shard("counts", "int64", position),
         "squares": by_shard("squares", "float64", feature),
@@ -44,6 +45,11 @@ def stats_specs(manifest: Manifest, layer: int) -> dict[str, ArraySpec]:
         "norm_counts": by_shard("norm_counts", "int64", position, ("bin", NORM_BINS)),
         "sha256": by_shard("sha256", "uint8", ("byte", 32)),
     }
+    if manifest.byte_counts:
+        found["byte_counts"] = by_shard("byte_counts", "int64", ("plane", 2), ("value", 256))
+    if manifest.mantissa_bits is not None:
+        found["rounding"] = by_shard("rounding", "float64", ("measure", 2), position)
+    return found
 
 
 def bits_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -63,25 +69,32 @@ class ChunkStats(NamedTuple):
     squares: NDArray[np.float64]  # [d_model]
     norm_sums: NDArray[np.float64]  # [positions]
     norm_counts: NDArray[np.int64]  # [positions, bins]
+    byte_counts: NDArray[np.int64]  # [planes, values]
+    rounding: NDArray[np.float64]  # [measures, positions]
 
     @classmethod
-    def of(cls, bits: NDArray[np.uint16], ordinary: NDArray[np.bool_]) -> "ChunkStats":
+    def of(
+        cls, bits: NDArray[np.uint16], ordinary: NDArray[np.bool_], exact: NDArray[np.uint16] | None = None
+    ) -> "ChunkStats":
         """The statistics of some contexts.
 
         Args:
-            bits: bfloat16 bits [contexts, positions, d_model].
+            bits: bfloat16 bits as stored [contexts, positions, d_model].
             ordinary: bool [contexts, positions]: tokens of the training part that are not special;
                 the sums are over these, the norms over all.
+            exact: what ``bits`` were before rounding, if they were rounded.
 
         Raises:
             FloatingPointError: a value is not finite.
         """
         values = bits_to_float32(bits)
+        unrounded = None if exact is None else bits_to_float32(exact)
         n_contexts, length, d_model = values.shape
         squares = np.zeros(d_model)
         sums = np.zeros((length, d_model))
         norm_sums = np.zeros(length)
         norm_counts = np.zeros((length, NORM_BINS), np.int64)
+        rounding = np.zeros((2, length))
         positions = np.arange(length, dtype=np.int64)
         for context in range(n_contexts):
             norms = np.sqrt(np.einsum("pd,pd->p", values[context], values[context], dtype=np.float64))
@@ -89,13 +102,19 @@ class ChunkStats(NamedTuple):
                 raise FloatingPointError(int(np.flatnonzero(~np.isfinite(norms))[0]))
             norm_sums += norms
             norm_counts[positions, norm_bin(norms)] += 1
+            if unrounded is not None:
+                rounding += _rounding_errors(unrounded[context], values[context], ordinary[context])
             rows = values[context]
             if not ordinary[context].all():
                 rows[~ordinary[context]] = 0
             sums += rows
             # In float64 from the start: a float32 square overflows from 2^64 on.
             squares += np.square(rows, dtype=np.float64).sum(axis=0)
-        return cls(sums, ordinary.sum(axis=0, dtype=np.int64), squares, norm_sums, norm_counts)
+        # Of the first context alone: bytes of one in eight are plenty, and counting costs time.
+        counts = np.bincount(bits[0].reshape(-1), minlength=2**16).reshape(256, 256)
+        byte_counts = np.stack([counts.sum(axis=1), counts.sum(axis=0)]).astype(np.int64)
+        n_ordinary = ordinary.sum(axis=0, dtype=np.int64)
+        return cls(sums, n_ordinary, squares, norm_sums, norm_counts, byte_counts, rounding)
 
     def add(self, other: "ChunkStats") -> None:
         """Add the next chunk, in place."""
@@ -103,10 +122,21 @@ class ChunkStats(NamedTuple):
             mine += theirs
 
     def arrays(self, sha256: bytes) -> dict[str, NDArray[Any]]:
-        """One entry of each array of ``stats_specs``."""
+        """One entry of each array that ``stats_specs`` may name."""
         with np.errstate(over="ignore"):
             sums = self.sums.astype(np.float32)
         return {**self._asdict(), "sums": sums, "sha256": np.frombuffer(sha256, np.uint8)}
+
+
+def _rounding_errors(
+    exact: NDArray[np.float32], stored: NDArray[np.float32], ordinary: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Relative error of each token, and squared error of the ordinary ones; [2, positions]."""
+    error = (exact - stored).astype(np.float64)
+    squared = np.einsum("pd,pd->p", error, error)
+    norms = np.sqrt(np.einsum("pd,pd->p", exact, exact, dtype=np.float64))
+    relative = np.divide(np.sqrt(squared), norms, out=np.zeros_like(norms), where=norms > 0)
+    return np.stack([relative, np.where(ordinary, squared, 0)])
 
 
 def norm_bin(norms: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -133,6 +163,47 @@ class LayerStats(NamedTuple):
     squares: NDArray[np.float64]
     """Sums of their squares; [d_model]."""
 
+    @property
+    def n_tokens(self) -> int:
+        """Ordinary tokens that the sums are over."""
+        return int(self.counts.sum())
+
+    @property
+    def variation(self) -> float:
+        """Sum of squared distances of the ordinary tokens from their mean."""
+        with np.errstate(over="ignore", invalid="ignore"):  # the greatest numbers, and a stranger's
+            mean = self.sums.sum(axis=0) / max(1, self.n_tokens)
+            return float(self.squares.sum() - self.n_tokens * np.dot(mean, mean))
+
+    @property
+    def position_r2(self) -> float:
+        """Share of the variance that the position alone explains, less what chance would; NaN of too few.
+
+        One-way analysis of variance with positions as groups, adjusted for their number: 1 - (1 - R²) ·
+        (n - 1) / (n - groups), about 0 where position means nothing.
+        """
+        there = self.counts > 0
+        n_groups = int(there.sum())
+        variation = self.variation
+        if self.n_tokens <= n_groups or not 0 < variation < np.inf:
+            return float("nan")
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = self.sums.sum(axis=0) / self.n_tokens
+            means = self.sums[there] / self.counts[there, np.newaxis]
+            between = float((self.counts[there] * np.square(means - mean).sum(axis=1)).sum())
+        unexplained = 1 - between / variation
+        return 1 - unexplained * (self.n_tokens - 1) / (self.n_tokens - n_groups)
+
+
+class RoundingError(NamedTuple):
+    """What rounding the mantissas cost."""
+
+    relative: float
+    """Mean over all tokens of |error| / |activation|."""
+
+    fvu: float
+    """Squared error over the variance, both of ordinary training tokens."""
+
 
 class NormStats(NamedTuple):
     """Norms of every token of a layer, special and held-out ones too."""
@@ -157,3 +228,17 @@ def norm_stats(norm_sums: NDArray[np.float64], norm_counts: NDArray[np.int64]) -
     median = float(bin_middles()[np.searchsorted(np.cumsum(by_bin), total / 2)])
     outliers = int(by_bin[bin_middles() > 10 * median].sum())
     return NormStats(norm_sums / n_tokens, median, outliers / total)
+
+
+def byte_plane_bound(byte_counts: NDArray[np.int64]) -> float:
+    """The best ratio of any code that takes values byte by byte: 16 bits over both planes' entropies.
+
+    Args:
+        byte_counts: how often each value of the high and of the low byte occurs; [2, 256].
+    """
+    totals = byte_counts.sum(axis=1, keepdims=True)
+    if not totals.all():
+        return float("nan")
+    share = byte_counts / totals
+    entropy = -(share * np.log2(share, out=np.zeros_like(share), where=share > 0)).sum()
+    return float(16 / entropy) if entropy > 0 else float("inf")

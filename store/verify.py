@@ -2,11 +2,15 @@
 
 Every file that the seal names must be there with the size and SHA-256 that it had; every chunk's checksum
 must hold and every chunk decode; positions must count up and token ids lie in the vocabulary. Of an
-unfinished store the committed part is checked the same way, against the digests taken while writing.
+unfinished store each shard that stands under its own name is checked the same way, with its statistics,
+against the digests taken while writing: the name is the commit record, so a shard that stands there and
+is not whole is damage, though readers only see the store end before it. Another process may write the store
+meanwhile: what must be there is looked for in the order opposite to that of writing.
 Costs one pass over the disk and about 1 s a core for each GB on it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import errno
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +19,7 @@ import numpy as np
 
 from .errors import StoreDamagedError, StoreError, StoreFormatError
 from .files import PARTIAL
-from .manifest import layer_path, token_specs
+from .manifest import layer_path, layer_spec, token_specs
 from .reader import ActivationStore
 from .seal import CORPUS_PATH, ROOT_PATH, SEAL_PATH, SealedFile, sha256_of
 from .shards import ShardReader
@@ -90,14 +94,12 @@ def _may_be_ours(store: ActivationStore, path: str) -> bool:
 def _plain_files(store: ActivationStore) -> Iterator[str]:
     """The metadata that must be there."""
     yield ROOT_PATH
-    if store.is_sealed or store.files.exists(CORPUS_PATH):
+    if store.is_sealed or store.layers or store.files.exists(CORPUS_PATH):
         yield CORPUS_PATH
     for layer in store.layers:
-        if store.contexts_by_layer[layer]:
-            yield f"stats/{layer_path(layer)}/zarr.json"
-    for path, n_shards in _arrays(store):
-        if n_shards:
-            yield f"{path}/zarr.json"
+        yield f"stats/{layer_path(layer)}/zarr.json"
+    for path, _ in _arrays(store):
+        yield f"{path}/zarr.json"
 
 
 def _misread_metadata(store: ActivationStore) -> Iterator[Damage]:
@@ -113,27 +115,29 @@ def _misread_metadata(store: ActivationStore) -> Iterator[Damage]:
             pass  # told by ``_check_file``
 
 
-def _arrays(store: ActivationStore) -> Iterator[tuple[str, int]]:
-    """Each array and how many of its shards are to be whole."""
+def _arrays(store: ActivationStore) -> Iterator[tuple[str, Sequence[int]]]:
+    """Each array and which of its shards are to be whole."""
     if not store.is_sealed and not store.files.exists(CORPUS_PATH):
         return
     for name, spec in token_specs(store.manifest).items():
-        yield name, spec.n_shards
+        yield name, range(spec.n_shards)
     for layer in store.layers:
         committed = store.committed_shards(layer)
+        spec = layer_spec(store.manifest, layer)
+        shards = [i for i in range(spec.n_shards) if i < committed or store.files.exists(spec.shard_path(i))]
         for spec in stats_specs(store.manifest, layer).values():
-            yield spec.path, committed
-        yield layer_path(layer), committed
+            yield spec.path, shards
+        yield layer_path(layer), shards
 
 
 def _shards(store: ActivationStore) -> Iterator[tuple[ShardReader, int, str | None]]:
     """Every shard, with the SHA-256 in hex that its file must have, where that is known."""
-    for path, n_shards in _arrays(store):
+    for path, shards in _arrays(store):
         try:
             reader = store.array(path)
         except (StoreDamagedError, StoreFormatError):
             continue  # its zarr.json is told by itself
-        for shard in range(n_shards):
+        for shard in shards:
             yield reader, shard, _sha256(store, reader, shard)
 
 
@@ -162,11 +166,18 @@ def _check_file(store: ActivationStore, path: str) -> tuple[list[Damage], int]:
         # Sizes first: a file grown to terabytes is not read to the end.
         elif entry and (entry.n_bytes != n_bytes or entry != sha256_of(store.files, path)):
             problem = "its bytes are not those that were sealed"
-    except FileNotFoundError:
-        problem = "the file is missing"
+    except OSError as error:
+        problem = _unreadable(error)
     except StoreDamagedError as error:
         problem = error.problem
     return [Damage(path, None, None, problem)] if problem else [], n_bytes or 0
+
+
+def _unreadable(error: OSError) -> str:
+    """What an error says of a file, unless it is the process that may open no more."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        raise error
+    return "the file is missing" if error.errno == errno.ENOENT else f"it cannot be read ({error.strerror})"
 
 
 def _check_shard(
@@ -185,6 +196,8 @@ def _check_shard(
         ]
     except StoreDamagedError as error:
         return [Damage(spec.path, shard, error.chunk, error.problem)], 0
+    except OSError as error:
+        return [Damage(spec.path, shard, None, _unreadable(error))], 0
     if not damaged and sha256 is not None and digest != sha256:
         damaged = [Damage(spec.path, shard, None, "its bytes are not those that were written")]
     return damaged, n_bytes

@@ -22,6 +22,7 @@ from .files import PARTIAL, StoreFiles, exclusive, writing
 from .layout import ArraySpec, Json
 from .manifest import Manifest, group_json, layer_path, layer_spec, root_json, token_specs
 from .reader import ActivationStore
+from .rounding import round_mantissas
 from .seal import (
     CORPUS_PATH,
     ROOT_PATH,
@@ -172,10 +173,8 @@ class StoreWriter:
 
     def is_committed(self, layer: int, shard: int) -> bool:
         """Whether one shard of one layer, and its statistics, are there."""
-        stats = stats_specs(self.manifest, layer).values()
-        return all(self.files.exists(spec.shard_path(shard)) for spec in stats) and ShardReader(
-            self.files, layer_spec(self.manifest, layer)
-        ).is_committed(shard)
+        specs = [layer_spec(self.manifest, layer), *stats_specs(self.manifest, layer).values()]
+        return all(ShardReader(self.files, spec).is_committed(shard) for spec in specs)
 
     def lock_shard(self, layers: Sequence[int], shard: int, *, wait: bool) -> "ShardOfLayers | None":
         """The shard of those ``layers`` that lack it, or None if none does or another process has it.
@@ -211,6 +210,7 @@ class StoreWriter:
         were written.
 
         Raises:
+            StoreDamagedError: a file that was committed is missing or not what was written.
             StoreWriteError: the disk refused.
         """
         old = ActivationStore.open(self.root).seal
@@ -251,7 +251,10 @@ class StoreWriter:
             digests = ShardReader(self.files, stats_specs(self.manifest, layer)["sha256"])
             size = self.files.size_bytes(path)
             return SealedFile(size or 0, digests.read_rows(np.array([shard]))[0].tobytes().hex())
-        return sha256_of(self.files, path)
+        try:
+            return sha256_of(self.files, path)
+        except FileNotFoundError:
+            raise StoreDamagedError("the file is missing", array=path) from None
 
 
 class ShardOfLayers:
@@ -301,15 +304,17 @@ class ShardOfLayers:
             FloatingPointError: an activation is not finite.
             StoreWriteError: the disk refused.
         """
-        step = self._store.manifest.chunk_contexts
-        spec = layer_spec(self._store.manifest, layer)
+        manifest = self._store.manifest
+        step = manifest.chunk_contexts
+        spec = layer_spec(manifest, layer)
         self._taken[layer] += len(bits)
         left = len(self.contexts) - self._taken[layer]
         if left < 0 or (left and len(bits) % step):
             raise ValueError(f"{len(bits)} contexts are not whole chunks of {step} up to the shard's end")
         for start in range(0, len(bits), step):
             part, mask = bits[start : start + step], ordinary[start : start + step]
-            self._waiting.append((layer, pool.submit(_encode_and_count, spec, part, mask)))
+            future = pool.submit(_encode_and_count, spec, part, mask, manifest.mantissa_bits)
+            self._waiting.append((layer, future))
         # Bounded: two batches of every layer may wait for the pool, no more.
         self._drain(2 * len(self._writers) * max(1, len(bits) // step))
 
@@ -334,16 +339,19 @@ class ShardOfLayers:
         self._drain(0)
         for layer, writer in self._writers.items():
             digest = writer.finish()
-            specs = stats_specs(self._store.manifest, layer)
-            for name, entry in self._stats[layer].arrays(digest.sha256).items():
-                write_shard(self._store.files, specs[name], self.shard, entry[np.newaxis])
+            entries = self._stats[layer].arrays(digest.sha256)
+            for name, spec in stats_specs(self._store.manifest, layer).items():
+                write_shard(self._store.files, spec, self.shard, entries[name][np.newaxis])
             writer.commit()
 
 
 def _encode_and_count(
-    spec: ArraySpec, bits: NDArray[np.uint16], ordinary: NDArray[np.bool_]
+    spec: ArraySpec, bits: NDArray[np.uint16], ordinary: NDArray[np.bool_], mantissa_bits: int | None
 ) -> tuple[list[bytes], ChunkStats]:
-    return encode_chunks(spec, bits), ChunkStats.of(bits, ordinary)
+    if mantissa_bits is None:
+        return encode_chunks(spec, bits), ChunkStats.of(bits, ordinary)
+    rounded = round_mantissas(bits, mantissa_bits)
+    return encode_chunks(spec, rounded), ChunkStats.of(rounded, ordinary, exact=bits)
 
 
 def _abandon(writers: Any) -> None:

@@ -43,6 +43,7 @@ MANIFEST: dict[str, Any] = {
     "vocabulary_size": VOCABULARY,
     "seed": 0,
     "codec": "small",
+    "byte_counts": True,
     "chunk_contexts": 8,
     "shard_contexts": 512,
     "versions": {"numpy": "any"},

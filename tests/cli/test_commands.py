@@ -128,6 +128,37 @@ def test_inspect_store_as_json_says_everything(posae: Posae, store: Path) -> Non
     assert facts["raw_bytes"] == 3 * 24 * 16 * 128 * 2
 
 
+def test_a_harvest_may_lose_bits_by_choice_and_the_label_says_what(
+    posae: Posae, store: Path, tmp_path: Path
+) -> None:
+    rounded = tmp_path / "rounded.zarr"
+    assert posae("harvest", rounded, *SMALL, "--mantissa-bits", 5).code == 0
+    facts = json.loads(posae("inspect-store", rounded, "--json", "--verify").out)
+    exact = json.loads(posae("inspect-store", store, "--json").out)
+    assert (facts["verified"], facts["mantissa_bits"], exact["mantissa_bits"]) == (True, 5, None)
+    assert facts["stored_bytes"] < 0.87 * exact["stored_bytes"]
+    values = ActivationStore.open(store).read(2, dtype="float32")
+    error = np.linalg.norm(ActivationStore.open(rounded).read(2, dtype="float32") - values, axis=-1)
+    mean = (error / np.linalg.norm(values, axis=-1)).mean()
+    assert facts["by_layer"]["2"]["rounding_error"] == pytest.approx(mean, rel=1e-4)
+    assert 0.005 < mean < 0.009
+    assert f"rounding changed activations by {mean:.2%}" in posae("inspect-store", rounded).out
+    assert "rounding" not in posae("inspect-store", store).out
+    refused = posae("harvest", rounded, *SMALL)
+    assert (refused.code, "mantissa_bits is 5 there and None now" in refused.err) == (1, True)
+
+
+def test_inspect_store_says_what_compression_could_gain_and_what_position_explains(
+    posae: Posae, store: Path
+) -> None:
+    facts = json.loads(posae("inspect-store", store, "--json").out)["by_layer"]["2"]
+    assert 1.3 < facts["bound"] < 1.7
+    assert facts["share_of_bound"] == pytest.approx(facts["ratio"] / facts["bound"])
+    shown = posae("inspect-store", store).out
+    assert f"of the byte-plane bound {facts['bound']:.3f}" in shown
+    assert f"position explains {max(0.0, facts['position_r2']):.2%} of the variance" in shown
+
+
 def test_inspect_store_draws_norms_by_position(posae: Posae, store: Path) -> None:
     ended = posae("inspect-store", store)
     assert ended.code == 0
@@ -332,6 +363,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["harvest", "{run}", "--dataset", "{binary}"], "binary.txt"),
     (["harvest", "{run}", "--dataset", "{jsonl}"], "column"),
     (["harvest", "{run}", "--contexts", "8", "--tokens", "8"], "give one of them"),
+    (["harvest", "{run}", "--mantissa-bits", "5", "--codec", "raw"], "take small"),
     (["harvest", "{text}"], "text.txt"),
     (["harvest", "{folder}"], "is no store"),
 ]

@@ -1,12 +1,14 @@
-"""Made ``format-1.zarr`` once, with posae 0.1.0; kept to show how. Never run it over that store again.
+"""Made the stores of format 1 here once, with posae 0.1.0; kept to show how. Never run it over them again.
 
-Run as: python tests/golden/make_format_1.py FOLDER
+Run as: python tests/golden/make_format_1.py format-1.zarr
+        python tests/golden/make_format_1.py format-1-rounded.zarr rounded
 """
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +35,7 @@ def activations(layer: int) -> NDArray[np.uint16]:
     return ((numbers & np.uint64(0x807F)) | exponent << np.uint64(7)).astype(np.uint16)
 
 
-def main(root: Path) -> None:
+def main(root: Path, **more: Any) -> None:
     tokens = (3 + scrambled((N_CONTEXTS, LENGTH), 100) % np.uint64(97)).astype(np.int32)
     tokens[scrambled(tokens.shape, 101) % np.uint64(9) == 0] = EOS
     tokens[:, 0] = BOS
@@ -68,6 +70,7 @@ def main(root: Path) -> None:
         chunk_contexts=8,
         shard_contexts=512,
         versions={name: version(name) for name in ("numpy", "numcodecs")},
+        **more,
     )
     corpus = {
         "documents": 7,
@@ -93,4 +96,5 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    rounded = {"mantissa_bits": 5, "byte_counts": True} if "rounded" in sys.argv[2:] else {}
+    main(Path(sys.argv[1]), **rounded)

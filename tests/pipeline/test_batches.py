@@ -1,5 +1,6 @@
 """Shuffled batches: every wanted token once an epoch, at any step the same, positions true."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from posae.pipeline.batches import Order, ShuffledBatches, as_torch, ordered_bat
 from posae.store.errors import StoreDamagedError
 from posae.store.ranges import equal_ranges, parse_ranges
 from posae.store.reader import ActivationStore
+from posae.store.shards import index_bytes, parse_index
 
 LENGTH, D_MODEL, CONTEXTS, TRAINING = 16, 8, 203, 184
 RANGES = equal_ranges(LENGTH, 4)
@@ -138,20 +140,37 @@ def test_as_torch_shares_memory() -> None:
     assert viewed[0].item() == 2.0
 
 
-def test_a_damaged_chunk_stops_the_batches(
-    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def read_an_epoch(store: ActivationStore) -> None:
+    batches = batches_of(store, window_contexts=32)
+    list(batches.steps(0, steps_of_epoch(batches.order, 0)))
+
+
+def test_a_flipped_bit_in_any_chunk_that_is_read_stops_the_batches(
+    store: ActivationStore, tmp_path: Path
 ) -> None:
-    opened = ActivationStore.open(store.root)
-    read: Callable[..., None] = opened.array("layer_0").read_chunk
-
-    def damaged(chunk: int, out: NDArray[np.uint16]) -> None:
-        if chunk == 5:
-            raise StoreDamagedError("its checksum does not hold", array="layer_0", shard=0, chunk=5)
-        read(chunk, out)
-
-    monkeypatch.setattr(opened.array("layer_0"), "read_chunk", damaged)
-    with pytest.raises(StoreDamagedError, match="layer_0, shard 0, chunk 5"):
-        list(batches_of(opened, batch_size=64, window_contexts=64).steps(0, 100))
+    root = shutil.copytree(store.root, tmp_path / "a.zarr")
+    rng = np.random.default_rng(0)
+    n_stopped = 0
+    for path in ("layer_0", "tokens"):
+        spec = store.spec(path)
+        for shard in range(spec.n_shards):
+            file = root / spec.shard_path(shard)
+            good = file.read_bytes()
+            for chunk, entry in enumerate(parse_index(spec, shard, good[-index_bytes(spec) :], len(good))):
+                bad = bytearray(good)
+                bad[int(entry[0]) + int(rng.integers(int(entry[1])))] ^= 1 << int(rng.integers(8))
+                file.write_bytes(bad)
+                place = f"{path}, shard {shard}, chunk {chunk}: its checksum does not hold"
+                opened = ActivationStore.open(root)
+                opened.check_layer(0)
+                if shard * spec.shard_rows + chunk * spec.chunk_rows >= TRAINING:
+                    read_an_epoch(opened)
+                else:
+                    n_stopped += 1
+                    with pytest.raises(StoreDamagedError, match=place):
+                        read_an_epoch(opened)
+            file.write_bytes(good)
+    assert n_stopped == 2 * TRAINING // 8
 
 
 def test_rows_on_the_device_are_the_activations(store: ActivationStore) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from posae.pipeline.metrics import ScoreKeeper, Scores, position_r2
+from posae.pipeline.metrics import ScoreKeeper, Scores
 
 N_RANGES, D_MODEL, DICTIONARY_SIZE = 3, 5, 7
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -135,47 +135,3 @@ def test_wrong_use_is_refused() -> None:
         keeper.scores()
     with pytest.raises(ValueError, match="shorter"):
         keeper.add(rows.x, rows.x, rows.code, [0, 10])
-
-
-def position_r2_of(x: Array) -> float:
-    """Of activations [contexts, positions, d_model]."""
-    n_contexts, n_positions, _ = x.shape
-    return position_r2(
-        torch.tensor(x.sum(0), dtype=torch.float32),
-        torch.full((n_positions,), n_contexts),
-        torch.tensor((x**2).sum((0, 1))),
-    )
-
-
-def test_position_explains_nothing_of_noise() -> None:
-    draw = np.random.default_rng(0)
-    shares = [position_r2_of(3 + draw.normal(size=(4, 32, 8))) for _ in range(40)]
-    # Without the correction for chance this would be 31 / 127 = .24.
-    assert np.mean(shares) == pytest.approx(0, abs=0.01)
-    assert min(shares) < 0
-
-
-def test_position_explains_all_or_its_share() -> None:
-    draw = np.random.default_rng(1)
-    tables = draw.normal(size=(1, 32, 8))
-    assert position_r2_of(np.repeat(tables, 5, axis=0)) == pytest.approx(1, abs=1e-5)
-    noise = draw.normal(size=(400, 32, 8))
-    tables *= 0.5 / tables.std(axis=1, keepdims=True)
-    assert position_r2_of(tables + noise) == pytest.approx(0.25 / 1.25, abs=0.01)
-
-
-def test_positions_without_rows_are_left_out() -> None:
-    draw = np.random.default_rng(2)
-    x = draw.normal(size=(20, 6, 4)) + draw.normal(size=(1, 6, 4))
-    sums, squares = torch.tensor(x.sum(0)), torch.tensor((x**2).sum((0, 1)))
-    expected = position_r2(sums, torch.full((6,), 20), squares)
-    longer = torch.cat([torch.zeros(1, 4), sums])
-    counts = torch.tensor([0] + [20] * 6)
-    assert position_r2(longer, counts, squares) == pytest.approx(expected)
-
-
-def test_position_r2_is_nan_where_nothing_can_be_told() -> None:
-    one_row_each = position_r2(torch.randn(4, 2), torch.ones(4), torch.ones(2))
-    nothing_varies = position_r2(torch.full((4, 2), 6.0), torch.full((4,), 3), torch.full((2,), 48.0))
-    assert math.isnan(one_row_each)
-    assert math.isnan(nothing_varies)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from posae.store.codecs import CODECS
 from posae.store.errors import StoreFormatError
 from posae.store.layout import DATA_TYPES, MAX_SHARDS, ArraySpec, shard_contexts
+from posae.store.manifest import group_json, parse_manifest
 
 names = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
 
@@ -152,3 +153,19 @@ def test_shards_double_until_they_are_few(n_contexts: int) -> None:
     assert contexts * MAX_SHARDS >= n_contexts
     assume(contexts > 512)
     assert contexts // 2 * MAX_SHARDS < n_contexts
+
+
+@pytest.mark.parametrize(
+    ("written_by", "said"),
+    [
+        ("0.9.0", "posae 0.9.0 or later reads it"),
+        ("0.9.0; rm -rf /", "a later posae reads it"),
+        (None, "a later posae reads it"),
+        (9, "a later posae reads it"),
+    ],
+)
+def test_a_newer_format_names_the_posae_that_reads_it(written_by: object, said: str) -> None:
+    root = {"posae": {"format": 2, "versions": {"posae": written_by}}}
+    with pytest.raises(StoreFormatError, match=said) as raised:
+        parse_manifest(group_json(root))
+    assert "pip install --upgrade posae" in str(raised.value)

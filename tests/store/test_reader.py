@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,14 @@ import pytest
 from numpy.typing import NDArray
 
 from posae.store import ActivationStore
-from posae.store.errors import SettingsError, StoreIncompleteError
+from posae.store.errors import (
+    SettingsError,
+    StoreDamagedError,
+    StoreIncompleteError,
+    StoreNotFoundError,
+)
 from posae.store.stats import bin_middles, norm_bin
+from posae.store.verify import verify
 
 if TYPE_CHECKING:
     from ..conftest import Made, MakeStore
@@ -73,6 +80,35 @@ def test_the_greatest_and_least_numbers_do_not_spoil_statistics(
     n_ordinary = int(made.ordinary.sum())
     np.testing.assert_allclose(store.stats(1).squares, n_ordinary * value**2, rtol=1e-12)
     np.testing.assert_allclose(store.norms(1).mean, 4 * abs(value), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(0.0, 0.0), (1.0, 0.5), (30.0, 0.9989)])
+def test_what_position_explains_is_told_and_chance_is_not(
+    make_store: "MakeStore", tmp_path: Path, shift: float, expected: float
+) -> None:
+    rng = np.random.default_rng(3)
+    means = shift * rng.standard_normal((16, 8)).astype(np.float32)
+    values = rng.standard_normal((400, 16, 8), np.float32) + means
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+    made = make_store(
+        tmp_path / "a.zarr", n_contexts=400, context_length=16, d_model=8, held_out=40, bits=bits
+    )
+    stats = ActivationStore.open(made.root).stats(1)
+    assert stats.position_r2 == pytest.approx(expected, abs=0.004 if not shift else 0.1)
+    kept, place = values[made.ordinary], np.nonzero(made.ordinary)[1]
+    within = sum(
+        float(np.square(kept[place == p] - kept[place == p].mean(axis=0)).sum()) for p in np.unique(place)
+    )
+    total = float(np.square(kept - kept.mean(axis=0)).sum())
+    n, groups = len(kept), len(np.unique(place))
+    assert stats.position_r2 == pytest.approx(1 - within / total * (n - 1) / (n - groups), abs=1e-3)
+
+
+def test_position_explains_nothing_that_can_be_told_of_too_few_tokens(
+    make_store: "MakeStore", tmp_path: Path
+) -> None:
+    made = make_store(tmp_path / "a.zarr", n_contexts=1)
+    assert np.isnan(ActivationStore.open(made.root).stats(1).position_r2)
 
 
 def test_a_few_huge_norms_are_outliers(make_store: "MakeStore", tmp_path: Path) -> None:
@@ -246,6 +282,23 @@ def test_a_replaced_file_is_not_seen_by_an_open_reader(make_store: "MakeStore", 
     store.read(1)
     (made.root / "layer_1/c.0.0.0").rename(tmp_path / "elsewhere")
     np.testing.assert_array_equal(store.read(1), made.activations[1])
+
+
+def test_a_store_removed_under_an_open_reader_is_an_error_where_nothing_is_mapped_yet(
+    make_store: "MakeStore", tmp_path: Path
+) -> None:
+    made = make_store(tmp_path / "a.zarr", n_contexts=40, shard_contexts=16)
+    store = ActivationStore.open(made.root)
+    store.read(1, slice(0, 16))
+    shutil.rmtree(made.root)
+    np.testing.assert_array_equal(store.read(1, slice(0, 16)), made.activations[1][:16])
+    with pytest.raises(StoreDamagedError, match=r"layer_1, shard 1: its file layer_1/c\.1\.0\.0 is missing"):
+        store.read(1)
+    with pytest.raises(StoreDamagedError, match="tokens, shard 0: its file"):
+        store.tokens()
+    assert {damage.problem for damage in verify(store).damaged} >= {"the file is missing"}
+    with pytest.raises(StoreNotFoundError, match="there is no store"):
+        ActivationStore.open(made.root)
 
 
 def test_reading_a_store_needs_neither_torch_nor_zarr(good_store: "Made") -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
+import xarray
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 posae.store.register_bfloat16()
 tensorstore: Any = pytest.importorskip("tensorstore")
 open_array: Any = cast("Any", zarr).open_array
+open_group: Any = cast("Any", xarray).open_zarr
 
 EXPONENT = 0x7F80
 CODECS = ("small", "fast", "raw")
@@ -97,6 +99,19 @@ def test_every_array_comes_out_as_it_went_in(
             for spec in stats_specs(made.manifest, 2).values():
                 values = store.array(spec.path).read_rows(np.arange(spec.shape[0]))
                 np.testing.assert_array_equal(oracle(made.root, spec.path), values)
+
+
+@pytest.mark.filterwarnings("ignore:Object at seal.json")  # zarr-python, of what is not Zarr
+@pytest.mark.parametrize("options", [{}, {"mask_and_scale": False}], ids=["plain", "bits"])
+def test_xarray_opens_the_group_with_named_axes(good_store: "Made", options: dict[str, bool]) -> None:
+    dataset = open_group(good_store.root, consolidated=False, **options)
+    assert dict(dataset.sizes) == {"context": 41, "position": 6, "feature": 16}
+    for layer, bits in good_store.activations.items():
+        found = dataset[f"layer_{layer}"]
+        assert found.dims == ("context", "position", "feature")
+        np.testing.assert_array_equal(found.isel(context=[40, 2], position=3).values, bits[[40, 2], 3])
+    np.testing.assert_array_equal(dataset["tokens"].values, good_store.tokens)
+    assert dataset["position"].values.tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def as_floats(bits: NDArray[np.uint16]) -> NDArray[np.float64]:

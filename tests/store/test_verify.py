@@ -1,18 +1,23 @@
 """``verify`` finds every byte that is not as it was written, and names the place."""
 
+import errno
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from posae.store import ActivationStore
 from posae.store.errors import StoreDamagedError, StoreError
+from posae.store.files import StoreFiles
 from posae.store.layout import ArraySpec
 from posae.store.manifest import Manifest, layer_spec, token_specs
+from posae.store.seal import SealedFile, sha256_of
 from posae.store.shards import index_bytes, parse_index
 from posae.store.stats import stats_specs
 from posae.store.verify import Damage, Verification, verify
@@ -58,6 +63,14 @@ def flip(file: Path, bit: int) -> None:
     file.write_bytes(data)
 
 
+def everything(store: ActivationStore) -> list[NDArray[Any]]:
+    """All that a reader can ask for."""
+    found: list[NDArray[Any]] = [store.tokens(), store.documents()]
+    for layer in store.layers:
+        found += [store.read(layer), *store.stats(layer), store.norms(layer).mean]
+    return found
+
+
 def test_an_undamaged_store_verifies_and_every_byte_was_read(good_store: "Made") -> None:
     found = verified(good_store.root)
     assert (found.damaged, found.foreign) == ([], [])
@@ -70,7 +83,8 @@ def test_no_flipped_bit_is_silent(make_store: "MakeStore", tmp_path: Path) -> No
     copied = shutil.copytree(good_store.root, tmp_path / "a.zarr")
     files = sorted(str(f.relative_to(copied)) for f in copied.rglob("*") if f.is_file())
     rng = np.random.default_rng(0)
-    opened, refused = 0, dict[str, str]()
+    opened, stopped, refused = 0, 0, dict[str, str]()
+    values = everything(ActivationStore.open(copied))
     for trial in range(200):
         path = files[trial] if trial < len(files) else str(rng.choice(files))
         good = (copied / path).read_bytes()
@@ -87,8 +101,17 @@ def test_no_flipped_bit_is_silent(make_store: "MakeStore", tmp_path: Path) -> No
                 assert found
             else:
                 assert found == [place_of(good_store, path, bit // 8)]
+        try:
+            read = everything(ActivationStore.open(copied))
+        except StoreError:
+            stopped += 1
+        else:
+            # What nobody reads, such as digests and padding.
+            for value, good_value in zip(read, values, strict=True):
+                np.testing.assert_array_equal(value, good_value)
         (copied / path).write_bytes(good)
     assert opened > 100
+    assert stopped > 100
     assert refused.keys() <= {"zarr.json", "seal.json"}
     assert all(path in message for path, message in refused.items())
     assert verified(copied).damaged == []
@@ -228,6 +251,91 @@ def test_an_unfinished_store_verifies_what_is_committed(make_store: "MakeStore",
         ("layer_0", 1, 0),
         ("layer_3", 2, 0),
     ]
+
+
+DAMAGED = [
+    # Where, how, and what verify is to name; ``None`` removes the file.
+    ("layer_0/c.1.0.0", -1, ("layer_0", 1, None)),
+    ("layer_0/c.2.0.0", -1, ("layer_0", 2, None)),
+    ("layer_0/c.2.0.0", 40, ("layer_0", 2, 0)),
+    ("layer_3/c.0.0.0", -9, ("layer_3", 0, None)),
+    ("layer_3/c.4.0.0", -1, ("layer_3", 4, None)),
+    ("layer_3/c.4.0.0", 40, ("layer_3", 4, 0)),
+    ("stats/layer_3/sums/c.4.0.0", None, ("stats/layer_3/sums", 4, None)),
+    ("stats/layer_3/sums/c.4.0.0", 5, ("stats/layer_3/sums", 4, 0)),
+    ("stats/layer_0/sha256/c.1.0", None, ("stats/layer_0/sha256", 1, None)),
+    ("stats/layer_0/counts/c.2.0", -1, ("stats/layer_0/counts", 2, None)),
+    ("document/c.4.0", -1, ("document", 4, None)),
+    ("tokens/c.3.0", None, ("tokens", 3, None)),
+    ("stats/layer_3/zarr.json", None, ("stats/layer_3/zarr.json", None, None)),
+    ("stats/zarr.json", None, ("stats/zarr.json", None, None)),
+]
+
+
+@pytest.mark.parametrize(("path", "byte", "place"), DAMAGED)
+def test_a_shard_under_its_own_name_that_is_not_whole_is_damage_in_an_unfinished_store(
+    make_store: "MakeStore", tmp_path: Path, path: str, byte: int | None, place: tuple[str, int | None, int]
+) -> None:
+    made = make_store(
+        tmp_path / "a.zarr", n_contexts=73, layers=(0, 3), shard_contexts=16, seal=False, shards=[0, 1, 2]
+    )
+    made.write((3,), seal=False, shards=[4])
+    (made.root / "stats/layer_0/sums/c.3.0.0").write_bytes(b"of a shard that is being written")
+    assert verified(made.root).damaged == []
+    file = made.root / path
+    good = file.read_bytes()
+    file.unlink()
+    if byte is not None:
+        file.write_bytes(good)
+        flip(file, 8 * (byte % len(good)))
+    found = verified(made.root).damaged
+    assert [damage[:3] for damage in found] == [place]
+    if (byte or 0) < 0 and path.startswith("layer_"):
+        # A shard without a sound index is not committed, and so is made anew.
+        made.write((0, 3))
+        assert file.read_bytes() == good
+        assert verified(made.root).damaged == []
+
+
+def test_verifying_while_others_write_finds_no_damage(make_store: "MakeStore", tmp_path: Path) -> None:
+    made = make_store(tmp_path / "a.zarr", n_contexts=240, shard_contexts=8, seal=False, shards=[])
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(made.write, (1,))
+        rounds = 0
+        while not writing.done():
+            found = verified(made.root)
+            assert found.damaged == []
+            rounds += 1
+        writing.result()
+    assert rounds > 2
+    assert verified(made.root).foreign == []
+
+
+def test_a_file_that_vanishes_or_fails_while_it_is_verified_is_damage(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(files: StoreFiles, path: str) -> SealedFile:
+        if path == "layer_3/c.1.0.0":
+            (files.root / path).unlink()
+        if path in ("layer_0/c.0.0.0", "stats/layer_0/zarr.json"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return sha256_of(files, path)
+
+    monkeypatch.setattr("posae.store.verify.sha256_of", fail)
+    assert set(verified(copied).damaged) == {
+        Damage("layer_3", 1, None, "the file is missing"),
+        Damage("layer_0", 0, None, "it cannot be read (Input/output error)"),
+        Damage("stats/layer_0/zarr.json", None, None, "it cannot be read (Input/output error)"),
+    }
+
+
+def test_that_no_more_files_may_be_opened_is_no_damage(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(files: StoreFiles, path: str) -> SealedFile:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("posae.store.verify.sha256_of", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        verified(copied)
 
 
 def test_what_verify_read_is_told_as_it_goes(good_store: "Made") -> None:

@@ -1,0 +1,158 @@
+"""A store as people see it in a terminal: what it holds, norms by position, one context's text."""
+
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from ..store.errors import SettingsError, StoreFormatError
+from ..store.reader import ActivationStore
+from .display import console, duration, plot, quantity
+
+
+def show_damage(damaged: list[dict[str, Any]]) -> None:
+    """A line for each thing that is not as it was written."""
+    for entry in damaged:
+        place = entry["array"]
+        for part in ("shard", "chunk"):
+            place += f", {part} {entry[part]}" if entry[part] is not None else ""
+        console.print(Text(f"damaged: {place}: {entry['problem']}", style="bold red"), soft_wrap=True)
+    if damaged:
+        console.print("restore these files from a copy of the store, or harvest it anew", soft_wrap=True)
+
+
+def show_brief(store: ActivationStore, facts: dict[str, Any]) -> None:
+    """Two lines: what, and how much."""
+    state = f"sealed as {facts['identity'][:16]}" if store.is_sealed else "unfinished"
+    ratio = f"ratio {facts['ratio']:.3f}" if facts["ratio"] else "nothing committed yet"
+    what = f"{store.manifest.model} on {store.manifest.dataset}"
+    console.print(Text.assemble((str(store.root), "bold"), f": {what}, {state}"), soft_wrap=True)
+    console.print(
+        f"layers {', '.join(map(str, store.layers))}, {facts['contexts']:,} contexts of "
+        f"{store.context_length} tokens, {quantity(facts['total_bytes'])}, {ratio}",
+        soft_wrap=True,
+    )
+
+
+def show_store(store: ActivationStore, facts: dict[str, Any]) -> None:
+    """All that ``describe`` and ``--verify`` say, with a plot of norms by position for each layer."""
+    manifest = store.manifest
+    state = f"sealed as {facts['identity'][:16]}" if store.is_sealed else "unfinished"
+    if not store.is_sealed:
+        state += f", last written {duration(facts['seconds_since_written'])} ago"
+    revision = f" @ {manifest.dataset_revision}" if manifest.dataset_revision else ""
+    split = f" ({manifest.dataset_split})" if manifest.dataset_split else ""
+    percent = facts["contexts"] / manifest.n_contexts
+    held = manifest.held_out[1] - manifest.held_out[0]
+    corpus = facts["corpus"]
+    rows = {
+        "store": f"{store.root}, format {manifest.format}, {state}",
+        "model": f"{manifest.model} @ {manifest.model_revision}, {manifest.hook_point}, {manifest.dtype}, "
+        f"{manifest.attention} attention on {manifest.device}",
+        "text": f"{manifest.dataset}{split}{revision}",
+        "contexts": f"{facts['contexts']:,} of {manifest.n_contexts:,} committed ({percent:.0%}), "
+        f"{manifest.context_length} tokens each, {manifest.packing}; the last {held:,} held out",
+        "tokens": f"{facts['tokens']:,} in each layer",
+        "chunks": f"{manifest.chunk_contexts} contexts to a chunk, {manifest.shard_contexts} to a shard; "
+        f"codec {manifest.codec}",
+    }
+    if corpus:
+        rows["corpus"] = (
+            f"{corpus['documents']:,} documents ({corpus['documents_left_out']:,} left out), "
+            f"{corpus['duplicate_contexts']:,} contexts that repeat another, special tokens "
+            + ", ".join(f"{token}: {count:,}" for token, count in corpus["special_tokens"].items())
+        )
+    if manifest.mantissa_bits is not None:
+        rows["loss"] = f"rounded to {manifest.mantissa_bits} mantissa bits of 7; errors below"
+    if facts["ratio"]:
+        rows["size"] = (
+            f"{quantity(facts['stored_bytes'])} for {quantity(facts['raw_bytes'])} of activations, "
+            f"ratio {facts['ratio']:.3f}; {quantity(facts['total_bytes'])} with all files"
+        )
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in rows.items():
+        table.add_row(name, Text(text))
+    console.print(table)
+    for layer in store.layers:
+        _show_layer(store, facts, layer)
+    if "verified" in facts:
+        if facts["verified"]:
+            console.print("[bold green]verified[/]: every byte is as it was written")
+        show_damage(facts["damaged"])
+        if facts["not_part_of_the_store"]:
+            names = ", ".join(repr(name) for name in facts["not_part_of_the_store"][:8])
+            console.print(Text(f"not part of the store, and never read: {names}"), soft_wrap=True)
+
+
+def _show_layer(store: ActivationStore, facts: dict[str, Any], layer: int) -> None:
+    n_contexts = store.contexts_by_layer[layer]
+    console.print()
+    if not n_contexts:
+        console.print(f"[bold]layer {layer}[/]  nothing committed yet")
+        return
+    norms = [value or 0.0 for value in facts["norms"][str(layer)]]
+    rest = sum(norms[1:]) / max(1, len(norms) - 1)
+    of_layer, outliers = facts["by_layer"][str(layer)], facts["outlier_share"][str(layer)]
+    told = [f"{n_contexts:,} contexts, ratio {of_layer['ratio']:.3f}"]
+    if of_layer["bound"] is not None:
+        told[0] += f", {of_layer['share_of_bound']:.1%} of the byte-plane bound {of_layer['bound']:.3f}"
+    if of_layer["rounding_error"] is not None:
+        told.append(
+            f"rounding changed activations by {of_layer['rounding_error']:.2%} on average"
+            + (f", FVU {of_layer['rounding_fvu']:.1e}" if of_layer["rounding_fvu"] is not None else "")
+        )
+    if of_layer["position_r2"] is not None:
+        told.append(f"position explains {max(0.0, of_layer['position_r2']):.2%} of the variance")
+    told.append(
+        f"norm at position 0: {norms[0]:.1f}, elsewhere {rest:.1f} on average "
+        f"({norms[0] / rest if rest else 0:.2f} x)"
+        + (f"; over 10 x the median: {outliers:.2%} of tokens" if outliers is not None else "")
+    )
+    console.print(f"[bold]layer {layer}[/]  {told[0]}", soft_wrap=True)
+    for line in told[1:]:
+        console.print(f"  {line}", soft_wrap=True)
+    lines = plot(norms, width=max(8, min(64, console.width - 22)))
+    for number, line in enumerate(lines):
+        label = f"{max(norms):8.1f}" if number == 0 else f"{0:8.1f}" if number == len(lines) - 1 else " " * 8
+        console.print(f"{label} ┤[cyan]{line}[/]")
+    end = f"{store.context_length - 1}"
+    console.print(f"{'':9} 0{end:>{max(1, len(lines[0]) - 1)}}  position")
+
+
+def show_context(store: ActivationStore, context: int, tokenizer: str | None) -> None:
+    """The tokens of one context, a line each, and its text.
+
+    Raises:
+        SettingsError: which tokenizer it was cannot be told.
+        StoreFormatError: the tokenizer is another one.
+    """
+    tokens = store.tokens([context])[0]
+    documents = store.documents([context])[0]
+    from ..pipeline.language_model import load_tokenizer
+    from ..pipeline.text.contexts import tokenizer_hash
+
+    source = tokenizer or store.manifest.model
+    if tokenizer is None and (store.manifest.model_revision or "").startswith("sha256:") and source != "demo":
+        raise SettingsError(
+            f"this store was made with a model in a local folder, {source}; name that folder with --tokenizer"
+        )
+    decoder = load_tokenizer(source, None if tokenizer else store.manifest.model_revision)
+    if tokenizer_hash(decoder) != store.manifest.tokenizer_hash:
+        raise StoreFormatError(
+            f"{source} has another tokenizer than this store was made with; "
+            "name the right one with --tokenizer"
+        )
+    table = Table(title=f"context {context}", title_justify="left", pad_edge=False)
+    for name in ("position", "document", "token", "text"):
+        table.add_column(name, justify="left" if name == "text" else "right")
+    for position, (token, document) in enumerate(zip(tokens.tolist(), documents.tolist(), strict=True)):
+        text = repr(_decoded(decoder, [token]))[1:-1]
+        table.add_row(str(position), str(document), str(token), Text(text))
+    console.print(table)
+    console.print(Text(_decoded(decoder, tokens.tolist())), soft_wrap=True)
+
+
+def _decoded(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids))

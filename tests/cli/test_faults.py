@@ -1,0 +1,324 @@
+"""The command line when disk, clock or another process does its worst: one clear line, and no loss."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from posae.cli.app import main
+from posae.store import ActivationStore
+from posae.store.files import StoreFiles
+from posae.store.verify import verify
+
+if TYPE_CHECKING:
+    from ..conftest import MakeStore
+
+SMALL = ("--contexts", "1100", "--context-length", "4", "--layers", "0")
+QUICK = ("--steps", "4", "--batch-size", "64", "--window-contexts", "64", "--ranges", "0:1,1:4")
+DEMO_MODEL = Path(__file__).parents[2] / "pipeline" / "demo_model"
+NOBODY = 65534
+UNREADABLE = 77
+
+
+def call(*words: object) -> int:
+    """Run the command line in this process: what it ends with."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["posae", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return int(ended.value.code or 0)
+
+
+def begin(*words: object) -> subprocess.Popen[str]:
+    """Run the command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "posae", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def told(process: subprocess.Popen[str]) -> str:
+    """The one line that a command in trouble ends with; it must be one, and the exit code 1."""
+    _, err = process.communicate(timeout=120)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (process.returncode, len(lines)) == (1, 1), err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an undisturbed harvest leaves: three shards of one layer."""
+    path = tmp_path_factory.mktemp("whole") / "a.zarr"
+    assert call("harvest", path, *SMALL) == 0
+    return path
+
+
+# --- killed, and used before it is finished -----------------------------------------------------------
+
+
+def test_two_harvests_killed_leave_a_store_that_is_inspected_trained_from_and_finished(
+    whole: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "a.zarr"
+    harvests = [begin("harvest", store, *SMALL) for _ in range(2)]
+    wait_for(store / "layer_0/c.0.0.0", harvests[0])
+    for harvest in harvests:
+        harvest.kill()
+        harvest.communicate()
+    opened = ActivationStore.open(store)
+    assert opened.n_contexts in (512, 1024, 1100)
+    np.testing.assert_array_equal(
+        opened.read(0), ActivationStore.open(whole).read(0, slice(opened.n_contexts))
+    )
+    assert call("inspect-store", store, "--verify") == 0
+    assert call("train", store, tmp_path / "run", *QUICK) == 0
+    assert call("harvest", store, *SMALL) == 0
+    assert tree(store) == tree(whole)
+
+
+@pytest.mark.parametrize("n_contexts", [7, 8, 511, 513])
+def test_any_number_of_contexts_of_one_document_is_harvested_inspected_and_trained_from(
+    tmp_path: Path, n_contexts: int
+) -> None:
+    text, store = tmp_path / "one.txt", tmp_path / "a.zarr"
+    text.write_text("def f(x):\n    return x + 1\n\n" * 600)
+    words = ("--contexts", n_contexts, "--context-length", 4, "--layers", 0, "--dataset", text)
+    assert call("harvest", store, *words) == 0
+    opened = ActivationStore.open(store)
+    assert (opened.n_contexts, opened.is_sealed) == (n_contexts, True)
+    assert not opened.documents().any()
+    assert opened.corpus["documents"] == 1
+    assert call("inspect-store", store, "--verify") == 0
+    assert call("train", store, tmp_path / "run", *QUICK) == 0
+
+
+def test_times_in_the_future_and_a_clock_that_goes_backwards_change_nothing(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    clock = iter(now - n for n in range(10**6))
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    store = tmp_path / "a.zarr"
+    for _ in range(2):
+        assert call("harvest", store, *SMALL) == 0
+        assert tree(store) == tree(whole)
+        for path in (store, *store.rglob("*")):
+            os.utime(path, (now + 10**8, now + 10**8))
+    assert call("inspect-store", store, "--verify") == 0
+    assert call("train", store, tmp_path / "run", *QUICK) == 0
+
+
+def test_an_unfinished_store_from_the_future_is_inspected_without_nonsense(
+    make_store: "MakeStore", tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store(tmp_path / "a.zarr", seal=False).root
+    assert call("inspect-store", store) == 0
+    assert re.search(r"last written \d+ s ago", " ".join(capsys.readouterr().out.split()))
+    os.utime(store / "zarr.json", (time.time() + 4000, time.time() + 4000))
+    assert call("inspect-store", store) == 0
+    assert "last written 0 s ago" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("option", ["--json", "--brief", "--verify"])
+def test_temporary_files_that_vanish_meanwhile_do_not_stop_inspecting(
+    make_store: "MakeStore", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    store = make_store(tmp_path / "a.zarr", seal=False).root
+    walk = StoreFiles.walk
+
+    def and_a_vanished_one(files: StoreFiles) -> Iterator[str]:
+        yield from walk(files)
+        yield "layer_1/.c.7.0.0.partial"
+
+    monkeypatch.setattr(StoreFiles, "walk", and_a_vanished_one)
+    assert call("inspect-store", store, option) == 0
+
+
+# --- what the disk refuses ----------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Generator[None]:
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yield
+    finally:
+        # Lazily: a command that ran in this process may still have files mapped.
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_harvest_and_training_with_one_line_and_both_go_on(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "disk"
+    store, run = disk / "a.zarr", disk / "run"
+    with small_disk(disk, "500k"):
+
+        def is_refused(*words: object) -> None:
+            capsys.readouterr()
+            assert call(*words) == 1
+            lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+            assert len(lines) == 1
+            assert "no space left on the disk" in lines[0]
+
+        is_refused("harvest", store, *SMALL)
+        assert verify(ActivationStore.open(store)).damaged == []
+        subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)
+        assert call("harvest", store, *SMALL) == 0
+        assert tree(store) == tree(whole)
+        (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 8192))
+        is_refused("train", store, run, *QUICK)
+        (disk / "ballast").unlink()
+        assert call("train", store, run, *QUICK) == 0
+
+
+@pytest.fixture
+def by_all() -> Generator[Path]:
+    """A folder that every user may enter and read; pytest's own are for one."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+        Path(folder).chmod(0o755)
+
+
+def told_to_nobody(told_at: Path, *words: object) -> str:
+    """What a user whom permissions bind is told; root they do not.
+
+    By a fork of this process, which has imported all: another user may not be able to run this Python.
+    """
+    child = os.fork()
+    if not child:
+        code = 99
+        try:
+            with told_at.open("w") as sys.stderr:
+                if os.geteuid() == 0:
+                    os.setuid(NOBODY)
+                code = call(*words) if os.access(DEMO_MODEL / "config.json", os.R_OK) else UNREADABLE
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == UNREADABLE:
+        pytest.skip("other users may not read these files")
+    (line,) = (line for line in told_at.read_text().splitlines() if line.startswith("error: "))
+    assert code == 1
+    return line
+
+
+def test_what_may_not_be_written_or_read_is_told_in_one_line(
+    whole: Path, by_all: Path, tmp_path: Path
+) -> None:
+    store, text, err = by_all / "a.zarr", by_all / "text.txt", tmp_path / "err"
+    shutil.copytree(whole, store)
+    text.write_text("def f(x):\n    return x + 1\n\n" * 600)
+    by_all.chmod(0o555)
+    words = ("harvest", by_all / "b.zarr", "--contexts", 8, "--context-length", 4, "--dataset", text)
+    assert "permission denied; choose a folder that you may write to" in told_to_nobody(err, *words)
+    (store / "layer_0/c.1.0.0").chmod(0)
+    told = "layer_0, shard 1: it cannot be opened (Permission denied); restore this file"
+    assert told in told_to_nobody(err, "train", store, by_all / "run", *QUICK)
+    (store / "seal.json").chmod(0)
+    assert "seal.json: it cannot be opened" in told_to_nobody(err, "inspect-store", store)
+
+
+def test_a_store_removed_while_it_is_harvested_is_told_in_one_line(tmp_path: Path) -> None:
+    store = tmp_path / "a.zarr"
+    harvest = begin("harvest", store, *SMALL)
+    wait_for(store / "layer_0/zarr.json", harvest)
+    store.rename(tmp_path / "elsewhere")
+    assert "the folder vanished; put it back and run the same command again" in told(harvest)
+    assert not store.exists()
+    (tmp_path / "elsewhere").rename(store)
+    assert verify(ActivationStore.open(store)).damaged == []
+
+
+# --- cut short while it is decoded --------------------------------------------------------------------
+
+CUT = """
+import os, sys
+from posae.cli.app import main
+from posae.store import shards
+
+if {when!r} == "decode":
+    real = shards.ShardReader._still_whole
+    def still_whole(reader, shard):
+        mapped = real(reader, shard)
+        if reader.spec.path == "layer_1":
+            os.truncate({file!r}, 0)
+        return mapped
+    shards.ShardReader._still_whole = still_whole
+else:
+    real = shards.parse_index
+    def parse_index(spec, *rest):
+        if spec.path == "layer_1":
+            os.truncate({file!r}, 0)
+        return real(spec, *rest)
+    shards.parse_index = parse_index
+sys.argv = ["posae", "inspect-store", {store!r}, "--verify"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("codec", "when", "said"),
+    [
+        ("small", "decode", "layer_1, shard 0: the file was cut short while it was read; restore this file"),
+        ("raw", "decode", "layer_1, shard 0: the file was cut short while it was read; restore this file"),
+        ("small", "index", "a file of the store was cut short while it was read"),
+    ],
+)
+def test_a_file_cut_short_while_it_is_decoded_ends_in_one_line_and_no_crash(
+    make_store: "MakeStore", tmp_path: Path, codec: str, when: str, said: str
+) -> None:
+    made = make_store(tmp_path / "a.zarr", n_contexts=40, d_model=512, codec=codec)
+    script = CUT.format(file=str(made.root / "layer_1/c.0.0.0"), store=str(made.root), when=when)
+    line = told(
+        subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    )
+    assert said in line
+    assert line.endswith("posae inspect-store STORE --verify")
+
+
+def test_without_the_command_line_such_a_file_kills_the_process(
+    make_store: "MakeStore", tmp_path: Path
+) -> None:
+    """What docs/reliability.md says of notebooks; if this fails, it can say better."""
+    made = make_store(tmp_path / "a.zarr", n_contexts=40, d_model=512)
+    file = made.root / "layer_1/c.0.0.0"
+    script = CUT.format(file=str(file), store=str(made.root), when="decode").partition("sys.argv")[0]
+    script += f"from posae.store import ActivationStore\nActivationStore.open({str(made.root)!r}).read(1)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGBUS
