@@ -343,18 +343,22 @@ class ActivationStore:
             return {}
         return parse_corpus(self.metadata(CORPUS_PATH))
 
+    def impossible(self, spec: ArraySpec, entry: NDArray[Any]) -> str:
+        """What is wrong with an entry of statistics that no harvest writes; empty where nothing is."""
+        if entry.dtype.kind == "f":
+            return "sums that are no numbers" if np.isnan(entry).any() else ""
+        # A count is over a shard's contexts, of bytes also over all of their values.
+        values = self.context_length * self.d_model if spec.path.endswith("/byte_counts") else 1
+        possible = 0 <= entry.min() <= entry.max() <= self.manifest.shard_contexts * values
+        return "" if possible or entry.dtype.kind != "i" else "counts that cannot be"
+
     def _merged(self, layer: int, name: str, most_shards: int | None = None) -> NDArray[Any]:
         array = self.array(f"stats/{layer_path(layer)}/{name}")
-        # A count is over a shard's contexts, of bytes also over all of their values.
-        values = self.context_length * self.d_model if name == "byte_counts" else 1
-        most = self.manifest.shard_contexts * values
         total: NDArray[Any] | None = None
         for shard in range(self.committed_shards(layer))[:most_shards]:
             entry = array.read_rows(np.array([shard]))[0]
-            if entry.dtype.kind == "i" and not 0 <= entry.min() <= entry.max() <= most:
-                raise StoreDamagedError("counts that cannot be", array=array.spec.path, shard=shard)
-            if entry.dtype.kind == "f" and np.isnan(entry).any():
-                raise StoreDamagedError("sums that are no numbers", array=array.spec.path, shard=shard)
+            if problem := self.impossible(array.spec, entry):
+                raise StoreDamagedError(problem, array=array.spec.path, shard=shard)
             entry = entry.astype(np.float64) if entry.dtype.kind == "f" else entry
             total = entry if total is None else total + entry
         return np.zeros(array.spec.shape[1:]) if total is None else total
