@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import google_crc32c
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from posae.store import ActivationStore
 from posae.store.files import StoreFiles
@@ -287,6 +288,8 @@ def long_contexts_of_gigabytes_of_counts(root: Path) -> None:
     change_manifest(root, context_length=2**20)
 
 
+ENTRY = {"bytes": 1, "sha256": "0" * 64}
+
 # --- shards -------------------------------------------------------------------------------------------
 
 HUGE = 2**64 - 1
@@ -306,6 +309,82 @@ for _name, _change in INDEXES.items():
         case(f"index_{_name}_in_{_file}", lambda r, f=_file, c=_change: change_index(r / f, 2, c), _variant)
 
 
+def write_index(file: Path, entries: NDArray[np.uint64]) -> None:
+    """A file whose index says ``entries`` and whose chunks are a hole as large as they say."""
+    index = entries.astype("<u8").tobytes()
+    with file.open("wb") as opened:
+        opened.seek(int(entries[:, 1].sum()))
+        opened.write(index + struct.pack("<I", google_crc32c.value(index)))
+
+
+def seal_size_of(root: Path, path: str) -> None:
+    """A seal that names the size that a file has, without reading it."""
+    seal = json.loads((root / "seal.json").read_text())
+    seal["files"][path]["bytes"] = (root / path).stat().st_size
+    write_seal(root, seal)
+
+
+def shard_of_equal_chunks(root: Path, n_chunks: int, size: int) -> None:
+    sizes = np.full(n_chunks, size, np.uint64)
+    entries = np.stack([np.arange(n_chunks, dtype=np.uint64) * np.uint64(size), sizes], axis=1)
+    write_index(root / "layer_0/c.0.0.0", entries)
+    if (root / "seal.json").exists():
+        seal_size_of(root, "layer_0/c.0.0.0")
+
+
+case("sparse_shard_of_a_terabyte", lambda r: shard_of_equal_chunks(r, 2, 2**39), SEALED)
+case("sparse_shard_of_4_gigabytes", lambda r: shard_of_equal_chunks(r, 2, 2**31), SEALED)
+
+
+def shard_of_a_million_chunks(root: Path, size: int) -> None:
+    n = 2**20
+    change_manifest(
+        root, n_contexts=n, held_out=[n - 8, n], chunk_contexts=1, shard_contexts=n, vocabulary_size=1000
+    )
+    write_seal(root, seal_json(root))
+    shard_of_equal_chunks(root, n, size)
+
+
+for _size in (0, 4, 5, 20, 200):
+    case(
+        f"shard_of_a_million_chunks_of_{_size}_bytes",
+        lambda r, s=_size: shard_of_a_million_chunks(r, s),
+        SEALED,
+    )
+
+
+@hostile(SEALED)
+def shards_by_the_thousand_that_are_not_there(root: Path) -> None:
+    n = 8192 * 16
+    change_manifest(root, n_contexts=n, held_out=[n - 8, n])
+    files = seal_json(root)["files"]
+    for path in [name for name in files if "/c." in name and name != "position/c.0"]:
+        array, _, rest = path.partition("/c.")
+        files |= {f"{array}/c.{shard}{'.0' * rest.count('.')}": ENTRY for shard in range(8192)}
+    write_seal(root, {"files": files, "format": 1})
+
+
+@hostile(RESEALED)
+def header_of_800_megabytes(root: Path) -> None:
+    change_manifest(root, d_model=2**23)
+    change_chunk(root / "layer_0/c.0.0.0", lambda p: struct.pack_into("<II", p, 4, 8 * 6 * 2**24, 2**19))
+
+
+BITS = {"nan": 0x7FC0, "infinite": 0xFF80, "signalling_nan": 0x7F81}
+for _name, _bits in BITS.items():
+
+    def change_bits(root: Path, bits: int = _bits) -> None:
+        rows = np.zeros((16, 6, 16), np.uint16)
+        rows[3, 2, 1] = bits
+        file = root / "layer_0/c.0.0.0"
+        write_shard(StoreFiles(root), spec_of(root, "layer_0"), 0, rows)
+        digests = ActivationStore(root).array("stats/layer_0/sha256").read_rows(np.arange(2))
+        digests[0] = np.frombuffer(hashlib.sha256(file.read_bytes()).digest(), np.uint8)
+        write_array(StoreFiles(root), spec_of(root, "stats/layer_0/sha256"), digests)
+
+    case(f"activations_that_are_{_name}", change_bits)
+
+
 @hostile(RESEALED)
 def index_that_has_chunks_past_the_end(root: Path) -> None:
     change_index(root / "layer_0/c.1.0.0", 2, lambda e: e.__setitem__(slice(2, 4), [0, 0]))
@@ -322,6 +401,8 @@ HEADERS: dict[str, Callable[[bytearray], object]] = {
     "four_gigabytes": lambda p: struct.pack_into("<I", p, 4, 2**32 - 1),
     "four_gigabytes_encoded": lambda p: struct.pack_into("<I", p, 12, 2**32 - 1),
     "huge_block": lambda p: struct.pack_into("<I", p, 8, 2**32 - 1),
+    "large_block": lambda p: struct.pack_into("<I", p, 8, 2**31),
+    "block_of_a_megabyte": lambda p: struct.pack_into("<I", p, 8, 2**20),
     "no_block": lambda p: struct.pack_into("<I", p, 8, 0),
     "other_version": lambda p: p.__setitem__(0, 255),
     "other_compressor": lambda p: p.__setitem__(2, 0xE1),
@@ -361,10 +442,13 @@ def positions_filled_with_nan(root: Path) -> None:
     write_array(StoreFiles(root), spec_of(root, "position"), np.full(6, np.nan, np.float32))
 
 
-@hostile()
-def statistics_of_nan(root: Path) -> None:
-    spec = spec_of(root, "stats/layer_0/norm_sums")
-    write_array(StoreFiles(root), spec, np.full(spec.shape, np.nan))
+for _name in ("sums", "squares", "norm_sums"):
+
+    def fill_with_nan(root: Path, name: str = _name) -> None:
+        spec = spec_of(root, f"stats/layer_0/{name}")
+        write_array(StoreFiles(root), spec, np.full(spec.shape, np.nan, spec.dtype))
+
+    case(f"{_name}_filled_with_nan", fill_with_nan)
 
 
 @hostile()
@@ -392,7 +476,11 @@ for _name, (_array, _count) in COUNTS.items():
 
     case(_name, change_counts)
 
+COUNTED: dict[str, Any] = {"documents": 1, "documents_left_out": 0, "duplicate_contexts": 0}
 CORPORA: dict[str, Any] = {
+    "what_a_terminal_obeys": {"posae": COUNTED | {"special_tokens": {"\x1b[2J": 1}}},
+    "tokens_by_name": {"posae": COUNTED | {"special_tokens": {"<eos>": 1}}},
+    "a_count_of_4000_digits": {"posae": COUNTED | {"special_tokens": {}, "documents": 10**4000}},
     "a_list": [],
     "no_object": {"posae": [1]},
     "text": {"posae": "many"},
@@ -499,7 +587,6 @@ def names_that_a_terminal_would_obey(root: Path) -> None:
 
 # --- the seal -----------------------------------------------------------------------------------------
 
-ENTRY = {"bytes": 1, "sha256": "0" * 64}
 PATHS = [
     "../zarr.json",
     "/etc/passwd",
@@ -778,6 +865,7 @@ def test_what_is_no_store_is_said_to_be_none(run: Commands, tmp_path: Path, name
 
 
 def test_a_name_too_long_for_any_folder_is_one_error(run: Commands, tmp_path: Path) -> None:
-    outcome = run("train", tmp_path / ("x" * 300))
-    assert outcome.code == 1
-    assert is_one_clear_error(outcome.said)
+    for what in ("verify", "train"):
+        outcome = run(what, tmp_path / ("x" * 300))
+        assert outcome.code == 1
+        assert is_one_clear_error(outcome.said)
