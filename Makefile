@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 STORE  := data/demo.zarr
 RUNS   := data/runs
+FUZZ_SECONDS ?= 600
 
 demo: .venv/ready  ## harvest the built-in model, inspect the store, train two autoencoders, compare them
 	$(BIN)/posae harvest $(STORE) --contexts 1024
@@ -18,12 +19,16 @@ test: .venv/ready  ## the tests
 check: .venv/ready  ## format, lint, types
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/basedpyright
 
+fuzz: .venv/ready  ## parsers of a stranger's bytes, for FUZZ_SECONDS; what it finds lies in data/fuzz
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python tests/fuzz.py data/fuzz/corpus -max_total_time=$(FUZZ_SECONDS) -timeout=5 -max_len=8192 -print_final_stats=1
+
 lock:  ## renew constraints.txt
-	uv pip compile -q --universal --python-version 3.11 pyproject.toml --extra dev -c pins.in -o constraints.txt
+	uv pip compile -q --universal --python-version 3.11 pyproject.toml --extra dev --extra fuzz -c pins.in -o constraints.txt
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: demo test check lock
+.PHONY: demo test check fuzz lock

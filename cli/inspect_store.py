@@ -37,7 +37,7 @@ def inspect_store(
     try:
         opened = ActivationStore.open(store)
     except (StoreDamagedError, StoreFormatError) as error:
-        if not (verify and (store / "zarr.json").exists()):
+        if not (verify and os.path.lexists(store / "zarr.json")):
             raise
         _verify_what_will_not_open(store, error, as_json)
         raise typer.Exit(1) from None

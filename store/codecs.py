@@ -20,7 +20,10 @@ blosc.use_threads = False
 
 BLOCK_BYTES = 524288
 CHECKSUM_BYTES = 4
-_HEADER_BYTES = 16
+HEADER_BYTES = 16
+MOST_TO_ONE = 2**15
+"""Blosc blocks of one value come to 12,500 bytes for one with zstd, to 251 with LZ4."""
+
 _SHUFFLES = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
 
@@ -99,17 +102,14 @@ class Codec:
         if len(data) <= CHECKSUM_BYTES:
             raise ChunkError("it is cut short")
         payload = data[:-CHECKSUM_BYTES]
-        if checksum(payload) != bytes(data[-CHECKSUM_BYTES:]):
-            raise ChunkError("its checksum does not hold")
+        # Sizes first: a hostile file may be sparse, and its checksum a walk through terabytes.
         if self.compressor is None:
             if len(payload) != n_bytes:
                 raise ChunkError(f"{len(payload)} bytes where {n_bytes} belong")
-            return payload
-        if len(payload) < _HEADER_BYTES:
-            raise ChunkError("shorter than a Blosc header")
-        n_decoded, block, n_encoded = struct.unpack("<III", payload[4:_HEADER_BYTES])
-        if n_decoded != n_bytes or n_encoded != len(payload) or not 0 < block <= 2**31:
-            raise ChunkError("its Blosc header names other sizes than the array has")
+        else:
+            _check_header(payload, n_bytes)
+        if checksum(payload) != bytes(data[-CHECKSUM_BYTES:]):
+            raise ChunkError("its checksum does not hold")
         return payload
 
     def decode(self, payload: memoryview, out: NDArray[Any]) -> None:
@@ -125,6 +125,17 @@ class Codec:
             blosc.decompress(payload, out)
         except (RuntimeError, ValueError) as error:
             raise ChunkError(f"Blosc cannot decode it ({error})") from None
+
+
+def _check_header(payload: memoryview, n_bytes: int) -> None:
+    if len(payload) < HEADER_BYTES:
+        raise ChunkError("shorter than a Blosc header")
+    n_decoded, block, n_encoded = struct.unpack("<III", payload[4:HEADER_BYTES])
+    # Blosc makes buffers of a block's size, and we write no larger ones.
+    if n_decoded != n_bytes or n_encoded != len(payload) or not 0 < block <= BLOCK_BYTES:
+        raise ChunkError("its Blosc header names other sizes than the array has")
+    if n_bytes > MOST_TO_ONE * len(payload):
+        raise ChunkError("its Blosc header names more bytes than it can decode to")
 
 
 CODECS = {

@@ -1,9 +1,10 @@
 """Files below one folder: opened without following links, written so that a kill leaves no half.
 
-Reading takes regular files only, each path component opened relative to the one before with
-``O_NOFOLLOW``: a link, pipe or device in a store from a stranger is an error, never a detour or a
-hang. Writing goes to a temporary name in the same folder, is synced, renamed and the folder synced
-(about 1 ms a file on a local disk): after that the file is there for good, before it is not there.
+Each folder below the root is opened relative to the one before with ``O_NOFOLLOW``, to read and to
+write, and only regular files are read: a link, pipe or device in a store from a stranger is an error,
+never a detour or a hang. Writing goes to a temporary name in the same folder, is synced, renamed and the
+folder synced (about 1 ms a file on a local disk): after that the file is there for good, before it is
+not there.
 """
 
 import errno
@@ -11,7 +12,7 @@ import fcntl
 import mmap
 import os
 import stat
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,12 +22,42 @@ PARTIAL = ".partial"
 """Ending of a file being written; such a file is never part of a store."""
 
 
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 256, 4096  # on Linux, with the slash and the NUL
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+def partial_name(path: str) -> str:
+    """The temporary name, in its own folder, of the file at ``path``.
+
+    >>> partial_name("layer_5/c.0.0.0")
+    '.c.0.0.0.partial'
+    """
+    return f".{path.rpartition('/')[2]}{PARTIAL}"
+
+
 class StoreFiles:
     """The files below ``root``, named by relative paths with ``/``."""
 
     def __init__(self, root: Path) -> None:
         """Speak of ``root``; nothing is opened yet."""
         self.root = root
+
+    @contextmanager
+    def folder_of(self, path: str, *, make: bool = False) -> Generator[int]:
+        """A descriptor of the folder that ``path`` lies in; no link below the root is followed.
+
+        Args:
+            path: a file below the root.
+            make: make the folders that are missing.
+
+        Raises:
+            OSError: a folder is missing, or something else stands in its place.
+        """
+        handle = _descend(os.open(self.root, _FOLDER), path, make=make)
+        try:
+            yield handle
+        finally:
+            os.close(handle)
 
     def open(self, path: str) -> int:
         """A read-only file descriptor of a regular file.
@@ -35,27 +66,22 @@ class StoreFiles:
             FileNotFoundError: no such file.
             StoreDamagedError: a link, pipe, device or folder stands there, or it may not be read.
         """
-        *folders, name = path.split("/")
-        handle = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        name = path.rpartition("/")[2]
+        # O_NONBLOCK: opening a pipe returns at once and is refused below.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        root = os.open(self.root, _FOLDER)
         try:
-            for folder in folders:
-                inner = os.open(
-                    folder,
-                    os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
-                    dir_fd=handle,
-                )
-                os.close(handle)
-                handle = inner
-            # O_NONBLOCK: opening a pipe returns at once and is refused below.
-            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=handle)
+            folder = _descend(root, path)
+            try:
+                file = os.open(name, flags, dir_fd=folder)
+            finally:
+                os.close(folder)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
                 raise StoreDamagedError("not a regular file (a link, pipe or device)", array=path) from None
             if error.errno in (errno.ENOENT, errno.EMFILE, errno.ENFILE):
                 raise
             raise StoreDamagedError(f"it cannot be opened ({error.strerror})", array=path) from None
-        finally:
-            os.close(handle)
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)
             raise StoreDamagedError("not a regular file (a link, pipe or device)", array=path)
@@ -106,11 +132,17 @@ class StoreFiles:
         return os.path.lexists(self.root / path)
 
     def walk(self) -> Iterator[str]:
-        """Every file, link or device below the root, sorted; folders that are links are not entered."""
+        """Every file, link or device below the root, sorted; folders that are links are not entered.
+
+        Nor is a folder so deep that no path leads to what is in it; it is listed itself.
+        """
         # Not os.walk, which recurses and so gives up at folders a thousand deep.
         waiting = [""]
         while waiting:
             base = waiting.pop()
+            if len(os.fsencode(self.root / base)) + _MAX_NAME_BYTES >= _MAX_PATH_BYTES:
+                yield base.rstrip("/")
+                continue
             try:
                 entries = sorted(os.scandir(self.root / base), key=lambda entry: entry.name)
             except OSError:
@@ -127,35 +159,71 @@ class StoreFiles:
         The temporary name is always the same, so doing it again after a kill leaves nothing over.
 
         Raises:
-            StoreWriteError: the disk refused.
+            StoreWriteError: the disk refused, or a link or file stands where a folder should be.
         """
-        target = self.root / path
-        partial = target.with_name(f".{target.name}{PARTIAL}")
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial.unlink(missing_ok=True)
-            try:
-                # x: never through a link that stands there.
-                with partial.open("xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(target)
-            except BaseException:
-                with suppress(OSError):
-                    partial.unlink()
-                raise
-            sync_folder(target.parent)
+        name, partial = path.rpartition("/")[2], partial_name(path)
+        with writing(self.root / path):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with self.folder_of(path, make=True) as folder:
+                with suppress(FileNotFoundError):
+                    os.unlink(partial, dir_fd=folder)
+                try:
+                    # O_EXCL: never through a link that stands there.
+                    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                    with os.fdopen(os.open(partial, flags, 0o666, dir_fd=folder), "wb") as file:
+                        file.write(data)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    os.replace(partial, name, src_dir_fd=folder, dst_dir_fd=folder)
+                except BaseException:
+                    with suppress(OSError):
+                        os.unlink(partial, dir_fd=folder)
+                    raise
+                sync_folder(folder)
+
+    def remove(self, folder: str, unwanted: Callable[[str], bool]) -> None:
+        """Remove the files in one folder whose name is ``unwanted``; where there is none, nothing.
+
+        Raises:
+            StoreWriteError: the disk refused, or a link stands in the folder's place.
+        """
+        with writing(self.root / folder), suppress(FileNotFoundError), self.folder_of(f"{folder}/") as handle:
+            for name in filter(unwanted, os.listdir(handle)):  # noqa: PTH208 (a descriptor)
+                os.unlink(name, dir_fd=handle)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames within ``folder``, and the folder's own entry, survive a power cut."""
-    for place in (folder, folder.parent):
-        handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
+def _descend(handle: int, path: str, *, make: bool = False) -> int:
+    """The folder of ``path`` below the folder ``handle``, in whose place it comes."""
+    try:
+        for folder in path.split("/")[:-1]:
+            if make:
+                with suppress(FileExistsError):
+                    os.mkdir(folder, dir_fd=handle)
+            inner = os.open(folder, _FOLDER | os.O_NOFOLLOW, dir_fd=handle)
             os.close(handle)
+            handle = inner
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def sync_folder(folder: Path | int) -> None:
+    """Make renames within ``folder``, and the folder's own entry, survive a power cut.
+
+    Args:
+        folder: its path, or a descriptor of it.
+    """
+    handle = os.open(folder, _FOLDER) if isinstance(folder, Path) else os.dup(folder)
+    try:
+        os.fsync(handle)
+        parent = os.open("..", _FOLDER, dir_fd=handle)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -178,7 +246,8 @@ def writing(path: Path) -> Generator[None]:
             errno.EROFS: "the file system is read-only; choose another folder",
             errno.ENOENT: "the folder vanished; put it back",
             errno.EEXIST: "a file stands where a folder should be; choose another place",
-            errno.ENOTDIR: "a file stands where a folder should be; choose another place",
+            errno.ENOTDIR: "a file stands where a folder should be, or a link; choose another place",
+            errno.ELOOP: "a link stands in its place; choose another place",
         }.get(error.errno or 0, error.strerror or str(error))
         raise StoreWriteError(
             f"cannot write {path}: {reason} and run the same command again: it goes on where it stopped"

@@ -198,8 +198,11 @@ def parse_corpus(group: Json) -> Json:
         if corpus:
             counts = [corpus[name] for name in ("documents", "documents_left_out", "duplicate_contexts")]
             counts += corpus["special_tokens"].values()
-            if any(type(count) is not int or count < 0 for count in counts):
+            if any(type(count) is not int or not 0 <= count < 2**63 for count in counts):
                 raise ValueError("not counts")
+            # They are shown to people.
+            if not all(token.isascii() and token.isdecimal() for token in corpus["special_tokens"]):
+                raise ValueError("not token ids")
     except (KeyError, TypeError, ValueError, AttributeError):
         raise StoreFormatError(
             "stats/zarr.json does not hold the counts of a corpus; restore it from a copy of the store"

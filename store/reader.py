@@ -32,6 +32,7 @@ from .seal import (
     CORPUS_PATH,
     MAX_METADATA_BYTES,
     ROOT_PATH,
+    SEAL_PATH,
     Seal,
     check_sealed_bytes,
     parse_json,
@@ -76,6 +77,7 @@ class ActivationStore:
         self._readers: dict[str, ShardReader] = {}
         self._specs: dict[str, ArraySpec] = {}
         self.layers: tuple[int, ...] = self._find_layers()
+        self._check_seal_is_no_longer_than_the_store()
         self.contexts_by_layer = {layer: self._committed(layer) for layer in self.layers}
         self.n_contexts = min(self.contexts_by_layer.values(), default=0)
 
@@ -138,6 +140,16 @@ class ActivationStore:
         if self.seal:
             return tuple(i for i in candidates if f"{layer_path(i)}/zarr.json" in self.seal.files)
         return tuple(i for i in candidates if self.files.exists(f"{layer_path(i)}/zarr.json"))
+
+    def _check_seal_is_no_longer_than_the_store(self) -> None:
+        """Refuse a stranger's endless seal, before anyone goes through all of it."""
+        beside = token_specs(self.manifest).values()
+        of_a_layer = [layer_spec(self.manifest, 0), *stats_specs(self.manifest, 0).values()]
+        most = 2 + sum(1 + spec.n_shards for spec in beside)
+        most += len(self.layers) * (1 + sum(1 + spec.n_shards for spec in of_a_layer))
+        if self.seal and len(self.seal.files) > most:
+            problem = f"it names {len(self.seal.files):,} files, and a store of these layers has {most:,}"
+            raise StoreDamagedError(problem, array=SEAL_PATH)
 
     def spec(self, path: str) -> ArraySpec:
         """The array at ``path``, checked to be what the manifest says.
@@ -331,16 +343,22 @@ class ActivationStore:
             return {}
         return parse_corpus(self.metadata(CORPUS_PATH))
 
+    def impossible(self, spec: ArraySpec, entry: NDArray[Any]) -> str:
+        """What is wrong with an entry of statistics that no harvest writes; empty where nothing is."""
+        if entry.dtype.kind == "f":
+            return "sums that are no numbers" if np.isnan(entry).any() else ""
+        # A count is over a shard's contexts, of bytes also over all of their values.
+        values = self.context_length * self.d_model if spec.path.endswith("/byte_counts") else 1
+        possible = 0 <= entry.min() <= entry.max() <= self.manifest.shard_contexts * values
+        return "" if possible or entry.dtype.kind != "i" else "counts that cannot be"
+
     def _merged(self, layer: int, name: str, most_shards: int | None = None) -> NDArray[Any]:
         array = self.array(f"stats/{layer_path(layer)}/{name}")
-        # A count is over a shard's contexts, of bytes also over all of their values.
-        values = self.context_length * self.d_model if name == "byte_counts" else 1
-        most = self.manifest.shard_contexts * values
         total: NDArray[Any] | None = None
         for shard in range(self.committed_shards(layer))[:most_shards]:
             entry = array.read_rows(np.array([shard]))[0]
-            if entry.dtype.kind == "i" and not 0 <= entry.min() <= entry.max() <= most:
-                raise StoreDamagedError("counts that cannot be", array=array.spec.path, shard=shard)
+            if problem := self.impossible(array.spec, entry):
+                raise StoreDamagedError(problem, array=array.spec.path, shard=shard)
             entry = entry.astype(np.float64) if entry.dtype.kind == "f" else entry
             total = entry if total is None else total + entry
         return np.zeros(array.spec.shape[1:]) if total is None else total

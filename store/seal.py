@@ -1,15 +1,20 @@
 """The seal: the list of every file that belongs to a finished store, with its size and digest.
 
 ``seal.json`` is written last. A file that it names and that is missing or changed is damage; a file
-that it does not name is no part of the store. Its own digest is the store's identity.
+that it does not name is no part of the store. Its own digest is the store's identity. As it is canonical
+it is kept as it lies on the disk, with the place of each entry: 4 bytes more an entry, however
+many a stranger's seal has. Parsing takes about 1 us an entry, a look-up some 5 us.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
-from .errors import StoreDamagedError, StoreFormatError
+from .errors import StoreDamagedError, StoreFormatError, StoreWriteError
 from .files import StoreFiles
 from .layout import FORMAT, Json, refuse_newer
 
@@ -20,7 +25,17 @@ CORPUS_PATH = "stats/zarr.json"
 
 MAX_PATH = 255
 MAX_METADATA_BYTES = 1 << 20
-MAX_SEAL_BYTES = 1 << 28
+MAX_SEAL_BYTES = 1 << 26
+
+_HEAD, _TAIL = b'{"files":{', b'},"format":%d}' % FORMAT
+# Printable, as a damaged file's path is shown to people. No part of it is empty, "." or "..".
+_PART = rb'(?!\.{1,2}[/"])[ !#-.0-\[\]-~]+'
+_ENTRY = re.compile(
+    rb'"(?=[^"]{1,%d}")(%b(?:/%b)*)":' % (MAX_PATH, _PART, _PART)
+    + rb'\{"bytes":(0|[1-9][0-9]{0,17}),"sha256":"([0-9a-f]{64})"\}(?:,|\Z)|(?s:.)'
+)
+# Or else one byte, and no path: what is no entry is not searched for one.
+_ANY_FORMAT = re.compile(rb'"format"\s*:\s*([0-9]{1,18})')
 
 
 class SealedFile(NamedTuple):
@@ -28,6 +43,55 @@ class SealedFile(NamedTuple):
 
     n_bytes: int
     sha256: str
+
+
+class SealedFiles(Mapping[str, SealedFile]):
+    """The entries of a ``seal.json``, looked up in its own bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        """Take the bytes of the file.
+
+        Raises:
+            ValueError: byte for byte not what ``seal_bytes`` makes, of whatever entries.
+        """
+        if not (data.startswith(_HEAD) and data.endswith(_TAIL)):
+            raise ValueError("form")
+        self._data = data
+        self._starts = array("I")
+        self._next = 0
+        self._end = len(data) - len(_TAIL)
+        at, before = len(_HEAD), b""
+        for entry in _ENTRY.finditer(data, at, self._end):
+            # Sorted, and so none twice.
+            if not entry[1] or entry[1] <= before:
+                raise ValueError("entry")
+            self._starts.append(at)
+            at, before = entry.end(), entry[1]
+        if at != self._end or data[at - 1] == ord(","):
+            raise ValueError("end")
+
+    def _path_at(self, start: int) -> bytes:
+        return self._data[start + 1 : self._data.index(b'"', start + 1)]
+
+    def __len__(self) -> int:
+        """How many files are sealed."""
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[str]:
+        """Their paths, sorted."""
+        return (self._path_at(start).decode() for start in self._starts)
+
+    def __getitem__(self, path: str) -> SealedFile:
+        """What the seal says of the file at ``path``."""
+        wanted, index = path.encode(errors="surrogatepass"), self._next
+        # Who goes through all of them asks for the next one.
+        if not (index < len(self._starts) and self._path_at(self._starts[index]) == wanted):
+            index = bisect_left(self._starts, wanted, key=self._path_at)
+            if index == len(self._starts) or self._path_at(self._starts[index]) != wanted:
+                raise KeyError(path)
+        self._next = index + 1
+        entry = cast("re.Match[bytes]", _ENTRY.match(self._data, self._starts[index], self._end))
+        return SealedFile(int(entry[2]), entry[3].decode())
 
 
 class Seal(NamedTuple):
@@ -88,9 +152,19 @@ def sha256_of(files: StoreFiles, path: str) -> SealedFile:
 
 
 def seal_bytes(sealed: Mapping[str, SealedFile]) -> bytes:
-    """The ``seal.json`` of these files."""
+    """The ``seal.json`` of these files.
+
+    Raises:
+        StoreWriteError: so many files that no reader would take it.
+    """
     listed = {path: {"bytes": entry.n_bytes, "sha256": entry.sha256} for path, entry in sealed.items()}
-    return canonical_json({"format": FORMAT, "files": listed})
+    data = canonical_json({"format": FORMAT, "files": listed})
+    if len(data) > MAX_SEAL_BYTES:
+        raise StoreWriteError(
+            f"{SEAL_PATH} of {len(listed):,} files would be longer than the {MAX_SEAL_BYTES:,} bytes that a "
+            "store may have; harvest these layers into another store"
+        )
+    return data
 
 
 def read_seal(files: StoreFiles) -> Seal | None:
@@ -104,22 +178,14 @@ def read_seal(files: StoreFiles) -> Seal | None:
         data = files.read(SEAL_PATH, MAX_SEAL_BYTES)
     except FileNotFoundError:
         return None
-    found = parse_json(data, SEAL_PATH)
-    refuse_newer(found.get("format"))
     try:
-        listed: dict[str, Any] = found["files"]
-        sealed = {
-            path: SealedFile(_count(entry["bytes"]), _hex(entry["sha256"]))
-            for path, entry in listed.items()
-            if _is_plain(path)
-        }
-        needed = {ROOT_PATH, CORPUS_PATH}
-        if found["format"] != FORMAT or len(sealed) != len(listed) or not needed <= sealed.keys():
+        sealed = SealedFiles(data)
+        if not (ROOT_PATH in sealed and CORPUS_PATH in sealed):
             raise ValueError("files")
-        # Byte for byte what we would write: so a flipped bit anywhere in it is found.
-        if seal_bytes(sealed) != data:
-            raise ValueError("form")
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except ValueError:
+        # A newer seal may have any form; nothing more of it is looked at.
+        if newer := _ANY_FORMAT.search(data):
+            refuse_newer(int(newer[1]))
         raise StoreFormatError(
             f"{SEAL_PATH} is not a seal that posae writes; restore it from a copy of the store"
         ) from None
@@ -139,22 +205,3 @@ def check_sealed_bytes(seal: Seal | None, path: str, data: bytes) -> None:
         raise StoreDamagedError("the seal does not name it", array=path)
     if entry != SealedFile(len(data), hashlib.sha256(data).hexdigest()):
         raise StoreDamagedError("its bytes are not those that were sealed", array=path)
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError("not a size")
-    return value
-
-
-def _hex(value: Any) -> str:
-    if not isinstance(value, str) or len(value) != 64:
-        raise ValueError("not a digest")
-    return bytes.fromhex(value).hex()
-
-
-def _is_plain(path: str) -> bool:
-    # Printable, as a damaged file's path is shown to people.
-    if not (path.isascii() and path.isprintable()) or "\\" in path or len(path) > MAX_PATH:
-        return False
-    return all(part not in ("", ".", "..") for part in path.split("/"))

@@ -19,15 +19,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .codecs import CHECKSUM_BYTES, ChunkError, checksum
+from .codecs import CHECKSUM_BYTES, HEADER_BYTES, ChunkError, checksum
 from .errors import StoreDamagedError
-from .files import PARTIAL, StoreFiles, sync_folder, writing
+from .files import StoreFiles, partial_name, sync_folder, writing
 from .layout import ArraySpec
 from .seal import SealedFile
 
@@ -69,9 +68,13 @@ def parse_index(spec: ArraySpec, shard: int, data: bytes | memoryview, file_byte
         raise damaged("the checksum of its index does not hold (the file is cut short or changed)")
     entries = np.frombuffer(raw[:-CHECKSUM_BYTES], "<u8").reshape(-1, 2)
     present, absent = np.split(entries, [spec.chunks_in(shard)])
+    # A chunk that did not compress is its values and a header.
+    largest = spec.chunk_bytes + HEADER_BYTES + CHECKSUM_BYTES
     limit = np.uint64(file_bytes)
     if not (absent == _ABSENT).all() or (present > limit).any():
         raise damaged("its index points outside the file")
+    if (present[:, 1] <= CHECKSUM_BYTES).any() or (present[:, 1] > largest).any():
+        raise damaged("its index names chunks of sizes that no chunk has")
     ends = np.cumsum(present[:, 1])
     if (present[:, 0] != np.concatenate([[0], ends[:-1]])).any() or int(ends[-1]) + len(raw) != file_bytes:
         raise damaged("its index names chunks that do not fill the file")
@@ -325,8 +328,9 @@ class ShardWriter:
         """Begin with an empty file; use ``try_lock``."""
         self.spec = spec
         self.shard = shard
-        self._target = files.root / spec.shard_path(shard)
-        self._partial = _partial_of(files, spec, shard)
+        self._files = files
+        self._path = spec.shard_path(shard)
+        self._target = files.root / self._path
         self._file = os.fdopen(handle, "wb", buffering=0)
         self._index = np.full((spec.chunks_per_shard, 2), _ABSENT, "<u8")
         self._digest = hashlib.sha256()
@@ -355,30 +359,29 @@ class ShardWriter:
         Raises:
             StoreWriteError: the disk refused.
         """
-        partial = _partial_of(files, spec, shard)
+        path = spec.shard_path(shard)
+        partial = partial_name(path)
         reader = ShardReader(files, spec)
         is_done = is_committed or (lambda: reader.is_committed(shard))
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         while True:
-            with writing(partial):
-                handle = os.open(partial, flags, 0o666)
+            with writing(files.root / path), files.folder_of(path) as folder:
+                handle = os.open(partial, flags, 0o666, dir_fd=folder)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 os.close(handle)
                 return None
             # The file may have been renamed to its final name, or removed, before we got the lock.
-            try:
-                ours = os.fstat(handle).st_ino == partial.stat(follow_symlinks=False).st_ino
-            except FileNotFoundError:
-                ours = False
+            ours = _is_at(files, path, handle)
             if not ours:
                 os.close(handle)
                 if is_done():
                     return None
                 continue
             if is_done():
-                partial.unlink(missing_ok=True)
+                with suppress(FileNotFoundError), files.folder_of(path) as folder:
+                    os.unlink(partial, dir_fd=folder)
                 os.close(handle)
                 return None
             os.ftruncate(handle, 0)
@@ -422,22 +425,28 @@ class ShardWriter:
         Raises:
             StoreWriteError: the disk refused.
         """
-        with writing(self._target):
-            self._partial.rename(self._target)
-            sync_folder(self._target.parent)
+        name = self._path.rpartition("/")[2]
+        with writing(self._target), self._files.folder_of(self._path) as folder:
+            os.rename(partial_name(self._path), name, src_dir_fd=folder, dst_dir_fd=folder)
+            sync_folder(folder)
         self._file.close()
 
     def abandon(self) -> None:
         """Remove the file, unless it is committed, and free the lock."""
         if not self._file.closed:
-            with suppress(OSError):
-                self._partial.unlink()
+            with suppress(OSError), self._files.folder_of(self._path) as folder:
+                os.unlink(partial_name(self._path), dir_fd=folder)
             self._file.close()
 
 
-def _partial_of(files: StoreFiles, spec: ArraySpec, shard: int) -> Path:
-    target = files.root / spec.shard_path(shard)
-    return target.with_name(f".{target.name}{PARTIAL}")
+def _is_at(files: StoreFiles, path: str, handle: int) -> bool:
+    """Whether the open file ``handle`` is the one at the temporary name of ``path``."""
+    try:
+        with files.folder_of(path) as folder:
+            there = os.stat(partial_name(path), dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(handle), there)
 
 
 def encode_chunks(spec: ArraySpec, rows: NDArray[Any]) -> list[bytes]:

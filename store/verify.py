@@ -6,14 +6,17 @@ unfinished store each shard that stands under its own name is checked the same w
 against the digests taken while writing: the name is the commit record, so a shard that stands there and
 is not whole is damage, though readers only see the store end before it. Another process may write the store
 meanwhile: what must be there is looked for in the order opposite to that of writing.
-Costs one pass over the disk and about 1 s a core for each GB on it.
+Costs one pass over the disk and about 1 s a core for each GB on it. It ends early where more is damaged than
+anybody would read: a stranger's store cannot make it go on for ever.
 """
 
 import errno
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from itertools import chain, islice
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,6 +28,15 @@ from .seal import CORPUS_PATH, ROOT_PATH, SEAL_PATH, SealedFile, sha256_of
 from .shards import ShardReader
 from .stats import stats_specs
 from .writer import README_PATH
+
+MOST_DAMAGED = 1000
+"""So many damaged parts are told of; with more than that, reading back stops."""
+
+_MOST_CHUNKS = 100  # bad chunks of one shard, before the rest of it is left unread
+
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 class Damage(NamedTuple):
@@ -75,15 +87,37 @@ def verify(
     damaged = list(_misread_metadata(store))
     n_bytes = 0
     with ThreadPoolExecutor(threads) as pool:
-        for results in (pool.map(check_file, plain), pool.map(check_shard, shards)):
-            for found, size in results:
-                damaged += found
-                n_bytes += size
-                if progress:
-                    progress(size)
+        for found, size in chain(
+            _few_ahead(pool, check_file, plain, 8 * threads),
+            _few_ahead(pool, check_shard, shards, 8 * threads),
+        ):
+            damaged += found
+            n_bytes += size
+            if progress:
+                progress(size)
+            if len(damaged) >= MOST_DAMAGED:
+                damaged.append(Damage(ROOT_PATH, None, None, "and so much more that the rest was not read"))
+                break
     known = {*plain, *covered, *expected, SEAL_PATH, README_PATH}
     foreign = [path for path in store.files.walk() if path not in known and not _may_be_ours(store, path)]
     return Verification(damaged, foreign, n_bytes)
+
+
+def _few_ahead(
+    pool: Executor, check: Callable[[Task], Result], tasks: Iterable[Task], ahead: int
+) -> Iterator[Result]:
+    """As ``pool.map``, but with at most ``ahead`` results waiting, and none begun once nobody asks."""
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(check, task))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def _may_be_ours(store: ActivationStore, path: str) -> bool:
@@ -190,10 +224,12 @@ def _check_shard(
         reader.check_index(shard)
         first = shard * spec.chunks_per_shard
         chunks = range(first, first + spec.chunks_in(shard))
+        # Chunks first: a sparse file of terabytes has a bad one at its start.
+        bad = islice(_bad_chunks(store, reader, chunks), _MOST_CHUNKS)
+        damaged = [Damage(spec.path, shard, chunk, problem) for chunk, problem in bad]
+        if len(damaged) == _MOST_CHUNKS:
+            return damaged, 0
         n_bytes, digest = sha256_of(store.files, spec.shard_path(shard))
-        damaged = [
-            Damage(spec.path, shard, chunk, problem) for chunk, problem in _bad_chunks(store, reader, chunks)
-        ]
     except StoreDamagedError as error:
         return [Damage(spec.path, shard, error.chunk, error.problem)], 0
     except OSError as error:
@@ -220,5 +256,9 @@ def _bad_chunks(
         rows = out[: spec.shape[0] - chunk * spec.chunk_rows]
         if spec.path == "tokens" and not ((rows >= 0) & (rows < store.manifest.vocabulary_size)).all():
             yield within, "token ids outside the vocabulary"
+        if spec.data_type == "bfloat16" and ((rows & np.uint16(0x7F80)) == 0x7F80).any():
+            yield within, "activations that are not finite"
+        if spec.path.startswith("stats/") and (problem := store.impossible(spec, rows)):
+            yield within, problem
         if spec.path == "position" and (rows != np.arange(len(rows))).any():
             yield within, "positions are not 0, 1, 2, …"

@@ -134,18 +134,11 @@ class StoreWriter:
 
     def _remove_leftovers(self, spec: ArraySpec) -> None:
         """Remove temporary files that a kill left; nobody is to be writing ``spec``."""
-        folder = self.root / spec.path
-        with writing(folder):
-            for file in folder.glob(f".*{PARTIAL}"):
-                file.unlink(missing_ok=True)
+        self.files.remove(spec.path, lambda name: name.startswith(".") and name.endswith(PARTIAL))
 
     def _remove_shards_past(self, spec: ArraySpec) -> None:
         ours = {spec.shard_path(shard) for shard in range(spec.n_shards)}
-        folder = self.root / spec.path
-        with writing(folder):
-            for file in folder.glob("c.*"):
-                if f"{spec.path}/{file.name}" not in ours:
-                    file.unlink(missing_ok=True)
+        self.files.remove(spec.path, lambda name: name.startswith("c.") and f"{spec.path}/{name}" not in ours)
 
     def _write_metadata(self, spec: ArraySpec) -> None:
         data = pretty_json(spec.to_json())

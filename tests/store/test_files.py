@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import pytest
 
@@ -37,6 +38,61 @@ def test_writing_goes_through_nothing_that_stands_at_the_temporary_name(tmp_path
     assert victim.read_text() == "precious"
     assert [path.name for path in root.iterdir()] == ["seal.json"]
     assert (root / "seal.json").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize("link", ["stats", "stats/layer_0", "stats/layer_0/sums"])
+def test_nothing_is_written_or_removed_through_a_linked_folder(tmp_path: Path, link: str) -> None:
+    root, elsewhere = tmp_path / "store", tmp_path / "elsewhere"
+    within = Path("stats/layer_0/sums").relative_to(link)
+    (elsewhere / within).mkdir(parents=True)
+    (elsewhere / within / "c.0.0.0").write_text("precious")
+    (root / link).parent.mkdir(parents=True)
+    (root / link).symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    files = StoreFiles(root)
+    for change in (
+        lambda: files.write("stats/layer_0/sums/c.0.0.0", b"{}"),
+        lambda: files.write("stats/layer_0/sums/c.1.0.0", b"{}"),
+        lambda: files.remove("stats/layer_0/sums", lambda _: True),
+    ):
+        with pytest.raises(StoreWriteError, match="a file stands where a folder should be, or a link"):
+            change()
+    assert sorted(elsewhere.rglob("*")) == before
+    assert (elsewhere / within / "c.0.0.0").read_text() == "precious"
+
+
+def test_removing_takes_what_is_unwanted_in_one_folder(tmp_path: Path) -> None:
+    for name in ("c.0", "c.1", ".c.1.partial"):
+        StoreFiles(tmp_path).write(f"a/{name}", b"")
+    (tmp_path / "a/c.2").symlink_to(tmp_path / "a/c.0")
+    StoreFiles(tmp_path).remove("a", lambda name: name != "c.0")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["c.0"]
+    StoreFiles(tmp_path).remove("no/such", lambda _: True)
+
+
+def test_a_link_at_a_files_own_name_is_replaced_and_the_root_may_be_a_link(tmp_path: Path) -> None:
+    root, victim, alias = tmp_path / "store", tmp_path / "victim", tmp_path / "alias"
+    root.mkdir()
+    alias.symlink_to(root)
+    victim.write_text("precious")
+    (root / "seal.json").symlink_to(victim)
+    StoreFiles(alias).write("seal.json", b"{}")
+    assert victim.read_text() == "precious"
+    assert not (root / "seal.json").is_symlink()
+    assert (root / "seal.json").read_bytes() == b"{}"
+
+
+def test_writing_makes_the_folders_that_are_missing_and_syncs_the_last_two(tmp_path: Path) -> None:
+    synced: list[str] = []
+
+    def fsync(handle: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
+
+    with patch("os.fsync", fsync):
+        StoreFiles(tmp_path / "new/store").write("stats/layer_0/sums/c.0", b"1")
+    folder = tmp_path / "new/store/stats/layer_0/sums"
+    assert synced == [str(folder / ".c.0.partial"), str(folder), str(folder.parent)]
+    assert (folder / "c.0").read_bytes() == b"1"
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])

@@ -1,0 +1,180 @@
+"""The seal: what is parsed is what was written, and no other bytes are taken for a seal."""
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from posae.store.errors import StoreFormatError, StoreWriteError
+from posae.store.files import StoreFiles
+from posae.store.seal import (
+    CORPUS_PATH,
+    MAX_SEAL_BYTES,
+    ROOT_PATH,
+    SealedFile,
+    SealedFiles,
+    read_seal,
+    seal_bytes,
+)
+
+if TYPE_CHECKING:
+    from ..conftest import Made
+
+parts = st.text("ab._-0 ~!:{}[],", min_size=1, max_size=6).filter(lambda part: part not in (".", ".."))
+paths = st.lists(parts, min_size=1, max_size=4).map("/".join)
+entries = st.builds(
+    SealedFile,
+    st.integers(0, 10**18 - 1),
+    st.binary(min_size=32, max_size=32).map(lambda digest: digest.hex()),
+)
+seals = st.dictionaries(paths, entries, max_size=12)
+
+
+@given(seals)
+def test_what_was_sealed_is_what_is_read(sealed: dict[str, SealedFile]) -> None:
+    found = SealedFiles(seal_bytes(sealed))
+    assert found == sealed
+    assert list(found) == sorted(sealed)
+    assert dict(found.items()) == {path: found[path] for path in reversed(sorted(sealed))} == sealed
+    assert list(found.values()) == [sealed[path] for path in sorted(sealed)]
+    assert len(found) == len(sealed)
+
+
+@given(seals, st.text(max_size=8))
+def test_what_was_not_sealed_is_not_found(sealed: dict[str, SealedFile], path: str) -> None:
+    found = SealedFiles(seal_bytes(sealed))
+    assert (path in found) == (path in sealed)
+    for other in ("\ud800", "", *(f"{name}a" for name in sealed if f"{name}a" not in sealed)):
+        assert other not in found
+        with pytest.raises(KeyError):
+            found[other]
+
+
+def in_full(data: bytes) -> dict[str, SealedFile] | None:
+    """The slow way: parsed as JSON and written anew, byte for byte the same."""
+    try:
+        files: dict[str, Any] = json.loads(data.decode())["files"]
+        sealed = {path: SealedFile(int(file["bytes"]), str(file["sha256"])) for path, file in files.items()}
+        same = seal_bytes(sealed) == data and all(bytes.fromhex(file.sha256) for file in sealed.values())
+        return sealed if same else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+@given(seals, st.data())
+def test_a_changed_byte_is_refused_or_says_something_else(
+    sealed: dict[str, SealedFile], data: st.DataObject
+) -> None:
+    changed = bytearray(seal_bytes(sealed))
+    changed[data.draw(st.integers(0, len(changed) - 1))] ^= data.draw(st.integers(1, 255))
+    try:
+        found = dict(SealedFiles(bytes(changed)))
+    except ValueError:
+        return
+    # Such as another digit of a size: then files and identity differ.
+    assert found == in_full(bytes(changed)) != sealed
+
+
+def test_every_changed_byte_of_a_seal_is_refused_or_gives_another_identity(
+    good_store: "Made", tmp_path: Path
+) -> None:
+    seal = read_seal(StoreFiles(good_store.root))
+    assert seal
+    some = [*list(seal.files)[:3], ROOT_PATH, CORPUS_PATH]
+    data = seal_bytes({path: seal.files[path] for path in some})
+    files = StoreFiles(tmp_path)
+    (tmp_path / "seal.json").write_bytes(data)
+    whole = read_seal(files)
+    assert whole
+    refused = 0
+    for place in range(len(data)):
+        for bit in range(8):
+            changed = bytearray(data)
+            changed[place] ^= 1 << bit
+            (tmp_path / "seal.json").write_bytes(changed)
+            try:
+                found = read_seal(files)
+            except StoreFormatError:
+                refused += 1
+                continue
+            assert found
+            assert found.identity != whole.identity
+            assert dict(found.files) == in_full(bytes(changed))
+    assert refused > len(data)
+
+
+FORMS = {
+    "no comma": (b"},", b"}"),
+    "a comma at the end": (b'},"format"', b',},"format"'),
+    "a comma at the start": (b'{"files":{', b'{"files":{,'),
+    "a newline": (b'"format":1}', b'"format":1}\n'),
+    "a space": (b'{"files"', b' {"files"'),
+    "cut short": (b'"format":1}', b'"format":1'),
+    "more behind it": (b'"format":1}', b'"format":1}{}'),
+    "another key": (b'"format":1}', b'"format":1,"more":1}'),
+    "a leading zero": (b'"bytes":', b'"bytes":0'),
+    "a negative size": (b'"bytes":', b'"bytes":-'),
+    "a size past all disks": (b'"bytes":', b'"bytes":999999999999999999'),
+    "a fraction": (b'"bytes":1', b'"bytes":1.0'),
+    "capitals": (b"ab", b"AB"),
+    "not sorted": (b'"zarr.json"', b'"a.json"'),
+    "a path twice": (b'"zarr.json"', b'"tokens/c.0.0"'),
+    "an escape": (b'"zarr.json"', b'"zarr\\u002ejson"'),
+    "an escaped slash": (b'"stats/', b'"stats\\/'),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_seal_in_another_form_is_refused(form: str, tmp_path: Path) -> None:
+    data = seal_bytes({path: SealedFile(1, "ab" * 32) for path in (ROOT_PATH, CORPUS_PATH, "tokens/c.0.0")})
+    old, new = FORMS[form]
+    assert old in data
+    (tmp_path / "seal.json").write_bytes(data.replace(old, new, 1))
+    with pytest.raises(StoreFormatError, match="not a seal that posae writes"):
+        read_seal(StoreFiles(tmp_path))
+
+
+def test_a_seal_that_no_reader_would_take_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    sealed = {"zarr.json": SealedFile(1, "ab" * 32)}
+    size = len(seal_bytes(sealed))
+    monkeypatch.setattr("posae.store.seal.MAX_SEAL_BYTES", size)
+    assert len(seal_bytes(sealed)) == size
+    monkeypatch.setattr("posae.store.seal.MAX_SEAL_BYTES", size - 1)
+    with pytest.raises(StoreWriteError, match="another store"):
+        seal_bytes(sealed)
+
+
+@pytest.mark.parametrize("needed", [ROOT_PATH, CORPUS_PATH])
+def test_a_seal_without_the_root_or_the_commit_record_is_refused(needed: str, tmp_path: Path) -> None:
+    sealed = {path: SealedFile(1, "ab" * 32) for path in (ROOT_PATH, CORPUS_PATH) if path != needed}
+    (tmp_path / "seal.json").write_bytes(seal_bytes(sealed))
+    with pytest.raises(StoreFormatError, match="not a seal that posae writes"):
+        read_seal(StoreFiles(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"format": 2}', b'{"a":{},"format":12}', b'{"files":{' + b"x" * (1 << 22) + b'},"format":2}']
+)
+def test_a_newer_seal_of_any_form_is_said_to_be_newer(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "seal.json").write_bytes(data)
+    with pytest.raises(StoreFormatError, match="this store has format"):
+        read_seal(StoreFiles(tmp_path))
+
+
+def test_a_seal_costs_little_more_memory_than_its_bytes() -> None:
+    n = 20_000
+    sealed = {f"a/{i:07}": SealedFile(i, "0" * 64) for i in range(n)}
+    sealed |= {path: SealedFile(1, "ab" * 32) for path in (ROOT_PATH, CORPUS_PATH)}
+    data = seal_bytes(sealed)
+    tracemalloc.start()
+    found = SealedFiles(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found[f"a/{n - 1:07}"] == sealed[f"a/{n - 1:07}"]
+    assert peak < 8 * n + 10_000
+    # Eight such layers of 8,192 shards and seven files.
+    assert len(data) / n * 8 * 8192 * 7 < MAX_SEAL_BYTES
