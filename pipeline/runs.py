@@ -97,6 +97,7 @@ class Run:
             return
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise RunError(f"{self.folder} is there already and is no run; give another folder")
+        self._files.make_root()
         self.write_json(CONFIG, wanted)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:

@@ -153,6 +153,15 @@ class StoreFiles:
             yield from (base + entry.name for entry in entries if entry.name not in folders)
             waiting += [f"{base}{name}/" for name in sorted(folders, reverse=True)]
 
+    def make_root(self) -> None:
+        """Make the root, where it is not there; ``write`` never does, as it may have been moved away.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        with writing(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+
     def write(self, path: str, data: bytes) -> None:
         """Put ``data`` at ``path``, durably, in place of what may be there; one writer at a time.
 
@@ -162,24 +171,22 @@ class StoreFiles:
             StoreWriteError: the disk refused, or a link or file stands where a folder should be.
         """
         name, partial = path.rpartition("/")[2], partial_name(path)
-        with writing(self.root / path):
-            self.root.mkdir(parents=True, exist_ok=True)
-            with self.folder_of(path, make=True) as folder:
-                with suppress(FileNotFoundError):
+        with writing(self.root / path), self.folder_of(path, make=True) as folder:
+            with suppress(FileNotFoundError):
+                os.unlink(partial, dir_fd=folder)
+            try:
+                # O_EXCL: never through a link that stands there.
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                with os.fdopen(os.open(partial, flags, 0o666, dir_fd=folder), "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(partial, name, src_dir_fd=folder, dst_dir_fd=folder)
+            except BaseException:
+                with suppress(OSError):
                     os.unlink(partial, dir_fd=folder)
-                try:
-                    # O_EXCL: never through a link that stands there.
-                    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                    with os.fdopen(os.open(partial, flags, 0o666, dir_fd=folder), "wb") as file:
-                        file.write(data)
-                        file.flush()
-                        os.fsync(file.fileno())
-                    os.replace(partial, name, src_dir_fd=folder, dst_dir_fd=folder)
-                except BaseException:
-                    with suppress(OSError):
-                        os.unlink(partial, dir_fd=folder)
-                    raise
-                sync_folder(folder)
+                raise
+            sync_folder(folder)
 
     def remove(self, folder: str, unwanted: Callable[[str], bool]) -> None:
         """Remove the files in one folder whose name is ``unwanted``; where there is none, nothing.

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import StoreDamagedError, StoreFormatError, StoreMismatchError, StoreNotFoundError
-from .files import PARTIAL, StoreFiles, exclusive, writing
+from .files import PARTIAL, StoreFiles, exclusive
 from .layout import ArraySpec, Json
 from .manifest import Manifest, group_json, layer_path, layer_spec, root_json, token_specs
 from .reader import ActivationStore
@@ -79,8 +79,7 @@ class StoreWriter:
             StoreWriteError: the disk refused.
         """
         writer = cls(root, manifest)
-        with writing(root):
-            root.mkdir(parents=True, exist_ok=True)
+        writer.files.make_root()
         with exclusive(root):
             try:
                 found = ActivationStore.open(root)

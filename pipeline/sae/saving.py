@@ -99,6 +99,7 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path | str, metadata: Map
     }
     text = json.dumps(configuration, indent=2, allow_nan=False) + "\n"
     files = StoreFiles(folder)
+    files.make_root()
     files.write(WEIGHTS_FILE, weights_bytes)
     files.write(CONFIGURATION_FILE, text.encode())
 

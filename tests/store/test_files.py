@@ -88,11 +88,19 @@ def test_writing_makes_the_folders_that_are_missing_and_syncs_the_last_two(tmp_p
     def fsync(handle: int) -> None:
         synced.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
 
+    files = StoreFiles(tmp_path / "new/store")
+    files.make_root()
     with patch("os.fsync", fsync):
-        StoreFiles(tmp_path / "new/store").write("stats/layer_0/sums/c.0", b"1")
-    folder = tmp_path / "new/store/stats/layer_0/sums"
+        files.write("stats/layer_0/sums/c.0", b"1")
+    folder = files.root / "stats/layer_0/sums"
     assert synced == [str(folder / ".c.0.partial"), str(folder), str(folder.parent)]
     assert (folder / "c.0").read_bytes() == b"1"
+
+
+def test_a_root_that_was_moved_away_is_not_made_anew(tmp_path: Path) -> None:
+    with pytest.raises(StoreWriteError, match="the folder vanished"):
+        StoreFiles(tmp_path / "moved").write("stats/layer_0/sums/c.0", b"1")
+    assert not (tmp_path / "moved").exists()
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
