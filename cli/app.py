@@ -79,8 +79,8 @@ def _on_bus_error(_: int) -> None:
 
 def main() -> None:
     """Run the command line."""
-    # Read when torch loads its OpenMP. By default its threads spin for each other for a millisecond: where another
-    # process has a core, a training of small matrices then runs at a fraction of its speed (docs/log.md).
+    # Read when torch loads its OpenMP. By default its threads spin for each other for a millisecond: where
+    # another process has a core, a training of small matrices is slowed down manyfold (docs/log.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     ctypes.CDLL(None).signal(int(signal.SIGBUS), _on_bus_error)
     logging.getLogger("posae").addHandler(RichHandler(console=errors, show_time=False, show_path=False))
