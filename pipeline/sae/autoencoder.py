@@ -167,6 +167,13 @@ class Autoencoder(nn.Module, ABC):
     def _initialise(self) -> None:
         """Fill every weight, drawing from ``generator`` alone."""
 
+    def _tie(self) -> None:
+        """Random feature directions of unit norm, and an encoder that is their transpose."""
+        nn.init.normal_(self.W_dec, generator=self.generator)
+        self.normalise_decoder()
+        self.W_enc.copy_(self.W_dec.T)
+        nn.init.zeros_(self.b_enc)
+
     @torch.no_grad()
     def fit_means(self, sums: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
         """Take the position means from what the store summed up, before training.

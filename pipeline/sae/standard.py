@@ -40,10 +40,7 @@ class Standard(Autoencoder):
         self._start()
 
     def _initialise(self) -> None:
-        nn.init.normal_(self.W_dec, generator=self.generator)
-        self.normalise_decoder()
-        self.W_enc.copy_(self.W_dec.T)
-        nn.init.zeros_(self.b_enc)
+        self._tie()
         nn.init.zeros_(self.b_dec)
 
     def _codes(self, scaled: Tensor, lengths: list[int]) -> Codes:

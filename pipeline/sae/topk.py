@@ -61,10 +61,7 @@ class TopK(Autoencoder):
         self._start()
 
     def _initialise(self) -> None:
-        nn.init.normal_(self.W_dec, generator=self.generator)
-        self.normalise_decoder()
-        self.W_enc.copy_(self.W_dec.T)
-        nn.init.zeros_(self.b_enc)
+        self._tie()
         nn.init.zeros_(self.b_dec)
 
     @torch.no_grad()
