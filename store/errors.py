@@ -51,16 +51,22 @@ class StoreDamagedError(StoreError, ValueError):
     """
 
     def __init__(
-        self, problem: str, *, array: str, shard: int | None = None, chunk: int | None = None
+        self,
+        problem: str,
+        *,
+        array: str,
+        shard: int | None = None,
+        chunk: int | None = None,
+        remedy: str = "restore this file from a copy of the store",
     ) -> None:
-        """Put the place before the problem."""
+        """Put the place before the problem, and what to do next behind it."""
         self.array, self.shard, self.chunk, self.problem = array, shard, chunk, problem
         place = array
         if shard is not None:
             place += f", shard {shard}"
         if chunk is not None:
             place += f", chunk {chunk}"
-        super().__init__(f"{place}: {problem}; restore this file from a copy of the store")
+        super().__init__(f"{place}: {problem}; {remedy}")
 
 
 class StoreMismatchError(StoreError, ValueError):

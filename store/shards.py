@@ -181,7 +181,14 @@ class ShardReader:
         try:
             data = self.files.map(path)
         except FileNotFoundError:
-            raise self._damaged(shard, f"its file {path} is missing") from None
+            if self.files.root.exists():
+                raise self._damaged(shard, f"its file {path} is missing") from None
+            raise StoreDamagedError(
+                f"its file {path} is missing, as the folder vanished",
+                array=self.spec.path,
+                shard=shard,
+                remedy="put it back and run the same command again",
+            ) from None
         except StoreDamagedError as error:
             raise self._damaged(shard, error.problem) from None
         if entry is not None and entry.n_bytes != len(data):
