@@ -9,7 +9,8 @@ GPU batches are gathered into pinned memory and cross on a stream of their own, 
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -230,8 +231,10 @@ class ShuffledBatches:
             counts.append(np.add.reduceat(by_context, np.arange(0, len(tokens), step)))
         return np.concatenate(counts)
 
-    def steps(self, start: int, stop: int) -> Iterator[Batch]:
+    def steps(self, start: int, stop: int) -> Generator[Batch]:
         """The batches of steps ``start`` to ``stop``; the same whatever came before.
+
+        One at a time: all share the buffers. Once it is ended or closed, nothing reads the store any more.
 
         Raises:
             StoreDamagedError: a chunk is missing or not what was written.
@@ -239,18 +242,17 @@ class ShuffledBatches:
         if not int(self.order.wanted_by_chunk.sum()) or start >= stop:
             return
         epoch, first_window, skip = self.order.find(start)
-        windows = self._windows(epoch, first_window)
         copying = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         buffers = [_HostBuffer(self._device, copying, self.store.d_model) for _ in range(2)]
         step = start
-        for window in windows:
-            for rows in window.batches[skip:]:
-                yield self._batch(step, window, rows, buffers[step % 2])
-                step += 1
-                if step >= stop:
-                    windows.close()
-                    return
-            skip = 0
+        with closing(self._windows(epoch, first_window)) as windows:
+            for window in windows:
+                for rows in window.batches[skip:]:
+                    yield self._batch(step, window, rows, buffers[step % 2])
+                    step += 1
+                    if step >= stop:
+                        return
+                skip = 0
 
     def _batch(self, step: int, window: "_Window", rows: NDArray[np.int64], buffer: _HostBuffer) -> Batch:
         length = self.store.context_length
@@ -285,9 +287,12 @@ class ShuffledBatches:
         if self.order.n_windows == 1:
             chunks = self.order.windows_of_epoch(epoch)[0]
             decoded = self._decode(chunks, self._buffers[0])
-            while True:
-                yield self._ready(epoch, 0, chunks, self._buffers[0], decoded)
-                epoch, decoded = epoch + 1, []
+            try:
+                while True:
+                    yield self._ready(epoch, 0, chunks, self._buffers[0], decoded)
+                    epoch += 1
+            finally:
+                _stop(decoded)
         turn = 0
         upcoming = self._schedule(epoch, window)
         chunks = next(upcoming)
@@ -301,8 +306,7 @@ class ShuffledBatches:
                 current = (*following, self._buffers[turn], self._decode(following[2], self._buffers[turn]))
                 yield ready
         finally:
-            for future in current[4]:
-                future.cancel()
+            _stop(current[4])
 
     def _schedule(self, epoch: int, window: int) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
         while True:
@@ -341,6 +345,13 @@ class ShuffledBatches:
             tokens,
             self.order.permuted(epoch, window, np.flatnonzero(wanted)),
         )
+
+
+def _stop(decoded: Sequence[Future[None]]) -> None:
+    """Leave no thread that still reads the store, or writes into a buffer that others will use."""
+    for future in decoded:
+        future.cancel()
+    wait(decoded)
 
 
 class _Window(NamedTuple):

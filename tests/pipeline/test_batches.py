@@ -1,6 +1,7 @@
 """Shuffled batches: every wanted token once an epoch, at any step the same, positions true."""
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from posae.pipeline.batches import Order, ShuffledBatches, as_torch, ordered_bat
 from posae.store.errors import StoreDamagedError
 from posae.store.ranges import equal_ranges, parse_ranges
 from posae.store.reader import ActivationStore
-from posae.store.shards import index_bytes, parse_index
+from posae.store.shards import ShardReader, index_bytes, parse_index
 
 LENGTH, D_MODEL, CONTEXTS, TRAINING = 16, 8, 203, 184
 RANGES = equal_ranges(LENGTH, 4)
@@ -159,6 +160,7 @@ def test_a_flipped_bit_in_any_chunk_that_is_read_stops_the_batches(
             for chunk, entry in enumerate(parse_index(spec, shard, good[-index_bytes(spec) :], len(good))):
                 bad = bytearray(good)
                 bad[int(entry[0]) + int(rng.integers(int(entry[1])))] ^= 1 << int(rng.integers(8))
+                file.unlink()  # maps of the last round keep the old file
                 file.write_bytes(bad)
                 place = f"{path}, shard {shard}, chunk {chunk}: its (checksum does not hold|Blosc header)"
                 opened = ActivationStore.open(root)
@@ -169,6 +171,7 @@ def test_a_flipped_bit_in_any_chunk_that_is_read_stops_the_batches(
                     n_stopped += 1
                     with pytest.raises(StoreDamagedError, match=place):
                         read_an_epoch(opened)
+            file.unlink()
             file.write_bytes(good)
     assert n_stopped == 2 * TRAINING // 8
 
@@ -185,3 +188,25 @@ def test_a_batch_keeps_its_memory_while_the_next_is_made(store: ActivationStore)
     kept = first.activations.copy()
     next(batches)
     assert (first.activations == kept).all()
+
+
+def test_nobody_reads_once_the_batches_are_ended(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = 0
+    read_chunk = ShardReader.read_chunk
+
+    def slowly(reader: ShardReader, chunk: int, out: NDArray[Any]) -> None:
+        nonlocal reading
+        reading += 1
+        time.sleep(0.02)
+        read_chunk(reader, chunk, out)
+        reading -= 1
+
+    monkeypatch.setattr(ShardReader, "read_chunk", slowly)
+    for window in (32, 400):
+        batches = batches_of(store, batch_size=40, window_contexts=window)
+        steps = batches.steps(0, 10_000)
+        next(steps)
+        steps.close()
+        assert reading == 0
