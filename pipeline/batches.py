@@ -9,7 +9,7 @@ GPU batches are gathered into pinned memory and cross on a stream of their own, 
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ..store.manifest import layer_path
 from ..store.ranges import PositionRange, range_of_position
 from ..store.reader import ActivationStore
+from ..store.shards import stop
 
 _SCAN_CONTEXTS = 4096
 
@@ -292,7 +293,7 @@ class ShuffledBatches:
                     yield self._ready(epoch, 0, chunks, self._buffers[0], decoded)
                     epoch += 1
             finally:
-                _stop(decoded)
+                stop(decoded)
         turn = 0
         upcoming = self._schedule(epoch, window)
         chunks = next(upcoming)
@@ -306,7 +307,7 @@ class ShuffledBatches:
                 current = (*following, self._buffers[turn], self._decode(following[2], self._buffers[turn]))
                 yield ready
         finally:
-            _stop(current[4])
+            stop(current[4])
 
     def _schedule(self, epoch: int, window: int) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
         while True:
@@ -345,13 +346,6 @@ class ShuffledBatches:
             tokens,
             self.order.permuted(epoch, window, np.flatnonzero(wanted)),
         )
-
-
-def _stop(decoded: Sequence[Future[None]]) -> None:
-    """Leave no thread that still reads the store, or writes into a buffer that others will use."""
-    for future in decoded:
-        future.cancel()
-    wait(decoded)
 
 
 class _Window(NamedTuple):

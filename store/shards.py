@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -313,9 +313,24 @@ class ShardReader:
                 part = within if columns is None else (within[:, np.newaxis], columns)
                 out[places] = self._read_part(chunk, part)
 
-        for _ in pool.map(read, groups) if pool else map(read, groups):
-            pass
+        if pool is None:
+            for places in groups:
+                read(places)
+            return out
+        running = [pool.submit(read, places) for places in groups]
+        try:
+            for future in running:
+                future.result()
+        finally:
+            stop(running)
         return out
+
+
+def stop(running: Sequence[Future[None]]) -> None:
+    """Leave no thread that still reads a map, or writes into a buffer that others will use."""
+    for future in running:
+        future.cancel()
+    wait(running)
 
 
 class ShardDigest(NamedTuple):

@@ -60,6 +60,7 @@ def place_of(made: "Made", path: str, byte: int) -> tuple[str, int | None, int |
 def flip(file: Path, bit: int) -> None:
     data = bytearray(file.read_bytes())
     data[bit // 8] ^= 1 << bit % 8
+    file.unlink()  # maps that are open keep the old file
     file.write_bytes(data)
 
 
