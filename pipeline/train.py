@@ -8,6 +8,7 @@ while alpha is 0 nothing for adapters; twice the weights for the optimizer; two 
 
 import inspect
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from .. import __version__
 from ..store.errors import RunMismatchError, SettingsError, StoreIncompleteError
 from ..store.ranges import PositionRange, parse_ranges
 from ..store.reader import ActivationStore
+from ..store.stats import LayerStats
 from .batches import Batch, ShuffledBatches
 from .device import choose_device
 from .metrics import ScoreKeeper
@@ -30,9 +32,6 @@ from .settings import TrainSettings
 
 _COUNT_DEAD_STEPS = 100
 """How often it is counted anew which features are dead: it makes a GPU wait."""
-
-_EXPANSION = {"topk": 8, "batchtopk": 8}
-"""Features for each number of an activation, where none are named; of other architectures 1."""
 
 
 class Curriculum(NamedTuple):
@@ -81,6 +80,11 @@ class Training:
         self.n_contexts = self._n_contexts()
         self.leave_out = () if self.settings.special_tokens else store.manifest.special_token_ids
         self.new_autoencoder(None)  # refuses what the architecture cannot be, before a run is begun
+
+    @cached_property
+    def stats(self) -> LayerStats:
+        """Of the layer; an entry of sums for each shard is read, once."""
+        return self.store.stats(self.layer)
 
     def new_autoencoder(self, generator: torch.Generator | None) -> Autoencoder:
         """An untrained autoencoder; without a generator one whose weights are only shapes.
@@ -242,14 +246,13 @@ def resolve(store: ActivationStore, settings: TrainSettings) -> TrainSettings:
         warmup = settings.steps // 10 if ramp is None else max(0, settings.steps - ramp)
     if ramp is None:
         ramp = max(1, settings.steps - warmup)
-    size = settings.dictionary_size or store.d_model * _EXPANSION.get(settings.architecture, 1)
-    # Found by sweeps of dictionary_learning for TopK: the larger a dictionary, the slower.
-    usual = 2e-4 * math.sqrt(2**14 / size) if settings.architecture in _EXPANSION else 3e-4
+    kind = architecture_class(settings.architecture)
+    size = settings.dictionary_size or store.d_model * kind.expansion
     return settings.model_copy(
         update={
             "layer": layer,
             "dictionary_size": size,
-            "learning_rate": settings.learning_rate or usual,
+            "learning_rate": settings.learning_rate or kind.usual_learning_rate(size),
             "adapter_width": settings.adapter_width or max(1, store.d_model // 2),
             "warmup_steps": warmup,
             "ramp_steps": ramp,
@@ -294,8 +297,7 @@ class _State:
     def new(cls, training: Training) -> "_State":
         generator = torch.Generator(training.device).manual_seed(training.settings.seed)
         autoencoder = training.new_autoencoder(generator)
-        stats = training.store.stats(training.layer)
-        autoencoder.fit_means(stats.sums, stats.counts)
+        autoencoder.fit_means(training.stats.sums, training.stats.counts)
         return cls(autoencoder, training.settings, training.device)
 
     def set_learning_rate(self, rate: float) -> None:
@@ -393,8 +395,8 @@ def _activation_scale(training: Training) -> float:
     settings = training.settings
     if settings.activation_scale == "none":
         return 1.0
-    stats = training.store.stats(training.layer)
-    is_centred = settings.position_mean != "none" or settings.architecture in _EXPANSION
+    stats = training.stats
+    is_centred = settings.position_mean != "none" or architecture_class(settings.architecture).is_centred
     squares = stats.variation if is_centred else float(stats.squares.sum())
     mean_square = squares / max(1, stats.n_tokens)
     if not mean_square > 0:

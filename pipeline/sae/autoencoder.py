@@ -104,6 +104,8 @@ class Autoencoder(nn.Module, ABC):
     Attributes:
         architecture: its name in settings.
         saelens_architecture: its name in ``cfg.json``; SAELens opens those that it knows.
+        expansion: features for each number of an activation, where none are named.
+        is_centred: whether the mean activation is taken off before encoding, from the start.
         ranges: the position ranges, from position 0 to the context length.
         alpha: the curriculum coefficient, alpha_t in the paper; 0 until the trainer sets it.
         activation_scale: what activations are multiplied by on the way in.
@@ -114,6 +116,8 @@ class Autoencoder(nn.Module, ABC):
 
     architecture: ClassVar[str]
     saelens_architecture: ClassVar[str]
+    expansion: ClassVar[int] = 1
+    is_centred: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -156,6 +160,11 @@ class Autoencoder(nn.Module, ABC):
         self.W_enc = empty_weight(d_model, dictionary_size, device=device)
         self.b_enc = empty_weight(dictionary_size, device=device)
         self.W_dec = empty_weight(dictionary_size, d_model, device=device)
+
+    @classmethod
+    def usual_learning_rate(cls, dictionary_size: int) -> float:
+        """What the learning rate is, where none is named: the paper's."""
+        return 3e-4
 
     @torch.no_grad()
     def _start(self) -> None:

@@ -41,6 +41,8 @@ class TopK(Autoencoder):
 
     architecture: ClassVar[str] = "topk"
     saelens_architecture: ClassVar[str] = "posae_topk"
+    expansion: ClassVar[int] = 8
+    is_centred: ClassVar[bool] = True
 
     def __init__(
         self, *, target_l0: int, auxiliary_coefficient: float = 1 / 32, **common: Unpack[CommonSettings]
@@ -59,6 +61,11 @@ class TopK(Autoencoder):
         self.auxiliary_coefficient = auxiliary_coefficient
         self.b_dec = empty_weight(self.d_model, device=self.W_enc.device)
         self._start()
+
+    @classmethod
+    def usual_learning_rate(cls, dictionary_size: int) -> float:
+        """The larger a dictionary, the slower: found by sweeps of dictionary_learning for TopK."""
+        return 2e-4 * math.sqrt(2**14 / dictionary_size)
 
     def _initialise(self) -> None:
         self._tie()
