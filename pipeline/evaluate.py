@@ -115,25 +115,35 @@ def _probe(
     """Sparse probing of the activations and their codes, offline or on SAEBench's datasets."""
     manifest, device = store.manifest, choose_device(settings.device)
     name, revision = settings.model or manifest.model, None if settings.model else manifest.model_revision
-    if not settings.model and name.startswith((".", "/", "~")):
-        raise StoreMismatchError(f"{store.root} names a path, {name}, as its model; name it with --model")
-    if name != "demo":
-        progress.say(f"language model of the store: {name}")
+    if not settings.model and name != "demo":
+        # A store may come from a stranger: it names a model of the hub, never a place on this machine.
+        if Path(name).exists() or name.startswith((".", "/", "~")):
+            raise StoreMismatchError(
+                f"{store.root} was made with a local model, {name}; name its folder with --model"
+            )
+        progress.say(f"tokenizer of {name}")
     tokenizer = load_tokenizer(name, revision)
     if tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
         raise StoreMismatchError(
             f"the tokenizer of {name} is not the one that {store.root} was made with; "
-            "name the model with --model"
+            "name the right model with --model"
         )
 
-    def told(done: int, total: int, next_one: str) -> None:
+    def told(done: int, total: int, last: str) -> None:
         if done == 0:
             progress.begin("probing", total, "classes")
-        progress.advance(min(done, 1), next_one)
+        else:
+            progress.advance(1, last)
+        if done == total:
+            progress.end()
 
     if settings.probing == "saebench":
         model = LanguageModel.load(name, revision, device=device, attention=manifest.attention)
-        found = probe_saebench(
+        if model.facts.config_hash != manifest.model_config_hash:
+            raise StoreMismatchError(
+                f"{name} is not the model that {store.root} was made with; name the right one with --model"
+            )
+        return probe_saebench(
             lambda tokens: model.activations(tokens, [layer])[layer],
             autoencoder,
             tokenizer,
@@ -142,30 +152,22 @@ def _probe(
             device=device,
             told=told,
         )
-    else:
-        documents = None
-        if manifest.dataset == "stdlib" and tokenizer.is_fast:
-            if manifest.dataset_revision == stdlib_revision():
-                documents = stdlib_files(manifest.dataset_split or "all")
-            else:
-                progress.say(
-                    f"{manifest.dataset_revision} is another standard library: probing its tokens alone"
-                )
-        found = probe_store(
-            store,
-            layer,
-            autoencoder,
-            tokenizer,
-            documents,
-            held_out=held_out,
-            leave_out=leave_out,
-            device=device,
-            told=told,
-        )
-    if found["mean"]:
-        progress.advance(1)
-        progress.end()
-    return found
+    documents = None
+    if manifest.dataset == "stdlib" and manifest.dataset_revision != stdlib_revision():
+        progress.say(f"the text, {manifest.dataset_revision}, is not on this machine: probing tokens alone")
+    elif manifest.dataset == "stdlib" and tokenizer.is_fast:
+        documents = stdlib_files(manifest.dataset_split or "all")
+    return probe_store(
+        store,
+        layer,
+        autoencoder,
+        tokenizer,
+        documents,
+        held_out=held_out,
+        leave_out=leave_out,
+        device=device,
+        told=told,
+    )
 
 
 def _check_same(run: Run, store: ActivationStore, config: dict[str, Any]) -> None:

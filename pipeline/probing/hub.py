@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...store.errors import CorpusError
-from .protocol import SEED, SIZES, Choice, Rows, Sizes, probe_class
+from .protocol import SEED, SIZES, Choice, Rows, Sizes, probe_task
 from .representations import Encoder, Means
 from .results import ClassResult, ProbingResult, TaskResult, class_result, probing_result, task_result
 
@@ -38,7 +38,7 @@ Activations = Callable[[torch.Tensor], torch.Tensor]
 """The language model up to the layer: int64 ids [texts, positions] to [texts, positions, d_model]."""
 
 Told = Callable[[int, int, str], None]
-"""Told how many classes of how many are probed, and which comes next."""
+"""Told how many classes of how many are probed, and which was the last; first 0."""
 
 _MODEL_BATCH = 32
 _TOKENIZER_BATCH = 512
@@ -294,7 +294,7 @@ def probe_saebench(
     first: int | None,
     context_length: int,
     device: torch.device,
-    told: Told | None = None,
+    told: Told = lambda done, total, last: None,
     tasks: Mapping[str, HubTask] = TASKS,
     sizes: Sizes = SIZES,
     seed: int = SEED,
@@ -308,7 +308,7 @@ def probe_saebench(
         first: the id that every context begins with, if any.
         context_length: positions that the autoencoder knows; texts are cut to these, at most 128.
         device: where to encode.
-        told: told before each class.
+        told: told before the first class, and after each.
         tasks: by name.
         sizes: texts of a probe.
         seed: of what is drawn.
@@ -319,6 +319,7 @@ def probe_saebench(
     length = min(CONTEXT_LENGTH, context_length)
     masked = _masked_ids(tokenizer)
     n_classes, done = sum(len(task.classes) for task in tasks.values()), 0
+    told(0, n_classes, "")
     found: dict[str, TaskResult] = {}
     n_empty = 0
     for name, task in tasks.items():
@@ -335,11 +336,10 @@ def probe_saebench(
         train, test = splits
         probed = means.probed()
         classes: dict[str, ClassResult] = {}
-        for positive in task.classes:
-            if told:
-                told(done, n_classes, f"{name}: {positive}")
-            classes[positive] = class_result(probe_class(train, test, positive, probed, Choice.TEST, seed))
+        for positive, scores in probe_task(train, test, probed, Choice.TEST, seed):
+            classes[positive] = class_result(scores)
             done += 1
+            told(done, n_classes, f"{name}: {positive}")
         found[name] = task_result("context", classes, {})
     data = {"context_length": length, "texts_without_tokens": n_empty}
     return probing_result("saebench", found, sizes, Choice.TEST, seed, data)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ...store.reader import ActivationStore
 from .passages import Alignment, Passage, passages_of_contexts, passages_of_documents, runs
-from .protocol import LEAST, SEED, SIZES, Choice, Fetch, Rows, Sizes, probe_class
+from .protocol import LEAST, SEED, SIZES, Choice, Fetch, Rows, Sizes, probe_task
 from .representations import Encoder, Means, of_tokens
 from .results import ClassResult, ProbingResult, TaskResult, class_result, probing_result, task_result
 from .tasks import DOCUMENT_TASKS, TOKEN_TASKS
@@ -33,14 +33,14 @@ MOST_CLASSES = 8
 """Classes of one task, the largest."""
 
 Told = Callable[[int, int, str], None]
-"""Told how many classes of how many are probed, and which comes next."""
+"""Told how many classes of how many are probed, and which was the last; first 0."""
 
 _TEST_SHARE = 5
 _LEAST_TOKENS = 32
 _READ_CONTEXTS = 64
 
 
-class _Labelled(NamedTuple):
+class Labelled(NamedTuple):
     """Rows with labels; [rows] each."""
 
     labels: list[str]
@@ -50,7 +50,7 @@ class _Labelled(NamedTuple):
     """What is never split between training and test rows: documents, or contexts."""
 
 
-class _Task(NamedTuple):
+class Task(NamedTuple):
     """A task about to be probed; rows index ``items``."""
 
     level: Literal["token", "context"]
@@ -82,7 +82,7 @@ def probe_store(
     held_out: tuple[int, int],
     leave_out: Sequence[int],
     device: torch.device,
-    told: Told | None = None,
+    told: Told = lambda done, total, last: None,
     sizes: Sizes = SIZES,
     seed: int = SEED,
 ) -> ProbingResult:
@@ -98,7 +98,7 @@ def probe_store(
         held_out: contexts [start, stop) that the autoencoder was not trained on.
         leave_out: token ids whose rows are never probed.
         device: where to encode.
-        told: told before each class.
+        told: told before the first class, and after each.
         sizes: rows of a probe; fewer where there are fewer.
         seed: of what is drawn.
 
@@ -112,26 +112,25 @@ def probe_store(
     wanted = [~np.isin(tokens[passage.context][passage.positions], leave_out) for passage in passages]
     source = _Source(store, layer, autoencoder, device, passages, wanted)
     n_documents = len({passage.document for passage in passages})
-    tasks: dict[str, _Task] = {}
+    tasks: dict[str, Task] = {}
     for name, label in TOKEN_TASKS.items():
         if passages:
             labelled = _label_tokens(source, [label(passage) for passage in passages], n_documents > 1)
-            tasks[name] = _split("token", labelled, sizes, random)
+            tasks[name] = split("token", labelled, sizes, random)
     for name, label in DOCUMENT_TASKS.items():
         if passages and documents is not None:
             labelled = _label_contexts(source, [label(document) for document, _ in documents])
-            tasks[name] = _split("context", labelled, sizes, random)
+            tasks[name] = split("context", labelled, sizes, random)
     n_classes, done = sum(len(task.train) for task in tasks.values()), 0
+    told(0, n_classes, "")
     found: dict[str, TaskResult] = {}
     for name, task in tasks.items():
         probed: Mapping[str, Fetch] = _probed(source, task) if task.train else {}
         classes: dict[str, ClassResult] = {}
-        for positive in task.train:
-            if told:
-                told(done, n_classes, f"{name}: {positive}")
-            scores = probe_class(task.train, task.test, positive, probed, Choice.TRAINING, seed)
+        for positive, scores in probe_task(task.train, task.test, probed, Choice.TRAINING, seed):
             classes[positive] = class_result(scores)
             done += 1
+            told(done, n_classes, f"{name}: {positive}")
         found[name] = task_result(task.level, classes, task.left_out)
     data: dict[str, Any] = {
         "contexts": part,
@@ -173,7 +172,7 @@ def _passages(
     return passages_of_documents(found, ids, [text for _, text in documents], tokenizer)
 
 
-def _label_tokens(source: _Source, labels: list[list[str | None]], by_document: bool) -> _Labelled:
+def _label_tokens(source: _Source, labels: list[list[str | None]], by_document: bool) -> Labelled:
     """The tokens that have a label and may be probed."""
     length = source.store.context_length
     kept: list[str] = []
@@ -185,10 +184,10 @@ def _label_tokens(source: _Source, labels: list[list[str | None]], by_document: 
                 kept.append(label)
                 items.append(passage.context * length + position)
                 groups.append(passage.document if by_document else passage.context)
-    return _Labelled(kept, np.array(items, np.int64), np.array(groups, np.int64))
+    return Labelled(kept, np.array(items, np.int64), np.array(groups, np.int64))
 
 
-def _label_contexts(source: _Source, label_of_document: Sequence[str]) -> _Labelled:
+def _label_contexts(source: _Source, label_of_document: Sequence[str]) -> Labelled:
     """The longest passage of each context, if it is long enough, labelled by its document."""
     longest: dict[int, int] = {}
     n_tokens = [int(wanted.sum()) for wanted in source.wanted]
@@ -199,12 +198,12 @@ def _label_contexts(source: _Source, label_of_document: Sequence[str]) -> _Label
     items = list(longest.values())
     groups = [source.passages[i].document for i in items]
     labels = [label_of_document[document] for document in groups]
-    return _Labelled(labels, np.array(items, np.int64), np.array(groups, np.int64))
+    return Labelled(labels, np.array(items, np.int64), np.array(groups, np.int64))
 
 
-def _split(
-    level: Literal["token", "context"], rows: _Labelled, sizes: Sizes, random: np.random.Generator
-) -> _Task:
+def split(
+    level: Literal["token", "context"], rows: Labelled, sizes: Sizes, random: np.random.Generator
+) -> Task:
     """Training and test rows of each class, in random order, and what is left out and why."""
     labels = np.array(rows.labels, np.str_)
     names = [name for name, _ in Counter(rows.labels).most_common()]
@@ -228,7 +227,7 @@ def _split(
     if len(train) == 1:
         left_out |= dict.fromkeys(train, "there is no other class to tell it from")
         train, test = {}, {}
-    return _Task(level, rows.items, train, test, left_out)
+    return Task(level, rows.items, train, test, left_out)
 
 
 def _test_groups(groups: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
@@ -246,12 +245,12 @@ def _test_groups(groups: NDArray[np.int64], random: np.random.Generator) -> NDAr
     return names[chosen]
 
 
-def _probed(source: _Source, task: _Task) -> Mapping[str, Fetch]:
+def _probed(source: _Source, task: Task) -> Mapping[str, Fetch]:
     """What is probed in a task, of the rows that it needs."""
     needed = np.unique(np.concatenate([*task.train.values(), *task.test.values()]))
-    for split in (task.train, task.test):
-        for name, rows in split.items():
-            split[name] = np.searchsorted(needed, rows)
+    for part in (task.train, task.test):
+        for name, rows in part.items():
+            part[name] = np.searchsorted(needed, rows)
     items = task.items[needed]
     return _of_tokens(source, items) if task.level == "token" else _of_passages(source, items)
 

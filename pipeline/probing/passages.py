@@ -180,4 +180,6 @@ def passages_of_contexts(
 
 def _decoded(rows: list[list[int]], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     decode = cast("Callable[..., list[str]]", tokenizer.batch_decode)  # pyright: ignore[reportUnknownMemberType]
-    return decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    found = decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    # Of a character whose bytes are not all there nothing is shown, so that its last token shows it.
+    return [text.strip("\ufffd") for text in found]
