@@ -5,21 +5,29 @@ One pass over the held-out part, in order, in bounded memory; written into the r
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..store.errors import RunMismatchError, RunNotFoundError, StoreIncompleteError
+from ..store.errors import RunMismatchError, RunNotFoundError, StoreIncompleteError, StoreMismatchError
 from ..store.ranges import parse_ranges
 from ..store.reader import ActivationStore
 from .batches import ordered_batches
 from .device import choose_device
+from .language_model import LanguageModel, load_tokenizer
 from .metrics import ScoreKeeper, Scores
+from .probing.hub import probe_saebench
+from .probing.offline import probe_store
+from .probing.results import ProbingResult
 from .progress import Progress, Silent
 from .runs import EVALUATION, Run
+from .sae.autoencoder import Autoencoder
 from .sae.saving import load_autoencoder
 from .settings import EvaluateSettings
+from .text.contexts import tokenizer_hash
+from .text.stdlib import stdlib_files, stdlib_revision
 
 
 @torch.no_grad()
@@ -76,6 +84,10 @@ def evaluate(folder: Path, settings: EvaluateSettings, progress: Progress | None
         "contexts": [start, start + n_contexts],
         "store": {"path": str(store.root.absolute()), "read": store.digests(layer)},
     }
+    if settings.probing != "none":
+        found["probing"] = _probe(
+            store, layer, autoencoder.eval(), (start, stop), leave_out, settings, progress
+        )
     run.write_json(EVALUATION, found)
     return found
 
@@ -89,6 +101,73 @@ def as_json(scores: Scores) -> dict[str, Any]:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return {name: finite(value) for name, value in scores._asdict().items()}
+
+
+def _probe(
+    store: ActivationStore,
+    layer: int,
+    autoencoder: Autoencoder,
+    held_out: tuple[int, int],
+    leave_out: Sequence[int],
+    settings: EvaluateSettings,
+    progress: Progress,
+) -> ProbingResult:
+    """Sparse probing of the activations and their codes, offline or on SAEBench's datasets."""
+    manifest, device = store.manifest, choose_device(settings.device)
+    name, revision = settings.model or manifest.model, None if settings.model else manifest.model_revision
+    if not settings.model and name != "demo":
+        # A store may come from a stranger: it names a model of the hub, never a place on this machine.
+        if Path(name).exists() or name.startswith((".", "/", "~")):
+            raise StoreMismatchError(
+                f"{store.root} was made with a local model, {name}; name its folder with --model"
+            )
+        progress.say(f"tokenizer of {name}")
+    tokenizer = load_tokenizer(name, revision)
+    if tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
+        raise StoreMismatchError(
+            f"the tokenizer of {name} is not the one that {store.root} was made with; "
+            "name the right model with --model"
+        )
+
+    def told(done: int, total: int, last: str) -> None:
+        if done == 0:
+            progress.begin("probing", total, "classes")
+        else:
+            progress.advance(1, last)
+        if done == total:
+            progress.end()
+
+    if settings.probing == "saebench":
+        model = LanguageModel.load(name, revision, device=device, attention=manifest.attention)
+        if model.facts.config_hash != manifest.model_config_hash:
+            raise StoreMismatchError(
+                f"{name} is not the model that {store.root} was made with; name the right one with --model"
+            )
+        return probe_saebench(
+            lambda tokens: model.activations(tokens, [layer])[layer],
+            autoencoder,
+            tokenizer,
+            first=manifest.first_token,
+            context_length=store.context_length,
+            device=device,
+            told=told,
+        )
+    documents = None
+    if manifest.dataset == "stdlib" and manifest.dataset_revision != stdlib_revision():
+        progress.say(f"the text, {manifest.dataset_revision}, is not on this machine: probing tokens alone")
+    elif manifest.dataset == "stdlib" and tokenizer.is_fast:
+        documents = stdlib_files(manifest.dataset_split or "all")
+    return probe_store(
+        store,
+        layer,
+        autoencoder,
+        tokenizer,
+        documents,
+        held_out=held_out,
+        leave_out=leave_out,
+        device=device,
+        told=told,
+    )
 
 
 def _check_same(run: Run, store: ActivationStore, config: dict[str, Any]) -> None:

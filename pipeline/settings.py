@@ -310,6 +310,13 @@ class EvaluateSettings(Settings):
     contexts: int | None = Field(default=None, ge=1)
     """How many held-out contexts to read; by default all."""
 
+    probing: Literal["none", "offline", "saebench"] = "none"
+    """Sparse probing: offline, on tasks made from the store alone, or on SAEBench's datasets, which are
+    downloaded."""
+
+    model: str | None = None
+    """Language model of the store, a hub id or a local folder; by default what the store names."""
+
     device: str = "auto"
     """Device to score on: cuda, mps, cpu, or auto."""
 

@@ -13,6 +13,7 @@ MAY_USE = {
     "store": {"numpy", "zarr", "numcodecs", "pydantic", "awscrt", "fsspec"},
     "pipeline": {
         *("store", "numpy", "torch", "transformers", "datasets", "safetensors", "pydantic"),
+        "sklearn",  # SAEBench's probes are its logistic regression
         *("huggingface_hub", "pyarrow"),  # the hub's errors and revisions; parquet: both come with datasets
     },
     "cli": {"store", "pipeline", "typer", "rich"},
