@@ -228,6 +228,15 @@ class EvaluateSettings(Settings):
     contexts: int | None = Field(default=None, ge=1)
     """How many held-out contexts to read; by default all."""
 
+    ce_loss: bool = False
+    """Also run the language model on held-out contexts with reconstructions in the activations' place."""
+
+    ce_contexts: int = Field(default=64, ge=1)
+    """How many held-out contexts it runs on."""
+
+    model: str | None = None
+    """Language model for ce_loss, a hub id or a local folder; by default the one the store was made with."""
+
     device: str = "auto"
     """Device to score on: cuda, mps, cpu, or auto."""
 
