@@ -61,6 +61,8 @@ def evaluate(folder: Path, settings: EvaluateSettings, progress: Progress | None
     """
     progress = progress or Silent()
     held_out = _HeldOut.of(Run(folder), settings)
+    # First, so that a wrong model is told before anything is scored.
+    model = _language_model(held_out, settings.model) if settings.ce_loss else None
     score = _Score(held_out)
     n_tokens = (held_out.stop - held_out.start) * held_out.store.context_length
     progress.begin("scoring", n_tokens, "tokens")
@@ -78,8 +80,8 @@ def evaluate(folder: Path, settings: EvaluateSettings, progress: Progress | None
             "read": held_out.store.digests(held_out.layer),
         },
     }
-    if settings.ce_loss:
-        found["ce_loss"] = _ce_loss(held_out, settings, progress).model_dump()
+    if model is not None:
+        found["ce_loss"] = _ce_loss(held_out, model, settings.ce_contexts, progress).model_dump()
     evaluation = Evaluation.model_validate(_finite(found)).model_dump(mode="json")
     held_out.run.write_json(EVALUATION, evaluation)
     return evaluation
@@ -286,12 +288,11 @@ def _kept(held_out: _HeldOut) -> dict[str, Any]:
     return {key: before[key] for key in ("ce_loss", "probing") if key in before}
 
 
-def _ce_loss(held_out: _HeldOut, settings: EvaluateSettings, progress: Progress) -> CeLoss:
+def _ce_loss(held_out: _HeldOut, model: CausalLanguageModel, n_contexts: int, progress: Progress) -> CeLoss:
     store, length = held_out.store, held_out.store.context_length
-    model = _language_model(store, settings, held_out.device)
     stats = store.stats(held_out.layer)
     mean = torch.as_tensor(stats.sums.sum(axis=0) / max(1, stats.n_tokens)).to(held_out.device)
-    start, stop = held_out.start, min(held_out.stop, held_out.start + settings.ce_contexts)
+    start, stop = held_out.start, min(held_out.stop, held_out.start + n_contexts)
     size = max(1, min(32, _LOGIT_NUMBERS // (length * store.manifest.vocabulary_size)))
     keeper = CeKeeper(length)
     progress.begin("splicing", (stop - start) * length, "tokens")
@@ -330,17 +331,16 @@ def spliced(autoencoder: Autoencoder, is_ordinary: Tensor) -> Replace:
     return replace
 
 
-def _language_model(
-    store: ActivationStore, settings: EvaluateSettings, device: torch.device
-) -> CausalLanguageModel:
-    manifest = store.manifest
+def _language_model(held_out: _HeldOut, model: str | None) -> CausalLanguageModel:
+    """The model that the store was made with, or the one named ``model`` if it is the same."""
+    store, manifest = held_out.store, held_out.store.manifest
     of_folder = (manifest.model_revision or "").startswith("sha256:")
-    if settings.model is None and of_folder and manifest.model != "demo":
+    if model is None and of_folder and manifest.model != "demo":
         raise ModelError(
             f"{store.root} was made with a model in a local folder, {manifest.model}; "
             "name that folder with --model"
         )
-    name = settings.model or manifest.model
+    name = model or manifest.model
     revision = manifest.model_revision if name == manifest.model else None
     facts = model_facts(name, revision)
     if facts.config_hash != manifest.model_config_hash:
@@ -348,7 +348,9 @@ def _language_model(
             f"{name} is not {manifest.model}, the model that {store.root} was made with: their "
             "configurations differ; name the right one with --model"
         )
-    return CausalLanguageModel.load(name, facts.revision, device=device, attention=manifest.attention)
+    return CausalLanguageModel.load(
+        name, facts.revision, device=held_out.device, attention=manifest.attention
+    )
 
 
 def _finite(value: Any) -> Any:
