@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..store.errors import ModelError, RunMismatchError, RunNotFoundError, StoreIncompleteError
+from ..store.errors import ModelError, RunError, RunMismatchError, RunNotFoundError, StoreIncompleteError
 from ..store.ranges import PositionRange, equal_ranges, parse_ranges
 from ..store.reader import ActivationStore
 from .batches import Batch, ordered_batches
@@ -32,7 +32,7 @@ from .sae.saving import load_autoencoder
 from .scoring.base_phase import base_decoder, drift, retained
 from .scoring.ce_loss import CeKeeper, Replace, ce_loss
 from .scoring.clusters import clusters
-from .scoring.evaluation import CeLoss, Evaluation
+from .scoring.evaluation import CeLoss, Evaluation, parse_evaluation
 from .scoring.features import FeatureKeeper
 from .scoring.specificity import specificity
 from .settings import EvaluateSettings
@@ -282,10 +282,11 @@ def _about_run(held_out: _HeldOut) -> dict[str, Any]:
 
 def _kept(held_out: _HeldOut) -> dict[str, Any]:
     """What an earlier evaluation measured that this one may not."""
-    if not (held_out.run.folder / EVALUATION).exists():
+    try:
+        before = parse_evaluation(held_out.run.evaluation, held_out.run.folder)
+    except RunError:  # there is none, or none worth keeping
         return {}
-    before = held_out.run.evaluation
-    return {key: before[key] for key in ("ce_loss", "probing") if key in before}
+    return before.model_dump(include={"ce_loss", "probing"})
 
 
 def _ce_loss(held_out: _HeldOut, model: CausalLanguageModel, n_contexts: int, progress: Progress) -> CeLoss:

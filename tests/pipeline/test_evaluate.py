@@ -325,6 +325,8 @@ def test_ce_loss_stays_when_the_run_is_scored_again_without_it(gemma: Path, run_
     assert again == first
     assert again["ce_loss"]["contexts"] == 2
     assert json.loads((run / "evaluation.json").read_text()) == again
+    (run / "evaluation.json").write_text("{")
+    assert evaluate(run, EvaluateSettings())["ce_loss"] is None
 
 
 def test_another_model_a_missing_one_and_one_that_looks_ahead_are_refused(
