@@ -1,9 +1,9 @@
 """The threshold of BatchTopK set so that L0 is what was asked for, over many batches at once.
 
-While training the threshold is a running mean of each batch's least kept activation. That lags behind the
-weights, and a threshold that is right on average for batches is not right for the tokens of all of them:
-codes come out 2 to 5 % denser than ``target_l0``. Here it is put between the two activations that part the
-``target_l0`` · rows largest from the rest, so that L0 over these rows is exact.
+While training the threshold is a running mean of each batch's least kept activation. It lags behind the
+weights, so that L0 is off by some percent when training ends. Here it is put between the two activations that
+part the ``target_l0`` · rows largest from the rest, so that L0 over these rows is exact. Over other text it is
+not: a held-out part that differs from the training part has an L0 of its own.
 
 Cost: a pass through the encoder; in memory ``target_l0`` numbers to each row, and one batch.
 """
