@@ -23,10 +23,14 @@ def evaluate(
 ) -> None:
     """Score a run on the held-out part of its store, and write evaluation.json into it.
 
-    Example: posae evaluate runs/paper --json
+    With --ce-loss the language model runs too; its scores then stay in evaluation.json.
+
+    Example: posae evaluate runs/paper --ce-loss
     """
     settings = resolve_settings(EvaluateSettings, "evaluate", presets={}, config=config, options=options)
     from ..pipeline.evaluate import evaluate as score
+    from ..pipeline.scoring.evaluation import parse_evaluation
+    from .show_scores import show_scores
 
     with LiveProgress() as progress:
         found = score(run, settings, progress)
@@ -34,7 +38,8 @@ def evaluate(
         typer.echo(json.dumps(found))
     else:
         console.print(comparison([run]))
-        if "probing" in found:
+        show_scores(parse_evaluation(found, run))
+        if found["probing"]:
             console.print(probing_table(found["probing"]))
 
 

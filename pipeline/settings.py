@@ -310,6 +310,12 @@ class EvaluateSettings(Settings):
     contexts: int | None = Field(default=None, ge=1)
     """How many held-out contexts to read; by default all."""
 
+    ce_loss: bool = False
+    """Also run the language model on held-out contexts with reconstructions in the activations' place."""
+
+    ce_contexts: int = Field(default=64, ge=1)
+    """How many held-out contexts it runs on."""
+
     probing: Literal["none", "offline", "saebench"] = "none"
     """Sparse probing: offline, on tasks made from the store alone, or on SAEBench's datasets, which are
     downloaded."""
