@@ -2,8 +2,8 @@
 
 While training the threshold is a running mean of each batch's least kept activation. It lags behind the
 weights, so that L0 is off by some percent when training ends. Here it is put between the two activations that
-part the ``target_l0`` · rows largest from the rest, so that L0 over these rows is exact. Over other text
-it is not: a held-out part that differs from the training part has an L0 of its own.
+part the ``target_l0`` · rows largest from the rest, so that L0 over these rows is exact. Over other text it
+is not: a held-out part that differs from the training part has an L0 of its own.
 
 Cost: a pass through the encoder; in memory ``target_l0`` numbers to each row, and one batch.
 """
