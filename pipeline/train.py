@@ -6,7 +6,6 @@ autoencoder is float32, the activations bfloat16. Costs: three products with the
 while alpha is 0 nothing for adapters; twice the weights for the optimizer; two windows of the store.
 """
 
-import inspect
 import math
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,7 @@ from .metrics import ScoreKeeper
 from .progress import Progress, Silent
 from .runs import Run
 from .sae.autoencoder import Autoencoder, CommonSettings, Output
-from .sae.registry import architecture_class, new_autoencoder
+from .sae.registry import ARCHITECTURES, architecture_class, new_autoencoder
 from .sae.saving import save_autoencoder
 from .schedules import Clock, Curriculum, learning_rate_factor
 from .settings import TrainSettings
@@ -235,6 +234,7 @@ def resolve(store: ActivationStore, settings: TrainSettings) -> TrainSettings:
     """
     layer = store.layer_or_middle(settings.layer)
     parse_ranges(settings.ranges, store.context_length)
+    _refuse_what_means_nothing(settings)
     warmup, ramp = settings.warmup_steps, settings.ramp_steps
     if warmup is None:
         # Not below a whole number that rounding hides: 1/11 of 11,000 is 1,000.
@@ -260,10 +260,23 @@ def resolve(store: ActivationStore, settings: TrainSettings) -> TrainSettings:
     return resolved.model_copy(update={"adapter_width": width, "adapter_share": None, "ramp_share": None})
 
 
+def _refuse_what_means_nothing(settings: TrainSettings) -> None:
+    """Raise SettingsError for a setting, given and not its default, that is only of other architectures."""
+    homes: dict[str, list[str]] = {"adapter_share": ["hierarchical"]}
+    for name, kind in ARCHITECTURES.items():
+        for keyword in kind.keywords() & TrainSettings.model_fields.keys():
+            homes.setdefault(keyword, []).append(name)
+    for name in sorted(settings.model_fields_set & homes.keys()):
+        is_default = getattr(settings, name) == TrainSettings.model_fields[name].default
+        if settings.architecture not in homes[name] and not is_default:
+            raise SettingsError(
+                f"{name} is a setting of {', '.join(homes[name])}, and means nothing to "
+                f"{settings.architecture}; leave it out"
+            )
+
+
 def _adapter_width(store: ActivationStore, settings: TrainSettings, share: float) -> int:
     """The width at which hierarchical's adapters come nearest to ``share`` of the other parameters."""
-    if settings.architecture != "hierarchical":
-        raise SettingsError(f"adapter_share is of hierarchical, not of {settings.architecture}; leave it out")
     one, two = (
         _autoencoder_of(
             settings.model_copy(update={"adapter_width": width}),
@@ -286,8 +299,8 @@ def _autoencoder_of(
 ) -> Autoencoder:
     """The autoencoder of resolved ``settings``; without a generator its weights are only shapes."""
     # An architecture's keywords, its own and the common ones, are settings of the same names.
-    keywords = inspect.signature(architecture_class(settings.architecture)).parameters
-    names = (keywords.keys() | CommonSettings.__annotations__.keys()) & TrainSettings.model_fields.keys()
+    keywords = architecture_class(settings.architecture).keywords() | CommonSettings.__annotations__.keys()
+    names = keywords & TrainSettings.model_fields.keys()
     given = {name: getattr(settings, name) for name in sorted(names)}
     return new_autoencoder(
         settings.architecture,

@@ -413,8 +413,12 @@ class Autoencoder(nn.Module, ABC):
     @classmethod
     def setting_names(cls) -> list[str]:
         """Of ``own_settings`` those that are attributes."""
-        own = [name for name in inspect.signature(cls).parameters if name != "common"]
-        return [*own, "shared_adapters", "reconstruction_loss"]
+        return [*sorted(cls.keywords()), "shared_adapters", "reconstruction_loss"]
+
+    @classmethod
+    def keywords(cls) -> set[str]:
+        """The constructor's keywords that are this architecture's own."""
+        return inspect.signature(cls).parameters.keys() - {"common"}
 
     def weights_for_raw_units(self) -> dict[str, Tensor]:
         """Copies of all weights, by name, for which an ``activation_scale`` of 1 is right.
