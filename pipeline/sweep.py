@@ -257,8 +257,9 @@ class Plan:
         defaults = TrainSettings().model_dump()
 
         def fitted(values: Mapping[str, Any]) -> Fitted:
-            # Not built anew: what is resolved names both a share and its steps.
-            return self._fit(settings.model_copy(update={**defaults, **values}))
+            # Not validated anew: what is resolved names both a share and its steps.
+            given = settings.model_fields_set & values.keys()
+            return self._fit(TrainSettings.model_construct(given, **{**defaults, **values}))
 
         found = controls_of(settings.model_dump(), lambda values: fitted(values).n_parameters)
         return {control: fitted(values) for control, values in found.items() if control in wanted}

@@ -257,7 +257,9 @@ def resolve(store: ActivationStore, settings: TrainSettings) -> TrainSettings:
     width = settings.adapter_width or max(1, store.d_model // 2)
     if settings.adapter_share is not None:
         width = _adapter_width(store, resolved, settings.adapter_share)
-    return resolved.model_copy(update={"adapter_width": width, "adapter_share": None, "ramp_share": None})
+    update = {"adapter_width": width, "adapter_share": None, "ramp_share": None}
+    # What was given stays known as that: so what is resolved can be resolved again.
+    return TrainSettings.model_construct(settings.model_fields_set, **resolved.model_dump() | update)
 
 
 def _refuse_what_means_nothing(settings: TrainSettings) -> None:

@@ -249,9 +249,7 @@ def test_every_sweep_of_the_paper_fits_a_small_store(store: Path, path: Path) ->
     from posae.pipeline.sweep import Plan, read_sweep
     from posae.store import ActivationStore
 
-    plan = Plan(
-        read_sweep(path, {"dictionary_size": 64, "target_l0": 8}), fit_to(ActivationStore.open(store), path)
-    )
+    plan = Plan(read_sweep(path, {"dictionary_size": 64}), fit_to(ActivationStore.open(store), path))
     assert plan.trainings
     comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert comments, f"{path} does not say what it measures"
