@@ -265,7 +265,7 @@ def test_all_of_the_paper_includes_every_study_and_quick_includes_all() -> None:
     assert studies == files - {"all.toml", "quick.toml"}
     quick = read_sweep(EXAMPLES / "quick.toml", {})
     assert {Path(study.source).name for study in quick} == studies
-    assert {settings.steps for study in quick for settings in study.runs.values()} == {40}
+    assert {settings.steps for study in quick for settings in study.runs.values()} == {100}
 
 
 def test_shares_of_the_steps_become_steps(store: Path) -> None:
