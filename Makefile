@@ -15,7 +15,7 @@ demo: .venv/ready  ## harvest the built-in model, inspect the store, train two a
 
 paper: .venv/ready  ## every variant, ablation and control of the paper on the demo store, and a report; goes on where it stopped
 	$(BIN)/posae harvest $(STORE) --contexts 1024
-	$(BIN)/posae train $(STORE) data/paper --sweep examples/paper/all.toml --steps 1000
+	$(BIN)/posae train $(STORE) data/paper --sweep examples/paper/all.toml --steps 600
 	$(BIN)/posae report data/paper --out data/paper.html
 
 paper-quick: .venv/ready  ## the same in minutes, to see that it runs
