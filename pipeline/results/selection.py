@@ -1,0 +1,92 @@
+"""Which runs a claim is about: known by their settings, never by their names."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+
+from .measured import Measured, Study
+
+Wanted = Callable[[Measured], bool]
+
+
+def of_study(studies: Sequence[Study], name: str) -> list[Measured]:
+    """The runs of one study that have scores and are no controls."""
+    return [
+        entry.run
+        for study in studies
+        if study.study == name
+        for entry in study.runs
+        if entry.control is None and entry.run.missing is None
+    ]
+
+
+def of_the_paper(studies: Sequence[Study]) -> list[Measured]:
+    """The runs of all studies that are trained as the paper says, each once."""
+    found: dict[str, Measured] = {}
+    for study in studies:
+        for entry in study.runs:
+            if entry.control is None and entry.run.missing is None and is_the_papers(entry.run):
+                found.setdefault(entry.run.folder, entry.run)
+    return list(found.values())
+
+
+def is_the_papers(run: Measured) -> bool:
+    """Whether its settings are those of the paper's text, but for k, steps and adapter width."""
+    as_stated = {
+        "layer_norm": "both",
+        "layer_norm_affine": True,
+        "residual": True,
+        "rectify": False,
+        "penalty": "text",
+        "adapter_norm": "after",
+        "reconstruction_loss": "squared",
+        "dropout": 0.1,
+        "curriculum": "linear",
+        "position_mean": "none",
+        "position_adapter": "none",
+        "activation_scale": "rms",
+    }
+    return (
+        run.architecture == "hierarchical"
+        and len(run.ranges) == 4
+        and warmup_share(run) in (None, 0.1)
+        and all(run.setting(name, value) == value for name, value in as_stated.items())
+    )
+
+
+def pairs(
+    runs: Iterable[Measured], setting: str, changed: Wanted, usual: Wanted
+) -> list[tuple[Measured, Measured]]:
+    """Each run that is ``changed``, with the ``usual`` one that differs from it in ``setting`` alone."""
+    found = list(runs)
+    by_rest = {_rest(run, setting): run for run in found if usual(run)}
+    return [
+        (run, by_rest[_rest(run, setting)])
+        for run in found
+        if changed(run) and _rest(run, setting) in by_rest
+    ]
+
+
+def _rest(run: Measured, setting: str) -> str:
+    """All settings but one, and what depends on it."""
+    left_out = (setting, "ramp_steps") if setting == "warmup_steps" else (setting,)
+    kept = {name: value for name, value in run.settings.items() if name not in left_out}
+    return json.dumps([kept, run.config.get("store", {})], sort_keys=True)
+
+
+def warmup_share(run: Measured) -> float | None:
+    """Warm-up as a share of the steps; 0.1 is the paper's."""
+    steps, warmup = run.setting("steps"), run.setting("warmup_steps")
+    return round(warmup / steps, 3) if steps and isinstance(warmup, int) else None
+
+
+def beside_agnostic(studies: Sequence[Study]) -> list[tuple[Measured, Measured]]:
+    """Runs as the paper says, each once, with the agnostic control of the same seed."""
+    found: dict[str, tuple[Measured, Measured]] = {}
+    for study in studies:
+        for entry in study.runs:
+            if entry.control or entry.run.missing or not is_the_papers(entry.run):
+                continue
+            control = (study.control(entry.name, "agnostic") or {}).get(entry.seed)
+            if control is not None:
+                found.setdefault(entry.run.folder, (entry.run, control))
+    return list(found.values())
