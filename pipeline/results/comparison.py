@@ -62,13 +62,14 @@ class Finding:
 
 
 def findings(studies: Iterable[Study]) -> list[Finding]:
-    """What the controls say of every run that has some, each once."""
-    found: dict[str, Finding] = {}
+    """What the controls say of every run that has some, each once: in the study where it has the most."""
+    best: dict[str, tuple[int, Study]] = {}
     for study in studies:
         for name in study.names():
-            if name not in found and any(run.of == name for run in study.runs):
-                found[name] = did_position_help(study, name)
-    return list(found.values())
+            n_roles = len({run.control for run in study.runs if run.of == name})
+            if n_roles > best.get(name, (0, study))[0]:
+                best[name] = (n_roles, study)
+    return [did_position_help(study, name) for name, (_, study) in best.items()]
 
 
 def did_position_help(study: Study, name: str) -> Finding:
@@ -80,6 +81,8 @@ def did_position_help(study: Study, name: str) -> Finding:
     agnostic, more = controls["agnostic"] or {}, controls["more-active"] or {}
     lines = _lines(agnostic, more)
     gains: dict[str, Interval] = {}
+    if controls["shared"] and controls["shared"] == controls["shuffled"]:
+        controls["shared"] = None  # of means alone both are one training
     for role in ("shared", "shuffled"):
         control = controls[role] or {}
         for key, found in (
@@ -99,7 +102,7 @@ def did_position_help(study: Study, name: str) -> Finding:
     if answer is Answer.HOLDS:
         words += _beside(gain, gains, _more_active(agnostic, more))
     if missing:
-        words += f"; not made: {', '.join(CONTROLS[role] for role in missing)}"
+        words += f"; missing: {', '.join(missing)}"
     return Finding(study.study, name, answer, words, gain, gains, missing)
 
 
@@ -205,7 +208,8 @@ def _more_active(agnostic: Series, more: Series) -> float | None:
 def _has_adapters(runs: Series) -> bool:
     """Whether there is something by range that all ranges could share."""
     return any(
-        run.architecture == "hierarchical" or run.setting("position_adapter", "none") != "none"
+        run.architecture in ("hierarchical", "masked", "separate")
+        or run.setting("position_adapter", "none") != "none"
         for run in runs.values()
     )
 

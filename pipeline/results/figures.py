@@ -132,17 +132,16 @@ def fvu_by_position(series: Sequence[Series]) -> Figure | None:
 def densities(series: Sequence[Series]) -> Figure | None:
     """How many features fire on what share of tokens, the first seed of each."""
     lines: list[dict[str, Any]] = []
-    is_log = True
     for one in series:
         edges = one.runs[0].series("density_histogram", "edges")
         counts = one.runs[0].series("density_histogram", "counts")
-        if counts and len(edges) == len(counts) + 1 and None not in (*edges, *counts):
-            is_log = is_log and all(edge is not None and edge > 0 for edge in edges)
-            steps = list(zip(edges, [*counts, counts[-1]], strict=True))
+        told = [10**edge for edge in edges if edge is not None]
+        if counts and len(told) == len(edges) == len(counts) + 1:
+            steps = list(zip(told, [*counts, counts[-1]], strict=True))
             lines.append(_line(series, one, steps) | {"line": {**_look(series, one), "shape": "hv"}})
     if not lines:
         return None
-    about = {"text": "share of tokens on which a feature fires", "type": "log" if is_log else "linear"}
+    about = {"text": "share of tokens on which a feature fires", "type": "log"}
     return _figure(lines, about, {**_AXIS, "title": {"text": "features"}, "rangemode": "tozero"})
 
 

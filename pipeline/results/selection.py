@@ -30,7 +30,7 @@ def of_the_paper(studies: Sequence[Study]) -> list[Measured]:
 
 
 def is_the_papers(run: Measured) -> bool:
-    """Whether its settings are those of the paper's text, but for k, steps and adapter width."""
+    """Whether its settings are those of the paper's text, but for k, steps and batches."""
     as_stated = {
         "layer_norm": "both",
         "layer_norm_affine": True,
@@ -45,8 +45,10 @@ def is_the_papers(run: Measured) -> bool:
         "position_adapter": "none",
         "activation_scale": "rms",
     }
+    width = run.setting("adapter_width")
     return (
         run.architecture == "hierarchical"
+        and (run.d_model is None or width == run.d_model // 2)
         and len(run.ranges) == 4
         and warmup_share(run) in (None, 0.1)
         and all(run.setting(name, value) == value for name, value in as_stated.items())

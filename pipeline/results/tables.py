@@ -129,15 +129,22 @@ _RETENTION: Measure = ("retention", lambda run: run.score("retention"))
 _BASE: Measure = ("FVU of base", lambda run: run.score("fvu_base"))
 _KEPT: Measure = ("decoder kept", lambda run: run.decoder_kept)
 _VARIANCE: Measure = ("gradient variance", lambda run: run.gradient_variance)
-_CONVERGED: Measure = ("converged", lambda run: None if run.converged is None else float(run.converged))
+_CONVERGED: Measure = ("share converged", lambda run: None if run.converged is None else float(run.converged))
+
+_POSITION: Measure = ("position features", lambda run: run.score("position_features", "features"))
+_SLOTS: Measure = ("their slots", lambda run: run.score("position_features", "slots"))
 
 MEASURES: dict[str, tuple[Measure, ...]] = {
+    "position": (_POSITION, _SLOTS),
     "layer-norm": (_VARIANCE,),
     "residual": (_RETENTION, _BASE),
     "ranges": (_BASE,),
     "warmup": (_BASE, _KEPT),
     "dropout": (_RETENTION, _BASE),
     "masks": (_CONVERGED, _VARIANCE),
+    "overhead": (_BASE,),
+    "curricula": (_RETENTION, _BASE, _KEPT),
+    "published-code": (_BASE,),
 }
 """What a study is about, beside the FVU."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from posae.pipeline.results.measured import Measured, Study, StudyRun
 
@@ -152,3 +153,21 @@ def write_sweep(folder: Path, studies: Sequence[Study]) -> None:
             )
         found.append({"study": one.study, "title": one.title, "claim": one.claim, "runs": entries})
     (folder / "sweep.json").write_text(json.dumps({"posae": "0.1.0", "studies": found}))
+
+
+class MadeRuns:
+    """The fixture ``made``: what makes them, so that tests need not import this file."""
+
+    paper = PAPER
+    evaluation = staticmethod(evaluation)
+    metrics = staticmethod(metrics)
+    run = staticmethod(run)
+    study = staticmethod(study)
+    write_run = staticmethod(write_run)
+    write_sweep = staticmethod(write_sweep)
+
+
+@pytest.fixture(scope="session")
+def made() -> type[MadeRuns]:
+    """Makes runs and sweeps that were never trained."""
+    return MadeRuns
