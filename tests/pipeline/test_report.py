@@ -4,6 +4,7 @@ import html.parser
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -296,6 +297,11 @@ def test_markdown_keeps_words_as_words(page: Path, tmp_path: Path) -> None:
     assert "<script>" not in text.replace("\\<script>", "")
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert "| --- |" in lines[1]
+
+
+def test_nothing_is_loaded_to_draw_with_before_a_page_is_wanted() -> None:
+    source = "import sys, posae.pipeline.report; sys.exit('plotly' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", source], check=False).returncode == 0
 
 
 def test_another_ending_is_refused(sweep: Path, tmp_path: Path) -> None:
