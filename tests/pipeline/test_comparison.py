@@ -120,7 +120,7 @@ def test_one_seed_is_never_told_from_noise(made: "type[MadeRuns]") -> None:
     runs = controlled(made, shared=0.1, shuffled=0.1, more_active=0.096)
     found = finding(made, {name: some[:1] for name, some in runs.items()})
     assert found.answer is Answer.CANNOT_BE_TOLD
-    assert found.words.startswith("cannot be told from noise, one seed: 7.9 % less unexplained")
+    assert found.words.startswith("cannot be told from noise: 7.9 % less unexplained")
 
 
 def test_seeds_that_differ_by_more_than_the_gain_tell_nothing(made: "type[MadeRuns]") -> None:
@@ -173,6 +173,7 @@ def test_a_gain_that_is_but_further_active_features_is_none(made: "type[MadeRuns
     assert found.gain is not None
     assert found.gain.mean == pytest.approx(0, abs=1e-3)
     assert found.answer is Answer.DOES_NOT_HOLD
+    assert "of the same size, both at L0 16.5 (95 % interval" in found.words
 
 
 @pytest.mark.parametrize(
