@@ -102,10 +102,11 @@ def _answer(
     found, size = gains.get("agnostic"), _size(aware, agnostic)
     if not seeds or size is None:
         return untold, "cannot be told: no agnostic run of the same seed has scores"
-    l0 = [_mean_l0(series) for series in (aware, agnostic)]
+    ours, theirs = _mean_l0(aware), _mean_l0(agnostic)
     if found is None or found.n < len(seeds):
-        return untold, f"not comparable: L0 is {l0[0]:.1f}, and {l0[1]:.1f} of the agnostic control"
-    amount = f"{_less(found)} than an agnostic autoencoder {_of_size(size)}{_at_l0(*l0, by_seed)}{_brackets(found)}"
+        return untold, f"not comparable: L0 is {ours:.1f}, and {theirs:.1f} of the agnostic control"
+    than = f"than an agnostic autoencoder {_of_size(size)}{_at_l0(ours, theirs, by_seed)}"
+    amount = f"{_less(found)} {than}{_brackets(found)}"
     answer = judge(found)
     if answer is untold:
         return untold, f"cannot be told from noise: {amount}"
