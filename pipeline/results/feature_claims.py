@@ -16,7 +16,7 @@ def retention_by_residual(studies: Sequence[Study]) -> Verdict | None:
     """Relative, in pairs of one seed."""
     found = pairs(
         of_study(studies, "residual"),
-        "residual",
+        ("residual",),
         lambda run: run.setting("residual") is True,
         lambda run: run.setting("residual") is False,
     )

@@ -2,9 +2,10 @@
 
 Runs of one seed share initialisation and data order, so they are compared in pairs: the gain is the share of
 the other's FVU that a run saves. The other's FVU is taken at the run's own L0, along the line (L0, log FVU)
-through two agnostic runs that differ in L0, no further than these two lie apart. Without such a line L0 may
-differ by ``L0_TOLERANCE``. Beyond, there is no gain to speak of, unless none is needed: a run that is worse
-with more active features is worse, and one that is better with fewer is better, by at least what is seen.
+through two agnostic runs that differ in L0, as far as ``L0_REACH`` or as these two lie apart. Without such a
+line L0 may differ by ``L0_TOLERANCE``. Beyond, there is no gain to speak of, unless no line is needed: a run
+that is worse with more active features is worse, and one that is better with fewer is better, by at least
+what is seen.
 """
 
 import math
@@ -16,6 +17,8 @@ from .verdicts import Interval, interval
 
 L0_TOLERANCE = 0.02
 """By how much of itself L0 may differ where no line says what that is worth."""
+L0_REACH = 0.1
+"""By how much of itself where a line does."""
 
 Series = Mapping[int, Measured]
 """Runs that have scores, by seed."""
@@ -79,7 +82,7 @@ def _gain(run: Measured, other: Measured, line: Line | None) -> float | None:
 
 def is_within(more: float, of: Point, line: Line | None = None) -> bool:
     """Whether L0 may differ by ``more`` from that ``of`` a run."""
-    return abs(more) <= max(L0_TOLERANCE * of.l0, line.reach if line else 0.0)
+    return abs(more) <= (max(L0_REACH * of.l0, line.reach) if line else L0_TOLERANCE * of.l0)
 
 
 def worth(agnostic: Series, more_active: Series) -> tuple[float, float] | None:

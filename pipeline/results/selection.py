@@ -7,6 +7,10 @@ from .measured import Measured, Study
 
 Wanted = Callable[[Measured], bool]
 
+SEEDS = ("seed", "data_seed")
+WARMUP = ("warmup_steps", "warmup_share", "ramp_steps", "ramp_share")
+"""A warm-up that is longer leaves less for the ramp."""
+
 
 def of_study(studies: Sequence[Study], name: str) -> list[Measured]:
     """The runs of one study that have scores and are no controls."""
@@ -20,18 +24,28 @@ def of_study(studies: Sequence[Study], name: str) -> list[Measured]:
 
 
 def of_the_paper(studies: Sequence[Study]) -> list[Measured]:
-    """The runs of all studies that are trained as the paper says, each once."""
-    found: dict[str, Measured] = {}
+    """The seeds of the paper's setting: of all studies the runs trained as the paper says, each once.
+
+    Where these differ in what the paper leaves open, those with the most seeds.
+    """
+    alike: dict[str, dict[str, Measured]] = {}
     for study in studies:
         for entry in study.runs:
             if entry.control is None and entry.run.missing is None and is_the_papers(entry.run):
-                found.setdefault(entry.run.folder, entry.run)
-    return list(found.values())
+                alike.setdefault(_rest(entry.run, *SEEDS), {})[entry.run.folder] = entry.run
+    return [*max(alike.values(), key=len).values()] if alike else []
 
 
 def is_the_papers(run: Measured) -> bool:
     """Whether its settings are those of the paper's text, but for k, steps and batches."""
     as_stated = {
+        "shared_adapters": False,
+        "shuffle_positions": False,
+        "learning_rate_warmup": 0.0,
+        "learning_rate_decay": 0.0,
+        "sparsity_warmup": 0.0,
+        "base_loss_coefficient": 0.0,
+        "decoder_bias": False,
         "layer_norm": "both",
         "layer_norm_affine": True,
         "residual": True,
@@ -50,27 +64,27 @@ def is_the_papers(run: Measured) -> bool:
         run.architecture == "hierarchical"
         and (run.d_model is None or width == run.d_model // 2)
         and len(run.ranges) == 4
-        and warmup_share(run) in (None, 0.1)
+        and warmup_share(run) == 0.1
+        and run.setting("warmup_steps") + run.setting("ramp_steps", 0) == run.setting("steps")
         and all(run.setting(name, value) == value for name, value in as_stated.items())
     )
 
 
 def pairs(
-    runs: Iterable[Measured], setting: str, changed: Wanted, usual: Wanted
+    runs: Iterable[Measured], settings: Sequence[str], changed: Wanted, usual: Wanted
 ) -> list[tuple[Measured, Measured]]:
-    """Each run that is ``changed``, with the ``usual`` one that differs from it in ``setting`` alone."""
+    """Each run that is ``changed``, with the ``usual`` one that differs from it in ``settings`` alone."""
     found = list(runs)
-    by_rest = {_rest(run, setting): run for run in found if usual(run)}
+    by_rest = {_rest(run, *settings): run for run in found if usual(run)}
     return [
-        (run, by_rest[_rest(run, setting)])
+        (run, by_rest[_rest(run, *settings)])
         for run in found
-        if changed(run) and _rest(run, setting) in by_rest
+        if changed(run) and _rest(run, *settings) in by_rest
     ]
 
 
-def _rest(run: Measured, setting: str) -> str:
-    """All settings but one, and what depends on it."""
-    left_out = (setting, "ramp_steps") if setting == "warmup_steps" else (setting,)
+def _rest(run: Measured, *left_out: str) -> str:
+    """All settings but some."""
     kept = {name: value for name, value in run.settings.items() if name not in left_out}
     return json.dumps([kept, run.config.get("store", {})], sort_keys=True)
 
@@ -83,12 +97,11 @@ def warmup_share(run: Measured) -> float | None:
 
 def beside_agnostic(studies: Sequence[Study]) -> list[tuple[Measured, Measured]]:
     """Runs as the paper says, each once, with the agnostic control of the same seed."""
+    papers = {run.folder for run in of_the_paper(studies)}
     found: dict[str, tuple[Measured, Measured]] = {}
     for study in studies:
         for entry in study.runs:
-            if entry.control or entry.run.missing or not is_the_papers(entry.run):
-                continue
             control = (study.control(entry.name, "agnostic") or {}).get(entry.seed)
-            if control is not None:
+            if entry.run.folder in papers and control is not None:
                 found.setdefault(entry.run.folder, (entry.run, control))
     return list(found.values())

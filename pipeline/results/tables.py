@@ -156,7 +156,9 @@ def of_study(study: Study) -> Table:
     measures = [
         (name, value) for name, value in MEASURES.get(study.study, ()) if any(map(_told(value), series))
     ]
-    columns = ["run", "seeds", "parameters", "L0", "FVU", *(name for name, _ in measures)]
+    beside = [_beside_agnostic(study, one) for one in series]
+    columns = ["run", "seeds", "parameters", "L0", "FVU"]
+    columns += [*(["to agnostic"] if any(beside) else []), *(name for name, _ in measures)]
     rows = [
         [
             one.label,
@@ -164,16 +166,30 @@ def of_study(study: Study) -> Table:
             _count(one, "n_parameters"),
             _decimals(one, "l0", 1),
             _fvu(one),
+            *([change] if any(beside) else []),
             *(_significant(one.mean(value)) for _, value in measures),
         ]
-        for one in series
+        for one, change in zip(series, beside, strict=True)
     ]
     return Table(f"{study.study}: {study.title}", columns, rows)
 
 
+def _beside_agnostic(study: Study, one: Series) -> str:
+    """How much more it leaves unexplained than the agnostic control of the same seed; empty without one."""
+    controls = study.control(one.label, "agnostic") or {}
+    pairs = [
+        (run.score("fvu"), controls[seed].score("fvu"))
+        for seed, run in study.series(one.label).items()
+        if seed in controls
+    ]
+    found = mean_and_deviation(ours / theirs - 1 for ours, theirs in pairs if ours is not None and theirs)
+    return f"{found[0]:+.1%}" if found else ""
+
+
 def position(found: Sequence[Finding]) -> Table:
-    """Whether position helped."""
-    rows = [[finding.name, POSITION_ANSWERS[finding.answer], finding.words] for finding in found]
+    """Whether position helped the runs that have more than an agnostic control; all, if none has."""
+    full = [finding for finding in found if {"shuffled", "more-active"} - {*finding.missing}]
+    rows = [[finding.name, POSITION_ANSWERS[finding.answer], finding.words] for finding in full or found]
     return Table("did position help", ["run", "answer", "why"], rows, n_left=3)
 
 

@@ -6,8 +6,8 @@ Runs of one study that differ in one setting alone are set side by side, in pair
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from .measured import Measured, Study
-from .selection import Wanted, beside_agnostic, of_study, of_the_paper, pairs, warmup_share
+from .measured import Measured, Study, mean_and_deviation
+from .selection import WARMUP, Wanted, beside_agnostic, of_study, of_the_paper, pairs, warmup_share
 from .verdicts import Answer, Interval, Verdict, changes, interval, judge, percent, together
 
 LOWERED = 3.2
@@ -31,7 +31,7 @@ def layer_norm_calms(studies: Sequence[Study]) -> Verdict | None:
     runs = of_study(studies, "layer-norm")
     found = pairs(
         runs,
-        "layer_norm",
+        ("layer_norm",),
         lambda run: run.setting("layer_norm") == "none",
         lambda run: run.setting("layer_norm") == "both",
     )
@@ -63,7 +63,7 @@ def four_ranges_best(studies: Sequence[Study]) -> Verdict | None:
     others = sorted({len(run.ranges) for run in runs} - {4})
     found = {
         n: _more_unexplained(
-            pairs(runs, "ranges", lambda run, n=n: len(run.ranges) == n, lambda run: len(run.ranges) == 4)
+            pairs(runs, ("ranges",), lambda run, n=n: len(run.ranges) == n, lambda run: len(run.ranges) == 4)
         )
         for n in others
     }
@@ -83,7 +83,7 @@ def _by_warmup(studies: Sequence[Study]) -> dict[float, Interval]:
         share: _more_unexplained(
             pairs(
                 runs,
-                "warmup_steps",
+                WARMUP,
                 lambda run, share=share: warmup_share(run) == share,
                 lambda run: warmup_share(run) == 0.1,
             )
@@ -121,7 +121,7 @@ def dropout_helps(studies: Sequence[Study]) -> Verdict | None:
     """Without dropout more is left unexplained; what it does to the base code is told too."""
     runs = of_study(studies, "dropout")
     found = pairs(
-        runs, "dropout", lambda run: run.setting("dropout") == 0, lambda run: run.setting("dropout") == 0.1
+        runs, ("dropout",), lambda run: run.setting("dropout") == 0, lambda run: run.setting("dropout") == 0.1
     )
     effect, base = _more_unexplained(found), _more_unexplained(found, "fvu_base")
     if effect is None:
@@ -223,31 +223,37 @@ def _steps_are_small(run: Measured) -> bool:
 
 
 def _failed(studies: Sequence[Study], wanted: Wanted, kind: Callable[[Measured], str]) -> Verdict | None:
-    """Holds where every run failed to converge; falls where all runs of one kind converged."""
-    told: dict[str, list[bool]] = {}
-    fvu: dict[str, list[float]] = {}
-    for run in of_study(studies, "masks"):
-        if wanted(run) and run.converged is not None:
-            told.setdefault(kind(run), []).append(run.converged)
-            fvu.setdefault(kind(run), []).extend([found] if (found := run.score("fvu")) is not None else [])
+    """Holds where all runs failed and no control did; falls where all runs of one kind converged."""
+    told: dict[str, list[tuple[Measured, Measured | None]]] = {}
+    for study in studies:
+        for entry in study.runs if study.study == "masks" else ():
+            if entry.control is None and wanted(entry.run) and entry.run.converged is not None:
+                control = (study.control(entry.name, "agnostic") or {}).get(entry.seed)
+                told.setdefault(kind(entry.run), []).append((entry.run, control))
     if not told:
         return None
-    words = "; ".join(
-        f"{name}: {sum(found)} of {len(found)} converged"
-        + (f", to an FVU of {sum(fvu[name]) / len(fvu[name]):.3g}" if fvu[name] else "")
-        for name, found in told.items()
-    )
-    beside = [
-        value
-        for study in studies
-        if study.study == "masks"
-        for entry in study.runs
-        if (entry.control == "agnostic" or entry.run.architecture == "standard")
-        and (value := entry.run.score("fvu")) is not None
-    ]
-    words += f"; without masks {sum(beside) / len(beside):.3g}" if beside else ""
-    if not any(any(found) for found in told.values()):
-        return Verdict(Answer.HOLDS, words)
-    if any(all(found) for found in told.values()):
+    words = "; ".join(f"{name}: {_converged(found)}" for name, found in told.items())
+    failed = {name: [not run.converged for run, _ in found] for name, found in told.items()}
+    if not all(any(runs) for runs in failed.values()):
         return Verdict(Answer.DOES_NOT_HOLD, words)
-    return Verdict(Answer.CANNOT_BE_TOLD, words)
+    controls = [control.converged for found in told.values() for _, control in found if control]
+    if not all(controls):
+        return Verdict(Answer.CANNOT_BE_TOLD, f"{words}; what fails without masks too is not failed by masks")
+    answer = Answer.HOLDS if all(all(runs) for runs in failed.values()) else Answer.CANNOT_BE_TOLD
+    return Verdict(answer, words)
+
+
+def _converged(found: Sequence[tuple[Measured, Measured | None]]) -> str:
+    """How many did, and to which FVU, with what is beside them."""
+    runs, controls = [run for run, _ in found], [control for _, control in found if control]
+    words = f"{_count(runs)} converged, to an FVU of {_fvu(runs)}"
+    return words + (f" (without: {_count(controls)}, {_fvu(controls)})" if controls else "")
+
+
+def _count(runs: Sequence[Measured]) -> str:
+    return f"{sum(run.converged is True for run in runs)} of {len(runs)}"
+
+
+def _fvu(runs: Sequence[Measured]) -> str:
+    found = mean_and_deviation(run.score("fvu") for run in runs)
+    return f"{found[0]:.3g}" if found else "nothing told"

@@ -260,13 +260,22 @@ def test_masks_fail_where_no_training_converges(
     settings = {"architecture": "masked", **MASKS[name]}
     hard = trial.runs({**settings, "mask": "hard"}, lines=lines)
     gaussian = trial.runs({**settings, "mask": "gaussian"}, lines=lambda _: BROKEN)
-    study = trial.study("masks", hard, gaussian, agnostic=trial.runs({"architecture": "standard"}, fvu=0.05))
+    bare = trial.runs({"architecture": "standard"}, fvu=0.05)
+    study = trial.study("masks", hard, gaussian, agnostic=bare)
     verdict = judge(name, study)
     assert verdict.answer is answer
     assert f"{3 - sum(broken)} of 3 converged, to an FVU of 0.1" in verdict.reason
-    assert "without masks 0.05" in verdict.reason
+    assert "(without: 3 of 3, 0.05)" in verdict.reason
     for other in MASKS.keys() - {name}:
         assert JUDGES[other]([study]) is None
+
+
+def test_what_fails_without_masks_too_is_not_failed_by_them(trial: Trial) -> None:
+    hard = trial.runs({"architecture": "masked", "mask": "hard"}, lines=lambda _: RISING)
+    bare = trial.runs({"architecture": "standard"}, lines=lambda _: RISING)
+    verdict = judge("masks", trial.study("masks", hard, agnostic=bare))
+    assert verdict.answer is UNTOLD
+    assert verdict.reason.endswith("what fails without masks too is not failed by masks")
 
 
 def test_encoders_of_their_own_are_of_the_progressive_runs(trial: Trial) -> None:
@@ -401,6 +410,14 @@ def test_only_runs_as_the_paper_says_stand_for_it(trial: Trial) -> None:
         {"residual": False},
         {"activation_scale": "none"},
         {"penalty": "code"},
+        {"ramp_steps": 40},
+        {"sparsity_warmup": 0.1},
     )
     runs = [trial.runs(settings, dictionary_size=512) for settings in others]
     assert JUDGES["overcomplete"]([trial.study("position", *runs)]) is None
+
+
+def test_the_setting_with_the_most_seeds_stands_for_the_paper(trial: Trial) -> None:
+    longer = {"steps": 200, "warmup_steps": 20, "ramp_steps": 180}
+    runs = trial.runs(longer, n=1, dictionary_size=512), trial.runs(n=2, dictionary_size=128)
+    assert judge("overcomplete", trial.study("position", *runs)).answer is FALLS
