@@ -36,6 +36,8 @@ from .training_claims import (
 )
 from .verdicts import Answer, Verdict
 
+PROBED = "has no probes yet; for each run of it: posae evaluate RUN --probing offline"
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -47,6 +49,7 @@ class Claim:
         measured: what is measured for it.
         study: the study that measures it; also the name of its file in examples/paper.
         judge: from all studies to a verdict; None where no run could tell.
+        needs: what then is said of a study that was trained.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Claim:
     measured: str
     study: str
     judge: Callable[[Sequence[Study]], Verdict | None]
+    needs: str = "has no runs, or scores, that tell it"
 
 
 def _position(studies: Sequence[Study]) -> Verdict | None:
@@ -199,6 +203,7 @@ CLAIMS = (
         "accuracy of probes on all features, beside raw activations, whose 93.9, 68.4 and 77.5 are",
         "position",
         probes_like_activations,
+        PROBED,
     ),
     Claim(
         "position tasks",
@@ -206,6 +211,7 @@ CLAIMS = (
         "accuracy of five-feature probes for bracket depth, indentation, place in the line and first use",
         "position",
         position_tasks,
+        PROBED,
     ),
     Claim(
         "interpretability",
@@ -213,6 +219,7 @@ CLAIMS = (
         "accuracy of one-feature and five-feature probes, beside those on the agnostic control",
         "position",
         less_interpretable,
+        PROBED,
     ),
     Claim(
         "position",
@@ -246,7 +253,7 @@ def _untrained(claim: Claim, studies: Sequence[Study]) -> Verdict:
             f"runs of study {claim.study} have no scores yet; go on: posae train STORE RUNS --sweep {sweep}",
         )
     if runs:
-        return Verdict(Answer.CANNOT_BE_TOLD, f"study {claim.study} has no runs, or scores, that tell it")
+        return Verdict(Answer.CANNOT_BE_TOLD, f"study {claim.study} {claim.needs}")
     return Verdict(
         Answer.CANNOT_BE_TOLD,
         f"no run of study {claim.study}; train it: posae train STORE RUNS --sweep {sweep}",

@@ -24,8 +24,8 @@ def retention_by_residual(studies: Sequence[Study]) -> Verdict | None:
     effect = interval(with_it / without - 1 for with_it, without in values if with_it is not None and without)
     if effect is None:
         return None
-    reason = f"retention is {effect.words()} higher with the residual than without"
-    return Verdict(judge(effect, RETAINED), reason + of_one_seed(effect))
+    words = changes({"retention": effect})
+    return Verdict(judge(effect, RETAINED), f"with the residual against without: {words}")
 
 
 def decoder_is_stable(studies: Sequence[Study]) -> Verdict | None:
@@ -45,10 +45,8 @@ def base_survives(studies: Sequence[Study]) -> Verdict | None:
     lost = interval(kept - 1 for run in runs if (kept := run.base_kept) is not None)
     if lost is None:
         return None
-    reason = (
-        f"the base code alone leaves {lost.words()} more unexplained at the end than after the base phase"
-    )
-    return Verdict(opposite(judge(lost)), reason + of_one_seed(lost))
+    words = changes({"FVU of the base code alone": lost})
+    return Verdict(opposite(judge(lost)), f"from the base phase to the end: {words}")
 
 
 def four_clusters(studies: Sequence[Study]) -> Verdict | None:
@@ -118,9 +116,7 @@ def position_tasks(studies: Sequence[Study]) -> Verdict | None:
     gains = interval(_task_gain(ours, theirs) for ours, theirs in beside_agnostic(studies))
     if gains is None:
         return None
-    return Verdict(
-        judge(gains), f"{gains.words()} more accurate than the agnostic control{of_one_seed(gains)}"
-    )
+    return Verdict(judge(gains), f"against the agnostic control: {changes({'accuracy': gains})}")
 
 
 def _task_gain(ours: Measured, theirs: Measured) -> float | None:

@@ -13,7 +13,13 @@ from plotly.io import to_html  # pyright: ignore[reportMissingTypeStubs, reportU
 from .figures import Figure, drawn
 from .tables import Series, Table
 
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "form-action 'none'; base-uri 'none'"
+)
+
+# Plotly would offer to send a figure's data to its makers.
+_CONFIG = {"displaylogo": False, "responsive": True, "plotlyServerURL": "", "showSendToCloud": False}
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0
@@ -88,7 +94,7 @@ def _figure(number: int, title: str, about: str, figure: Figure) -> tuple[str, s
     """Its title and its HTML; the first brings the library along."""
     drawing: str = to_html(
         figure,
-        config={"displaylogo": False, "responsive": True},
+        config=_CONFIG,
         include_plotlyjs=number == 0,
         full_html=False,
         div_id=f"figure-{number}",

@@ -129,9 +129,9 @@ _RETENTION: Measure = ("retention", lambda run: run.score("retention"))
 _BASE: Measure = ("FVU of base", lambda run: run.score("fvu_base"))
 _KEPT: Measure = ("decoder kept", lambda run: run.decoder_kept)
 _VARIANCE: Measure = ("gradient variance", lambda run: run.gradient_variance)
-_CONVERGED: Measure = ("share converged", lambda run: None if run.converged is None else float(run.converged))
+_CONVERGED: Measure = ("converged", lambda run: None if run.converged is None else float(run.converged))
 
-_POSITION: Measure = ("position features", lambda run: run.score("position_features", "features"))
+_POSITION: Measure = ("of position", lambda run: run.score("position_features", "features"))
 _SLOTS: Measure = ("their slots", lambda run: run.score("position_features", "slots"))
 
 MEASURES: dict[str, tuple[Measure, ...]] = {
@@ -141,7 +141,7 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
     "ranges": (_BASE,),
     "warmup": (_BASE, _KEPT),
     "dropout": (_RETENTION, _BASE),
-    "masks": (_CONVERGED, _VARIANCE),
+    "masks": (_CONVERGED,),
     "overhead": (_BASE,),
     "curricula": (_RETENTION, _BASE, _KEPT),
     "published-code": (_BASE,),
@@ -152,7 +152,10 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
 def of_study(study: Study) -> Table:
     """The runs of one study, with what it is about."""
     series = [Series(name, list(study.series(name).values())) for name in study.names()]
-    series = [one for one in series if one.runs]
+    roles = {run.name: run.control for run in study.runs}
+    # Of a study with no other controls the column says what these are for.
+    hidden = {"agnostic"} if {*roles.values()} <= {None, "agnostic"} else set[str | None]()
+    series = [one for one in series if one.runs and roles[one.label] not in hidden]
     measures = [
         (name, value) for name, value in MEASURES.get(study.study, ()) if any(map(_told(value), series))
     ]
@@ -249,4 +252,6 @@ def _rounded(found: tuple[float, float] | None) -> str:
 
 
 def _significant(found: tuple[float, float] | None) -> str:
-    return f"{found[0]:.3g}" if found else "-"
+    if not found:
+        return "-"
+    return f"{found[0]:.3g}" if abs(found[0]) < 1000 else f"{found[0]:,.0f}"

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -288,6 +289,9 @@ def test_a_browser_draws_the_page_without_a_word_of_complaint(page: Path, tmp_pa
     assert "<title>posae report</title>" in ended.stdout  # what is hostile did not run
     assert ended.stdout.count('class="plotly-graph-div js-plotly-plot"') == 6
     assert ended.stdout.count('class="scatterlayer') >= 6
+    buttons = set(re.findall('data-title="([^"]*)"', ended.stdout))
+    assert "Download plot as a PNG" in buttons
+    assert not {title for title in buttons if "Share" in title}  # a figure's data stay here
 
 
 def test_markdown_keeps_words_as_words(page: Path, tmp_path: Path) -> None:
