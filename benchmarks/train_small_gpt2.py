@@ -88,7 +88,9 @@ def main() -> None:
     """Train, score, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for the model and its tokenizer")
-    parser.add_argument("--steps", type=int, default=1800, help=f"updates, of {BATCH * CONTEXT:,} tokens each")
+    parser.add_argument(
+        "--steps", type=int, default=1800, help=f"updates, of {BATCH * CONTEXT:,} tokens each"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

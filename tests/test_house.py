@@ -17,7 +17,7 @@ MAY_USE = {
     },
     "cli": {"store", "pipeline", "typer", "rich"},
 }
-STAGES = {"harvest", "train", "evaluate", "report"}
+STAGES = {"harvest", "train", "evaluate", "report", "plant"}
 FILES = sorted(path.relative_to(ROOT) for folder in MAY_USE for path in (ROOT / folder).rglob("*.py"))
 
 
