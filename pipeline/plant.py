@@ -67,9 +67,8 @@ class Additive(NamedTuple):
             generator: where the subspace comes from.
         """
         length, d_model = stats.sums.shape
-        turns: NDArray[np.float64] = (
-            np.pi / length * np.arange(length)[:, np.newaxis] * np.arange(1, rank // 2 + 2)
-        )
+        cycles = np.arange(1, rank // 2 + 2, dtype=np.float64)
+        turns = np.pi / length * np.arange(length, dtype=np.float64)[:, np.newaxis] * cycles
         waves = np.stack([np.sin(turns), np.cos(turns)], axis=2).reshape(length, -1)[:, :rank]
         vectors = waves @ orthonormal_rows(rank, d_model, generator)
         centred = vectors - stats.counts @ vectors / stats.n_tokens

@@ -1,8 +1,10 @@
 """What is planted is what was asked for, and lies in a store as a harvest would have written it."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
 LENGTH, D_MODEL, LAYERS = 16, 24, (0, 3)
 ROUNDING = 2**-8
 """The greatest relative error of a value rounded to bfloat16."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_waiting_for_the_disk() -> Iterator[None]:
+    with patch("os.fsync"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +69,11 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def values(store: ActivationStore, layer: int = 0) -> NDArray[np.float64]:
     return store.read(layer, dtype="float32").astype(np.float64)
+
+
+def fitted(x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.float64]:
+    """The matrix that turns the rows of ``x`` into those of ``y``."""
+    return cast(Any, np.linalg.pinv(x)) @ y
 
 
 @pytest.mark.parametrize("effect", ["additive", "rotation", "none"])
@@ -134,7 +147,7 @@ def test_a_rotation_keeps_distances_from_the_mean_and_the_variance_of_each_range
     # The subspace is the same for all ranges, what is done in it is not.
     assert np.linalg.matrix_rank(np.concatenate(changed), tol=0.1) <= 6
     x, y = before[:, 10:16][made.ordinary[:, 10:16]], after[:, 10:16][made.ordinary[:, 10:16]]
-    found = np.linalg.pinv(x) @ y
+    found = fitted(x, y)
     np.testing.assert_allclose(found @ found.T, np.eye(D_MODEL), atol=0.02)
 
 
@@ -185,8 +198,8 @@ def test_an_interrupted_planting_goes_on_to_the_same_bytes(
         commit(shard)
 
     commit = ShardOfLayers.commit
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardOfLayers, "commit", interrupted)
+    with monkeypatch.context() as context:
+        context.setattr(ShardOfLayers, "commit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             planting(made, cut).run()
     assert ActivationStore.open(cut).n_contexts == 32
@@ -318,7 +331,7 @@ def test_rotations_are_rotations_and_grow_with_the_strength(
     np.testing.assert_allclose(after[:, : ranges[0].stop], before[:, : ranges[0].stop], atol=1e-5)
     for start, stop in ranges[1:]:
         a, b = before[:, start:stop].reshape(-1, 7), after[:, start:stop].reshape(-1, 7)
-        matrix = np.linalg.pinv(a) @ b
+        matrix = fitted(a, b)
         np.testing.assert_allclose(matrix @ matrix.T, np.eye(7), atol=1e-3)
         assert np.linalg.det(matrix) == pytest.approx(1, abs=1e-3)
         less = turned(strength / 2)[:, start:stop].reshape(-1, 7)
