@@ -8,7 +8,7 @@ vector for each position to the residual stream. So this is a model to measure w
 to autoencoders. Six blocks of width 192 and the demo model's tokenizer, 3.5 M parameters, trained
 by AdamW in float32 on the corpus's training split, one linear warm-up and one cosine; windows are
 BOS and the 127 tokens that follow a random place. Equal words give equal weights on one machine.
-One CPU thread needs about half an hour for 1,800 steps (3.7 M tokens); memory stays below 1 GB.
+One CPU thread needs about half an hour for 1,800 steps (3.7 M tokens); memory stays below 1.5 GB.
 OUT is a folder in the format of transformers. Weights are not to be kept in the repository.
 """
 
