@@ -10,7 +10,7 @@ part's variance is left unexplained, in each seed, with the 95 % interval of the
 of the paired differences). An effect counts as found where the whole interval lies below 0. Where nothing is
 planted, nothing may be found. Ends with 1 where this fails, or a gain is below its target.
 
-Costs about half a minute of one core a training, of which there are eight a seed; run again it goes on.
+Costs about 80 s of one core a training, of which there are eight a seed; run again it goes on.
 """
 
 import argparse
@@ -42,7 +42,8 @@ T_OF_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 """Student's t of a two-sided 95 % interval, by number of differences."""
 
 MEAN = {"position_mean": "lowrank:8"}
-ADAPTER = {"position_adapter": "decoder:8"}
+ADAPTER = {"position_adapter": "decoder:8", "warmup_steps": 0, "ramp_steps": 1}
+"""Without a curriculum, which gains nothing here: -4.4 % with alpha risen from step 150 to 900, -4.8 % without."""
 
 
 class Case(NamedTuple):
@@ -55,8 +56,13 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For folders and lines."""
-        return f"{self.effect['effect']}, {'+'.join(map(str, self.aware.values()))}"
+        """For lines."""
+        return f"{self.effect['effect']}, {self.method}"
+
+    @property
+    def method(self) -> str:
+        """The setting that should find it."""
+        return str(next(iter(self.aware.values())))
 
 
 CASES = [
@@ -118,7 +124,7 @@ def measure(
     pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
     runs = folder / "runs" / words
     for seed in seeds:
-        part = "-".join(map(str, case.aware.values())).replace(":", "")
+        part = case.method.replace(":", "")
         plain = scores(store, runs / f"agnostic-{agnostic['dictionary_size']}-{seed}", agnostic, seed)
         aware = scores(store, runs / f"{part}-{seed}", common | case.aware, seed)
         pairs.append((plain, aware))

@@ -3,6 +3,7 @@
     config.json                 settings, the store that was read and its digests, versions
     metrics.jsonl               a line every log_steps
     checkpoint/state.safetensors  weights, optimizer and generator, to go on from
+    base_phase.safetensors      the decoder at the end of the warm-up, to see what became of it
     sae_weights.safetensors, cfg.json   the autoencoder, once training is done
     evaluation.json             scores on the held-out part
 
@@ -23,6 +24,7 @@ from ..store.files import StoreFiles, writing
 
 CONFIG, METRICS, EVALUATION = "config.json", "metrics.jsonl", "evaluation.json"
 CHECKPOINT = "checkpoint/state.safetensors"
+BASE_PHASE = "base_phase.safetensors"
 WEIGHTS = "sae_weights.safetensors"
 
 
@@ -143,6 +145,15 @@ class Run:
             {name: tensor.contiguous() for name, tensor in tensors.items()}, {"step": str(step)}
         )
         self._files.write(CHECKPOINT, data)
+
+    def save_base_phase(self, decoder: Tensor) -> None:
+        """Keep the decoder [dictionary_size, d_model] as it is before position adapters come in.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        data = safetensors.torch.save({"W_dec": decoder.detach().cpu().contiguous()})
+        self._files.write(BASE_PHASE, data)
 
     def load_checkpoint(self) -> tuple[int, dict[str, Tensor]] | None:
         """Steps done and the tensors of the last checkpoint, or None where there is none.

@@ -6,13 +6,14 @@ autoencoder is float32, the activations bfloat16. Costs: three products with the
 while alpha is 0 nothing for adapters; twice the weights for the optimizer; two windows of the store.
 """
 
-import inspect
 import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import __version__
@@ -25,29 +26,15 @@ from .device import choose_device
 from .metrics import ScoreKeeper
 from .progress import Progress, Silent
 from .runs import Run
-from .sae.autoencoder import Autoencoder, Output
-from .sae.registry import architecture_class, new_autoencoder
+from .sae.autoencoder import Autoencoder, CommonSettings, Output
+from .sae.registry import ARCHITECTURES, architecture_class, new_autoencoder
 from .sae.saving import save_autoencoder
+from .schedules import Clock, Curriculum, learning_rate_factor
 from .settings import TrainSettings
 
+_SHUFFLE = 0x5EED
 _COUNT_DEAD_STEPS = 100
 """How often it is counted anew which features are dead: it makes a GPU wait."""
-
-
-class Curriculum(NamedTuple):
-    """When the position adapters come in: alpha of equations 3 and 5.
-
-    >>> curriculum = Curriculum(warmup_steps=1000, ramp_steps=9000)
-    >>> curriculum.alpha(999), curriculum.alpha(5499), curriculum.alpha(9999)
-    (0.0, 0.5, 1.0)
-    """
-
-    warmup_steps: int
-    ramp_steps: int
-
-    def alpha(self, step: int) -> float:
-        """Alpha of the update that follows ``step`` others: 0, then in a line to 1 at the last."""
-        return min(1.0, max(0.0, (step + 1 - self.warmup_steps) / max(1, self.ramp_steps)))
 
 
 class Trained(NamedTuple):
@@ -92,19 +79,13 @@ class Training:
         Raises:
             SettingsError: a setting that the architecture cannot have.
         """
-        settings = self.settings
-        # An architecture's own keywords are settings of the same names.
-        keywords = inspect.signature(architecture_class(settings.architecture)).parameters
-        own = {name: getattr(settings, name) for name in keywords if name in TrainSettings.model_fields}
-        common = {
-            "d_model": self.store.d_model,
-            "dictionary_size": settings.dictionary_size,
-            "ranges": self.ranges,
-            "generator": generator,
-            "activation_scale": _activation_scale(self) if generator else 1.0,
-            "position_mean": settings.position_mean,
-        }
-        return new_autoencoder(settings.architecture, **own, **common)
+        return _autoencoder_of(
+            self.settings,
+            d_model=self.store.d_model,
+            context_length=self.store.context_length,
+            generator=generator,
+            activation_scale=_activation_scale(self) if generator else 1.0,
+        )
 
     def _n_contexts(self) -> int:
         # A run keeps to the contexts that it began with, whatever the store has grown to since.
@@ -183,6 +164,11 @@ class Training:
         if self.run.is_begun:
             begun = self.run.config
             config["posae"] = begun.get("posae")
+            # A setting that there was not yet had what is now its default.
+            fields, settings = TrainSettings.model_fields, begun.get("settings", {})
+            for name in config["settings"].keys() - settings.keys():
+                if config["settings"][name] == fields[name].default:
+                    del config["settings"][name]
             # Where the store lies may change, what it holds may not; the digests say.
             config["store"]["path"] = begun.get("store", {}).get("path")
             if not begun.get("store", {}).get("read") or not config["store"]["read"]:
@@ -191,15 +177,13 @@ class Training:
 
     def _loop(self, state: "_State", batches: ShuffledBatches, start: int, progress: Progress) -> None:
         s = self.settings
-        assert s.warmup_steps is not None
-        assert s.ramp_steps is not None
-        curriculum = Curriculum(s.warmup_steps, s.ramp_steps)
         progress.begin("training", s.steps * s.batch_size, "tokens", start * s.batch_size)
         step = start
         try:
             for batch in batches.steps(start, s.steps):
-                state.autoencoder.alpha = curriculum.alpha(step)
-                state.set_learning_rate(learning_rate(s, step))
+                if step == s.warmup_steps:
+                    self.run.save_base_phase(state.autoencoder.W_dec)
+                state.schedule(step)
                 measure = (step + 1) % s.log_steps == 0 or step + 1 == s.steps
                 line = state.update(batch, measure=measure)
                 step += 1
@@ -241,39 +225,84 @@ def resolve(store: ActivationStore, settings: TrainSettings) -> TrainSettings:
     """
     layer = store.layer_or_middle(settings.layer)
     parse_ranges(settings.ranges, store.context_length)
+    _refuse_what_means_nothing(settings)
     warmup, ramp = settings.warmup_steps, settings.ramp_steps
     if warmup is None:
-        warmup = settings.steps // 10 if ramp is None else max(0, settings.steps - ramp)
+        # Not below a whole number that rounding hides: 1/11 of 11,000 is 1,000.
+        wanted = math.floor(settings.steps * settings.warmup_share + 1e-6)
+        warmup = wanted if ramp is None else settings.steps - ramp
     if ramp is None:
-        ramp = max(1, settings.steps - warmup)
+        rest = settings.steps - warmup
+        ramp = max(1, min(rest, settings.steps // 5) if settings.curriculum == "plateau" else rest)
     kind = architecture_class(settings.architecture)
     size = settings.dictionary_size or store.d_model * kind.expansion
-    return settings.model_copy(
+    resolved = settings.model_copy(
         update={
             "layer": layer,
             "dictionary_size": size,
             "learning_rate": settings.learning_rate or kind.usual_learning_rate(size),
-            "adapter_width": settings.adapter_width or max(1, store.d_model // 2),
             "warmup_steps": warmup,
             "ramp_steps": ramp,
         }
     )
+    width = settings.adapter_width or max(1, store.d_model // 2)
+    if settings.adapter_share is not None:
+        width = _adapter_width(store, resolved, settings.adapter_share)
+    return resolved.model_copy(update={"adapter_width": width, "adapter_share": None})
 
 
-def learning_rate(settings: TrainSettings, step: int) -> float:
-    """The learning rate of the update that follows ``step`` others.
+def _refuse_what_means_nothing(settings: TrainSettings) -> None:
+    """Raise SettingsError for a setting, given and not its default, that is only of other architectures."""
+    homes: dict[str, list[str]] = {"adapter_share": ["hierarchical"]}
+    for name, kind in ARCHITECTURES.items():
+        for keyword in kind.keywords() & TrainSettings.model_fields.keys():
+            homes.setdefault(keyword, []).append(name)
+    for name in sorted(settings.model_fields_set & homes.keys()):
+        is_default = getattr(settings, name) == TrainSettings.model_fields[name].default
+        if settings.architecture not in homes[name] and not is_default:
+            raise SettingsError(
+                f"{name} is a setting of {', '.join(homes[name])}, and means nothing to "
+                f"{settings.architecture}; leave it out"
+            )
 
-    >>> shares = {"learning_rate_warmup": 0.1, "learning_rate_decay": 0.2}
-    >>> settings = TrainSettings(steps=100, learning_rate=1.0, **shares)
-    >>> [round(learning_rate(settings, step), 2) for step in (0, 9, 50, 89, 99)]
-    [0.1, 1.0, 1.0, 0.55, 0.05]
-    """
-    assert settings.learning_rate is not None
-    rising = settings.learning_rate_warmup * settings.steps
-    falling = settings.learning_rate_decay * settings.steps
-    up = (step + 1) / rising if rising else 1.0
-    down = (settings.steps - step) / falling if falling else 1.0
-    return settings.learning_rate * min(1.0, up, down)
+
+def _adapter_width(store: ActivationStore, settings: TrainSettings, share: float) -> int:
+    """The width at which hierarchical's adapters come nearest to ``share`` of the other parameters."""
+    one, two = (
+        _autoencoder_of(
+            settings.model_copy(update={"adapter_width": width}),
+            d_model=store.d_model,
+            context_length=store.context_length,
+        )
+        for width in (1, 2)
+    )
+    base, further = one.base_parameters(), two.n_parameters() - one.n_parameters()
+    return max(1, 1 + round((base * (1 + share) - one.n_parameters()) / further))
+
+
+def _autoencoder_of(
+    settings: TrainSettings,
+    *,
+    d_model: int,
+    context_length: int,
+    generator: torch.Generator | None = None,
+    activation_scale: float = 1.0,
+) -> Autoencoder:
+    """The autoencoder of resolved ``settings``; without a generator its weights are only shapes."""
+    # An architecture's keywords, its own and the common ones, are settings of the same names.
+    keywords = architecture_class(settings.architecture).keywords() | CommonSettings.__annotations__.keys()
+    names = keywords & TrainSettings.model_fields.keys()
+    given = {name: getattr(settings, name) for name in sorted(names)}
+    return new_autoencoder(
+        settings.architecture,
+        **given
+        | {
+            "d_model": d_model,
+            "ranges": parse_ranges(settings.ranges, context_length),
+            "generator": generator,
+            "activation_scale": activation_scale,
+        },
+    )
 
 
 class _State:
@@ -290,20 +319,42 @@ class _State:
             weight_decay=settings.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
+        assert settings.warmup_steps is not None
+        assert settings.ramp_steps is not None
+        self.curriculum = Curriculum(
+            settings.curriculum,
+            steps=settings.steps,
+            warmup_steps=settings.warmup_steps,
+            ramp_steps=settings.ramp_steps,
+        )
         self.n_tokens = torch.zeros((), dtype=torch.int64)
+        self.norms = torch.zeros(3, device=device)
+        """Of gradients since the last line of metrics: how many, their sum, the sum of their squares."""
+        self.clock = Clock()
         self.last_fired = torch.zeros(autoencoder.dictionary_size, dtype=torch.int64, device=device)
 
     @classmethod
     def new(cls, training: Training) -> "_State":
         generator = torch.Generator(training.device).manual_seed(training.settings.seed)
         autoencoder = training.new_autoencoder(generator)
-        autoencoder.fit_means(training.stats.sums, training.stats.counts)
+        sums, counts = training.stats.sums, training.stats.counts
+        if training.settings.shuffle_positions:  # then each position has the mean of all
+            sums = counts[:, None] * (sums.sum(axis=0) / max(1, counts.sum()))
+        autoencoder.fit_means(sums, counts)
         return cls(autoencoder, training.settings, training.device)
 
-    def set_learning_rate(self, rate: float) -> None:
-        """For the next update."""
+    def schedule(self, step: int) -> None:
+        """Set what changes by the step, for the update that follows ``step`` others."""
+        s = self.settings
+        assert s.learning_rate is not None
+        factor = learning_rate_factor(
+            step, s.steps, warmup=s.learning_rate_warmup, decay=s.learning_rate_decay
+        )
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = s.learning_rate * factor
+        self.autoencoder.alpha = self.curriculum.alpha(step)
+        rising = s.sparsity_warmup * s.steps
+        self.autoencoder.sparsity_factor = min(1.0, (step + 1) / rising) if rising else 1.0
 
     @torch.no_grad()
     def count_dead(self) -> None:
@@ -313,20 +364,30 @@ class _State:
         self.autoencoder.dead = dead if bool(dead.any()) else None
 
     def update(self, batch: Batch, *, measure: bool) -> dict[str, Any] | None:
-        """One step of AdamW on one batch; what was measured, if asked to."""
+        """One step of AdamW on one batch, after ``schedule``; what was measured, if asked to."""
         x = batch.on_device.to(torch.float32)
+        if self.settings.shuffle_positions:
+            x = x[torch.as_tensor(_shuffled(len(x), self.settings.data_seed, batch.step)).to(self.device)]
         offsets = torch.as_tensor(batch.range_offsets)
         positions = torch.as_tensor(batch.positions).to(self.device, non_blocking=True)
         output = self.autoencoder(x, offsets, positions)
         self.optimizer.zero_grad(set_to_none=True)
         output.losses.total.backward()  # pyright: ignore[reportUnknownMemberType]
         norm = torch.nn.utils.clip_grad_norm_(self.autoencoder.parameters(), self.settings.clip_norm)
+        if self.settings.project_gradient:
+            self.autoencoder.project_gradient()
         self.optimizer.step()  # pyright: ignore[reportUnknownMemberType]
         self.autoencoder.normalise_decoder()
+        self.curriculum.see(batch.step, output.losses.reconstruction.detach())
+        self.norms += torch.stack([torch.ones_like(norm), norm, norm.square()])
         self.n_tokens += len(x)
         # Not by indexing with booleans, for which a GPU must be waited for.
         self.last_fired.masked_fill_((output.code.detach() != 0).any(0), int(self.n_tokens))
-        return self._line(x, positions, offsets, output, norm) if measure else None
+        if not measure:
+            return None
+        line = self._line(x, positions, offsets, output, norm)
+        self.norms.zero_()
+        return line
 
     @torch.no_grad()
     def _line(
@@ -347,13 +408,17 @@ class _State:
             "auxiliary_loss": output.losses.auxiliary.item(),
             "alpha": self.autoencoder.alpha,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "l1_coefficient": self.settings.l1_coefficient,
+            "l1_coefficient": self.autoencoder.sparsity_factor * self.settings.l1_coefficient,
             "l0": scores.l0,
             "fvu": _finite(scores.fvu),
             "fvu_base": None if scores.fvu_base is None else _finite(scores.fvu_base),
             "fvu_by_range": [_finite(value) for value in scores.fvu_by_range],
             "gradient_norm": norm.item(),
+            "gradient_norm_mean": (self.norms[1] / self.norms[0]).item(),
+            "gradient_norm_mean_square": (self.norms[2] / self.norms[0]).item(),
             "dead_fraction": (silent > self.settings.dead_after_tokens).float().mean().item(),
+            "seconds": self.clock.seconds,
+            "cpu_seconds": self.clock.cpu_seconds,
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -362,6 +427,7 @@ class _State:
         for number, entry in self.optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{number}.{key}": value for key, value in entry.items()}
         found |= {"generator": self.autoencoder.generator.get_state(), "last_fired": self.last_fired}
+        found |= {"curriculum": self.curriculum.tensor(), "norms": self.norms, "clock": self.clock.tensor()}
         dead = self.autoencoder.dead
         found["dead"] = torch.zeros_like(self.last_fired, dtype=torch.bool) if dead is None else dead
         return {name: value.detach().cpu() for name, value in found.items()} | {"n_tokens": self.n_tokens}
@@ -382,6 +448,9 @@ class _State:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.autoencoder.generator.set_state(tensors["generator"])
         self.last_fired.copy_(tensors["last_fired"])
+        self.curriculum.restore(tensors["curriculum"])
+        self.norms.copy_(tensors["norms"])
+        self.clock = Clock(tensors["clock"])
         if "dead" in tensors and bool(tensors["dead"].any()):
             self.autoencoder.dead = tensors["dead"].to(self.device)
         self.n_tokens.copy_(tensors["n_tokens"])
@@ -405,6 +474,11 @@ def _activation_scale(training: Training) -> float:
             "none; set activation_scale to none"
         )
     return math.sqrt(training.store.d_model / mean_square)
+
+
+def _shuffled(n_rows: int, data_seed: int, step: int) -> NDArray[np.int64]:
+    """Which row takes which place, so that positions tell nothing; another draw than any of the order's."""
+    return np.random.Generator(np.random.PCG64([data_seed, step, _SHUFFLE])).permutation(n_rows)
 
 
 def _finite(value: float) -> float | None:

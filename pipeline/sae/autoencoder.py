@@ -2,23 +2,24 @@
 
 An architecture adds how rows become codes (``_codes``), what its penalties are (``_sparsity``, and
 ``_auxiliary`` where it has one), the weights that it alone has, and what all of them are at the start
-(``_initialise``).
+(``_initialise``). What the position of a row changes is in two parts that any architecture can have:
+``position_mean``, taken from the store, and ``position_adapter``, learned.
 
 Units: activations come and go raw, as the store has them. Inside, what a position's mean explains is
-taken off (``position_mean``), and the rest multiplied by ``activation_scale``: the trainer chooses it
-so that their root mean square norm is √d_model, because neither a learning rate nor λ means anything
-without a unit.
+taken off, and the rest multiplied by ``activation_scale``: the trainer chooses it so that their root mean
+square norm is √d_model, because neither a learning rate nor λ means anything without a unit.
 
 Cost: a row costs two products with a matrix [d_model, dictionary_size], and twice that again for
 the gradient; memory is a few tensors [rows, dictionary_size]. ``forward`` expects rows sorted by
 range, so that each range is a slice; ``encode`` sorts them itself and so copies them.
 """
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, NotRequired, TypedDict
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from ...store.errors import SettingsError
 from ...store.ranges import PositionRange, parse_ranges
+from .position_adapter import PositionAdapter, Rows, empty_weight
 from .position_mean import PositionMean
 
 
@@ -37,7 +39,7 @@ class Losses(NamedTuple):
     total: Tensor
     """The sum of the others: what training makes small (equations 4 and 5)."""
     reconstruction: Tensor
-    """‖x - x̂‖²."""
+    """‖x - x̂‖², or the norm itself where ``reconstruction_loss`` says so; and what a base code adds to it."""
     sparsity: Tensor
     """The penalty, λ included; 0 where the activation function alone makes codes sparse."""
     auxiliary: Tensor
@@ -53,6 +55,8 @@ class Codes(NamedTuple):
     """h_b, where the architecture has one."""
     before: Tensor | None = None
     """Activations of all features before the largest were chosen, where they are."""
+    is_active: Tensor | None = None
+    """1 where a feature is active and 0 elsewhere, with a gradient, where L0 itself is learned."""
 
 
 class Output(NamedTuple):
@@ -76,23 +80,21 @@ class CommonSettings(TypedDict):
     generator: torch.Generator | None
     activation_scale: NotRequired[float]
     position_mean: NotRequired[str]
+    position_adapter: NotRequired[str]
+    shared_adapters: NotRequired[bool]
+    reconstruction_loss: NotRequired[Literal["squared", "norm"]]
+    decoder_norm: NotRequired[Literal["features", "outputs"]]
+
+
+Setting = bool | int | float | str
+
+_IN_SCALED_UNITS = {"W_dec", "b_dec", "position_adapter.table", "position_adapter.decoder_out"}
 
 
 def require(holds: bool, name: str, value: object, wanted: str) -> None:
     """Raise SettingsError, saying what is ``wanted`` of the setting ``name``, unless it holds."""
     if not holds:
         raise SettingsError(f"{name} is {value}; it must be {wanted}")
-
-
-def _needed(positions: Tensor | None) -> Tensor:
-    if positions is None:
-        raise SettingsError("this autoencoder takes off position means: give it the position of each row")
-    return positions
-
-
-def empty_weight(*shape: int, device: torch.device) -> nn.Parameter:
-    """A weight that has no values yet; float32."""
-    return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
 
 
 class Autoencoder(nn.Module, ABC):
@@ -110,6 +112,12 @@ class Autoencoder(nn.Module, ABC):
         alpha: the curriculum coefficient, alpha_t in the paper; 0 until the trainer sets it.
         activation_scale: what activations are multiplied by on the way in.
         position_mean: what is taken from them before, by position.
+        position_adapter: what else a row's range or position changes; comes in with alpha.
+        shared_adapters: whether all ranges have the same adapters: the control of a claim that they differ.
+        reconstruction_loss: ``squared`` (equations 1, 4, 5), or ``norm``, the norm of each row's error.
+        decoder_norm: whose norms are kept at 1: those of ``features``, rows of ``W_dec``, or of ``outputs``,
+            its columns: the wrong axis, as in the paper's published scripts.
+        sparsity_factor: what penalties for density are multiplied by; 1 but while they are warmed up.
         dead: bool [dictionary_size], features silent for long, or None: the trainer's to say.
         generator: draws the first weights, then dropout; its state is part of a checkpoint.
     """
@@ -128,6 +136,10 @@ class Autoencoder(nn.Module, ABC):
         generator: torch.Generator | None,
         activation_scale: float = 1.0,
         position_mean: str = "none",
+        position_adapter: str = "none",
+        shared_adapters: bool = False,
+        reconstruction_loss: Literal["squared", "norm"] = "squared",
+        decoder_norm: Literal["features", "outputs"] = "features",
     ) -> None:
         """Make the three weights that all architectures have.
 
@@ -139,9 +151,13 @@ class Autoencoder(nn.Module, ABC):
                 shape and no values (device "meta"): to be counted, or replaced by loaded ones.
             activation_scale: see the attribute.
             position_mean: ``none``, ``range``, ``exact`` or ``lowrank:R``; see position_mean.py.
+            position_adapter: ``none``, or forms joined by ``+``; see position_adapter.py.
+            shared_adapters: see the attribute.
+            reconstruction_loss: see the attribute.
+            decoder_norm: see the attribute.
 
         Raises:
-            SettingsError: a size below 1, a number that is negative or not finite, a gap.
+            SettingsError: a size below 1, a number that is negative or not finite, a gap, no such form.
         """
         super().__init__()
         require(d_model >= 1, "d_model", d_model, "at least 1")
@@ -152,14 +168,34 @@ class Autoencoder(nn.Module, ABC):
         self.dictionary_size = dictionary_size
         self.ranges = parse_ranges(",".join(f"{a}:{b}" for a, b in ranges), ranges[-1][1])
         self.activation_scale = activation_scale
+        good = reconstruction_loss in ("squared", "norm")
+        require(good, "reconstruction_loss", reconstruction_loss, "squared or norm")
+        self.reconstruction_loss = reconstruction_loss
+        good = decoder_norm in ("features", "outputs")
+        require(good, "decoder_norm", decoder_norm, "features or outputs")
+        self.decoder_norm = decoder_norm
+        self.shared_adapters = shared_adapters
         self.alpha = 0.0
+        self.sparsity_factor = 1.0
         self.generator = generator or torch.Generator()
         self.dead: Tensor | None = None
         device = generator.device if generator else torch.device("meta")
         self.position_mean = PositionMean(position_mean, self.ranges, d_model, device)
-        self.W_enc = empty_weight(d_model, dictionary_size, device=device)
-        self.b_enc = empty_weight(dictionary_size, device=device)
+        self.position_adapter = PositionAdapter(
+            position_adapter,
+            is_shared=shared_adapters,
+            d_model=d_model,
+            dictionary_size=dictionary_size,
+            n_ranges=len(self.ranges),
+            n_positions=self.ranges[-1].stop,
+            device=device,
+        )
+        self._make_encoder(device)
         self.W_dec = empty_weight(dictionary_size, d_model, device=device)
+
+    def _make_encoder(self, device: torch.device) -> None:
+        self.W_enc = empty_weight(self.d_model, self.dictionary_size, device=device)
+        self.b_enc = empty_weight(self.dictionary_size, device=device)
 
     @classmethod
     def usual_learning_rate(cls, dictionary_size: int) -> float:
@@ -171,6 +207,7 @@ class Autoencoder(nn.Module, ABC):
         """Give the weights their first values; an architecture's ``__init__`` ends with this."""
         if not self.W_enc.is_meta:
             self._initialise()
+            self.position_adapter.initialise(self.generator)
 
     @abstractmethod
     def _initialise(self) -> None:
@@ -180,7 +217,7 @@ class Autoencoder(nn.Module, ABC):
         """Random feature directions of unit norm, and an encoder that is their transpose."""
         nn.init.normal_(self.W_dec, generator=self.generator)
         self.normalise_decoder()
-        self.W_enc.copy_(self.W_dec.T)
+        self.W_enc.copy_(self.W_dec.T)  # where there are several encoders, each of them
         nn.init.zeros_(self.b_enc)
 
     @torch.no_grad()
@@ -194,12 +231,12 @@ class Autoencoder(nn.Module, ABC):
         self.position_mean.fit(sums, counts)
 
     @abstractmethod
-    def _codes(self, scaled: Tensor, lengths: list[int]) -> Codes:
+    def _codes(self, scaled: Tensor, rows: Rows) -> Codes:
         """The code that is decoded, and what else there is of it.
 
         Args:
             scaled: float32 [rows, d_model] in scaled units, sorted by range.
-            lengths: rows in each range.
+            rows: where they stand.
         """
 
     @abstractmethod
@@ -215,19 +252,36 @@ class Autoencoder(nn.Module, ABC):
         """
         return residual.new_zeros(())
 
-    def _decoded(self, code: Tensor) -> Tensor:
-        """Reconstructions [rows, d_model] in scaled units: W_decᵀ h."""
+    def _base_reconstruction(self, codes: Codes, scaled: Tensor, rows: Rows) -> Tensor | None:
+        """A further loss of reconstruction, averaged over rows; a scalar, or None where there is none."""
+        return None
+
+    def _decoded(self, code: Tensor, rows: Rows) -> Tensor:
+        """Reconstructions [rows, d_model] in scaled units: W_decᵀ h, and what adapters add."""
+        return self.position_adapter.decoded(self._from_features(code), code, rows, self.alpha)
+
+    def _from_features(self, code: Tensor) -> Tensor:
+        """W_decᵀ h, and the decoder's bias where there is one; [rows, d_model]."""
         return code @ self.W_dec
 
-    def _scaled(self, x: Tensor, positions: Tensor | None) -> Tensor:
+    def _scaled(self, x: Tensor, rows: Rows) -> Tensor:
         x = x.to(self.W_enc.dtype)
         if not self.position_mean.is_none:
-            x = x - self.position_mean.rows(_needed(positions))
-        return x if self.activation_scale == 1.0 else x * self.activation_scale
+            x = x - self.position_mean.rows(rows.needed_positions())
+        scaled = x if self.activation_scale == 1.0 else x * self.activation_scale
+        return self.position_adapter.centred(scaled, rows, self.alpha)
 
-    def _raw(self, decoded: Tensor, positions: Tensor | None) -> Tensor:
+    def _raw(self, decoded: Tensor, rows: Rows) -> Tensor:
         raw = decoded if self.activation_scale == 1.0 else decoded / self.activation_scale
-        return raw if self.position_mean.is_none else raw + self.position_mean.rows(_needed(positions))
+        if self.position_mean.is_none:
+            return raw
+        return raw + self.position_mean.rows(rows.needed_positions())
+
+    def _error(self, decoded: Tensor, scaled: Tensor) -> Tensor:
+        """How far off reconstructions are, averaged over rows; a scalar."""
+        if self.reconstruction_loss == "norm":
+            return (decoded - scaled).square().sum(dim=1).sqrt().mean()
+        return F.mse_loss(decoded, scaled, reduction="sum") / len(scaled)
 
     def forward(
         self, x: Tensor, range_offsets: Sequence[int] | Tensor, positions: Tensor | None = None
@@ -238,20 +292,24 @@ class Autoencoder(nn.Module, ABC):
             x: activations [rows, d_model] in raw units, any float dtype, sorted by range.
             range_offsets: int64 [n_ranges + 1], on the CPU: the rows from ``range_offsets[r]`` up
                 to ``range_offsets[r + 1]`` lie in range r.
-            positions: int64 [rows]; needed only where there is a ``position_mean``.
+            positions: int64 [rows]; needed only where single positions count (a ``position_mean``, a table, a
+                mask).
 
         Raises:
             SettingsError: positions are needed and not given.
         """
-        lengths = [int(stop) - int(start) for start, stop in pairwise(range_offsets)]
-        scaled = self._scaled(x, positions)
-        codes = self._codes(scaled, lengths)
-        decoded = self._decoded(codes.code)
-        reconstruction = F.mse_loss(decoded, scaled, reduction="sum") / len(x)
+        rows = Rows([int(stop) - int(start) for start, stop in pairwise(range_offsets)], positions)
+        scaled = self._scaled(x, rows)
+        codes = self._codes(scaled, rows)
+        decoded = self._decoded(codes.code, rows)
+        reconstruction = self._error(decoded, scaled)
+        base = self._base_reconstruction(codes, scaled, rows)
+        if base is not None:
+            reconstruction = reconstruction + base
         sparsity = self._sparsity(codes)
         auxiliary = self._auxiliary(codes, (scaled - decoded).detach())
         losses = Losses(reconstruction + sparsity + auxiliary, reconstruction, sparsity, auxiliary)
-        return Output(codes.code, self._raw(decoded, positions), losses, codes.base_code)
+        return Output(codes.code, self._raw(decoded, rows), losses, codes.base_code)
 
     if TYPE_CHECKING:  # torch leaves the result of calling a module untyped
 
@@ -274,21 +332,20 @@ class Autoencoder(nn.Module, ABC):
         Raises:
             SettingsError: a position that no range contains.
         """
-        positions = positions.to(x.device, torch.int64).expand(x.shape[:-1]).reshape(-1)
-        order, lengths = self._sorted_by_range(positions)
-        rows = x.reshape(-1, self.d_model)[order]
-        sorted_code = self._codes(self._scaled(rows, positions[order]), lengths).code
-        code = torch.empty_like(sorted_code).index_copy_(0, order, sorted_code)
+        order, rows = self._sorted_by_range(positions.to(x.device, torch.int64).expand(x.shape[:-1]))
+        scaled = self._scaled(x.reshape(-1, self.d_model)[order], rows)
+        code = _unsorted(self._codes(scaled, rows).code, order)
         return code.reshape(*x.shape[:-1], self.dictionary_size)
 
-    def _sorted_by_range(self, positions: Tensor) -> tuple[Tensor, list[int]]:
-        """The order that sorts ``positions``, int64 [rows], by range; and the rows in each range."""
+    def _sorted_by_range(self, positions: Tensor) -> tuple[Tensor, Rows]:
+        """The order that sorts ``positions``, int64 of any shape, by range; and what rows there then are."""
+        positions = positions.reshape(-1)
         self._check_positions(positions)
         stops = torch.tensor([r.stop for r in self.ranges], device=positions.device)
         range_of_row = torch.bucketize(positions, stops, right=True)
         order = torch.argsort(range_of_row, stable=True)
         n_rows = torch.bincount(range_of_row, minlength=len(self.ranges)).cpu()
-        return order, [int(n) for n in n_rows]
+        return order, Rows([int(n) for n in n_rows], positions[order])
 
     def _check_positions(self, positions: Tensor) -> None:
         if bool(((positions < 0) | (positions >= self.ranges[-1].stop)).any()):
@@ -302,22 +359,41 @@ class Autoencoder(nn.Module, ABC):
 
         Args:
             code: float32 [..., dictionary_size].
-            positions: integers [...], or of a shape that broadcasts to it; needed only where there is a
-                ``position_mean``.
+            positions: integers [...], or of a shape that broadcasts to it; needed only where the position or
+                its range changes how a code is decoded.
 
         Raises:
             SettingsError: positions are needed and not given, or one that no range contains.
         """
+        code_rows = code.reshape(-1, self.dictionary_size)
         if positions is not None:
             positions = positions.to(code.device, torch.int64).expand(code.shape[:-1]).reshape(-1)
             self._check_positions(positions)
-        decoded = self._decoded(code.reshape(-1, self.dictionary_size))
-        return self._raw(decoded, positions).reshape(*code.shape[:-1], self.d_model)
+        if positions is None or not self.position_adapter.decodes_by_range:
+            rows = Rows([], positions)
+            decoded = self._raw(self._decoded(code_rows, rows), rows)
+        else:
+            order, rows = self._sorted_by_range(positions)
+            decoded = _unsorted(self._raw(self._decoded(code_rows[order], rows), rows), order)
+        return decoded.reshape(*code.shape[:-1], self.d_model)
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Bring each feature's row of ``W_dec`` to unit norm; the trainer does so after each step."""
-        F.normalize(self.W_dec, dim=1, out=self.W_dec)
+        F.normalize(self.W_dec, dim=self._normalised_axis, out=self.W_dec)
+
+    @torch.no_grad()
+    def project_gradient(self) -> None:
+        """Take from the gradient of ``W_dec`` what would change its norms; a trainer may, before a step."""
+        gradient = self.W_dec.grad
+        assert gradient is not None
+        axis = self._normalised_axis
+        along = (gradient * self.W_dec).sum(axis, keepdim=True) / self.W_dec.square().sum(axis, keepdim=True)
+        gradient -= along * self.W_dec
+
+    @property
+    def _normalised_axis(self) -> int:
+        return 1 if self.decoder_norm == "features" else 0
 
     def n_parameters(self) -> int:
         """How many numbers are learned, or taken from the store's means."""
@@ -325,21 +401,39 @@ class Autoencoder(nn.Module, ABC):
 
     def base_parameters(self) -> int:
         """How many of them an autoencoder that ignores positions would have too."""
-        return self.n_parameters() - self.position_mean.n_numbers()
+        return self.n_parameters() - self.position_mean.n_numbers() - self.position_adapter.n_numbers()
 
-    def own_settings(self) -> dict[str, float]:
-        """The architecture's own keywords, which weights do not tell."""
-        return {}
+    def own_settings(self) -> dict[str, Setting]:
+        """The constructor's keywords that are neither sizes nor units: what weights do not tell."""
+        return {name: getattr(self, name) for name in self.setting_names()} | {
+            "position_mean": self.position_mean.form,
+            "position_adapter": self.position_adapter.form,
+        }
+
+    @classmethod
+    def setting_names(cls) -> list[str]:
+        """Of ``own_settings`` those that are attributes."""
+        return [*sorted(cls.keywords()), "shared_adapters", "reconstruction_loss"]
+
+    @classmethod
+    def keywords(cls) -> set[str]:
+        """The constructor's keywords that are this architecture's own."""
+        return inspect.signature(cls).parameters.keys() - {"common"}
 
     def weights_for_raw_units(self) -> dict[str, Tensor]:
         """Copies of all weights, by name, for which an ``activation_scale`` of 1 is right.
 
         With s the scale: W_encᵀ (s·x) = (s·W_enc)ᵀ x, and what is decoded is divided by s. So
-        ``W_enc`` is multiplied by s, ``W_dec`` and a ``b_dec`` are divided by it; codes stay, and
-        position means are in raw units already.
+        ``W_enc`` is multiplied by s, and what makes or takes off activations is divided by it; codes stay,
+        and position means are in raw units already.
         """
         weights = {name: weight.detach().clone() for name, weight in self.state_dict().items()}
         weights["W_enc"] *= self.activation_scale
-        for name in weights.keys() & {"W_dec", "b_dec"}:
+        for name in weights.keys() & _IN_SCALED_UNITS:
             weights[name] /= self.activation_scale
         return weights
+
+
+def _unsorted(rows: Tensor, order: Tensor) -> Tensor:
+    """The reverse of ``rows[order]``."""
+    return torch.empty_like(rows).index_copy_(0, order, rows)

@@ -8,33 +8,37 @@ Equation 4 is 5 with an alpha of 0. What the paper leaves open is read so: k is 
 size, and f_r leads from k through m and a ReLU back to k. Every LayerNorm has a gain and a bias,
 and each adapter its own. The loss sums over features and averages over rows. There is no ``b_dec``.
 Nothing keeps h_r from being negative, or dense. As h_r - h_b already holds an alpha, the penalty on
-adapters grows with its square.
+adapters grows with its square. Each of these points is a keyword whose default is this reading.
 
 Cost: a row passes through the adapter of its own range alone, 4 · k · m operations on top of the
 base's 4 · d_model · k. While alpha is 0 adapters are left out, and their weights get no gradient.
 """
 
 import math
-from typing import ClassVar, Unpack, cast
+from typing import ClassVar, Literal, Unpack, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, Codes, CommonSettings, empty_weight, require
+from .position_adapter import Rows
 
 
 class Adapter(nn.Module):
     """LayerNorm(f_r(h_b)) of equation 3, for one range; k → m → k."""
 
-    def __init__(self, dictionary_size: int, width: int, device: torch.device) -> None:
+    def __init__(
+        self, dictionary_size: int, width: int, norm: nn.Module, *, is_norm_first: bool, device: torch.device
+    ) -> None:
         """Make the weights, without values: k is ``dictionary_size``, m is ``width``."""
         super().__init__()
         self.W_in = empty_weight(dictionary_size, width, device=device)
         self.b_in = empty_weight(width, device=device)
         self.W_out = empty_weight(width, dictionary_size, device=device)
         self.b_out = empty_weight(dictionary_size, device=device)
-        self.norm = nn.LayerNorm(dictionary_size, device=device)
+        self.norm = norm
+        self.is_norm_first = is_norm_first
 
     def initialise(self, generator: torch.Generator, gain: float) -> None:
         """Draw f_r as ``nn.Linear`` does (uniform to 1/√inputs); set the gain of the LayerNorm."""
@@ -42,13 +46,20 @@ class Adapter(nn.Module):
             bound = len(weight) ** -0.5
             nn.init.uniform_(weight, -bound, bound, generator=generator)
             nn.init.uniform_(bias, -bound, bound, generator=generator)
-        nn.init.constant_(self.norm.weight, gain)
-        nn.init.zeros_(self.norm.bias)
+        _reset(self.norm, gain)
 
     def forward(self, base_code: Tensor) -> Tensor:
         """[rows, dictionary_size] to the same."""
-        hidden = torch.addmm(self.b_in, base_code, self.W_in).relu_()
-        return self.norm(torch.addmm(self.b_out, hidden, self.W_out))
+        inner = self.norm(base_code) if self.is_norm_first else base_code
+        hidden = torch.addmm(self.b_in, inner, self.W_in).relu_()
+        adaptation = torch.addmm(self.b_out, hidden, self.W_out)
+        return adaptation if self.is_norm_first else self.norm(adaptation)
+
+
+def _reset(norm: nn.Module, gain: float) -> None:
+    if isinstance(norm, nn.LayerNorm) and norm.elementwise_affine:
+        nn.init.constant_(norm.weight, gain)
+        nn.init.zeros_(norm.bias)
 
 
 class Hierarchical(Autoencoder):
@@ -58,6 +69,14 @@ class Hierarchical(Autoencoder):
         adapter_width: m.
         dropout: the probability with which each number of an adapter's output is dropped.
         adapter_gain: the first gain of the adapters' LayerNorms; with 0 they begin silent.
+        layer_norm: where one is: ``both``, in the ``base`` alone, on the ``adapter`` alone, or ``none``.
+        layer_norm_affine: whether LayerNorms have a gain and a bias.
+        adapter_norm: an adapter's LayerNorm comes ``after`` f_r, or ``before``, as in the published scripts.
+        residual: whether h_b stays whole; without, h_r = (1 - alpha) h_b + alpha · …
+        rectify: whether a ReLU follows equation 3.
+        penalty: what λ is put on: the ``text``'s two norms, the ``code`` h_r, or the ``base`` h_b alone.
+        base_loss_coefficient: weight of a further ‖x - W_decᵀ h_b‖², which keeps the base of use.
+        decoder_bias: whether there is a ``b_dec``, taken off before encoding and added after decoding.
     """
 
     architecture: ClassVar[str] = "hierarchical"
@@ -70,71 +89,116 @@ class Hierarchical(Autoencoder):
         adapter_width: int,
         dropout: float = 0.1,
         adapter_gain: float = 1.0,
+        layer_norm: Literal["both", "base", "adapter", "none"] = "both",
+        layer_norm_affine: bool = True,
+        adapter_norm: Literal["after", "before"] = "after",
+        residual: bool = True,
+        rectify: bool = False,
+        penalty: Literal["text", "code", "base"] = "text",
+        base_loss_coefficient: float = 0.0,
+        decoder_bias: bool = False,
         **common: Unpack[CommonSettings],
     ) -> None:
-        """Make the base, and an adapter for each range.
+        """Make the base, and an adapter for each range, or one where they are shared.
 
         Raises:
-            SettingsError: see ``Autoencoder``; or a λ that is negative, an adapter of width 0, a dropout that
-                is no probability below 1, a gain that is not finite.
+            SettingsError: see ``Autoencoder``; or a weight that is negative, an adapter of width 0, a dropout
+                that is no probability below 1, a gain that is not finite, or a word that is unknown.
         """
         super().__init__(**common)
         require(0 <= l1_coefficient < math.inf, "l1_coefficient", l1_coefficient, "at least 0")
         require(adapter_width >= 1, "adapter_width", adapter_width, "at least 1")
         require(0 <= dropout < 1, "dropout", dropout, "at least 0 and below 1")
         require(math.isfinite(adapter_gain), "adapter_gain", adapter_gain, "finite")
+        known = layer_norm in ("both", "base", "adapter", "none")
+        require(known, "layer_norm", layer_norm, "both, base, adapter or none")
+        require(adapter_norm in ("after", "before"), "adapter_norm", adapter_norm, "after or before")
+        require(penalty in ("text", "code", "base"), "penalty", penalty, "text, code or base")
+        good = 0 <= base_loss_coefficient < math.inf
+        require(good, "base_loss_coefficient", base_loss_coefficient, "at least 0")
         self.l1_coefficient = l1_coefficient
         self.adapter_width = adapter_width
         self.dropout = dropout
         self.adapter_gain = adapter_gain
+        self.layer_norm, self.layer_norm_affine = layer_norm, layer_norm_affine
+        self.adapter_norm = adapter_norm
+        self.residual = residual
+        self.rectify = rectify
+        self.penalty = penalty
+        self.base_loss_coefficient = base_loss_coefficient
+        self.decoder_bias = decoder_bias
         device = self.W_enc.device
-        self.norm = nn.LayerNorm(self.dictionary_size, device=device)
+        self.norm = self._new_norm(layer_norm in ("both", "base"))
         self.adapters = nn.ModuleList(
-            Adapter(self.dictionary_size, adapter_width, device) for _ in self.ranges
+            Adapter(
+                self.dictionary_size,
+                adapter_width,
+                self._new_norm(layer_norm in ("both", "adapter")),
+                is_norm_first=adapter_norm == "before",
+                device=device,
+            )
+            for _ in range(1 if self.shared_adapters else len(self.ranges))
         )
+        self.b_dec = empty_weight(self.d_model, device=device) if decoder_bias else None
         self._start()
+
+    def _new_norm(self, wanted: bool) -> nn.Module:
+        if not wanted:
+            return nn.Identity()
+        affine = self.layer_norm_affine
+        return nn.LayerNorm(self.dictionary_size, elementwise_affine=affine, device=self.W_enc.device)
 
     def _initialise(self) -> None:
         nn.init.orthogonal_(self.W_enc, generator=self.generator)
         nn.init.zeros_(self.b_enc)
-        nn.init.ones_(self.norm.weight)
-        nn.init.zeros_(self.norm.bias)
+        _reset(self.norm, 1.0)
         nn.init.orthogonal_(self.W_dec, generator=self.generator)
         self.normalise_decoder()
         for adapter in self.adapters:
             cast(Adapter, adapter).initialise(self.generator, self.adapter_gain)
+        if self.b_dec is not None:
+            nn.init.zeros_(self.b_dec)
 
-    def _codes(self, scaled: Tensor, lengths: list[int]) -> Codes:
-        base_code: Tensor = self.norm(torch.addmm(self.b_enc, scaled, self.W_enc)).relu_()  # eq. 2
+    def _codes(self, scaled: Tensor, rows: Rows) -> Codes:
+        centred = scaled if self.b_dec is None else scaled - self.b_dec
+        before: Tensor = self.norm(torch.addmm(self.b_enc, centred, self.W_enc))
+        base_code = self.position_adapter.activations(before, rows, self.alpha).relu_()  # eq. 2
         if self.alpha == 0.0:
             return Codes(base_code, base_code)
+        code = self._adapted(base_code, rows)  # eq. 3
+        return Codes(code.relu_() if self.rectify else code, base_code)
+
+    def _adapted(self, base_code: Tensor, rows: Rows) -> Tensor:
         # One split has one gradient; slices would each have one of the size of the whole.
+        lengths = [len(base_code)] if self.shared_adapters else rows.needed_lengths()
         parts = zip(self.adapters, torch.split(base_code, lengths), strict=True)
-        adaptation = torch.cat([adapter(rows) for adapter, rows in parts])
+        adaptation = torch.cat([adapter(part) for adapter, part in parts])
+        kept_base = base_code if self.residual else (1.0 - self.alpha) * base_code
         if self.training and self.dropout > 0.0:
             kept = torch.empty_like(adaptation)
             kept.bernoulli_(1.0 - self.dropout, generator=self.generator)
             factor = self.alpha / (1.0 - self.dropout)
-            return Codes(torch.addcmul(base_code, adaptation, kept, value=factor), base_code)  # eq. 3
-        return Codes(torch.add(base_code, adaptation, alpha=self.alpha), base_code)  # eq. 3
+            return torch.addcmul(kept_base, adaptation, kept, value=factor)
+        return torch.add(kept_base, adaptation, alpha=self.alpha)
 
     def _sparsity(self, codes: Codes) -> Tensor:
         code, base_code = codes.code, codes.base_code
         assert base_code is not None
-        penalty = base_code.sum()  # nothing in h_b is negative: the sum is its L1 norm
-        if self.alpha != 0.0:
+        # Nothing in h_b is negative: its sum is its L1 norm.
+        penalty = code.abs().sum() if self.penalty == "code" else base_code.sum()
+        if self.penalty == "text" and self.alpha != 0.0:
             penalty = penalty + self.alpha * F.l1_loss(code, base_code, reduction="sum")
-        return self.l1_coefficient * penalty / len(code)  # eqs. 4 and 5
+        return self.sparsity_factor * self.l1_coefficient * penalty / len(code)  # eqs. 4 and 5
+
+    def _base_reconstruction(self, codes: Codes, scaled: Tensor, rows: Rows) -> Tensor | None:
+        if self.base_loss_coefficient == 0.0 or self.alpha == 0.0:
+            return None
+        assert codes.base_code is not None
+        return self.base_loss_coefficient * self._error(self._decoded(codes.base_code, rows), scaled)
+
+    def _from_features(self, code: Tensor) -> Tensor:
+        return code @ self.W_dec if self.b_dec is None else torch.addmm(self.b_dec, code, self.W_dec)
 
     def base_parameters(self) -> int:
         """How many numbers are learned outside the adapters."""
         return super().base_parameters() - sum(weight.numel() for weight in self.adapters.parameters())
-
-    def own_settings(self) -> dict[str, float]:
-        """The constructor's keywords that weights do not tell."""
-        return super().own_settings() | {
-            "l1_coefficient": self.l1_coefficient,
-            "adapter_width": self.adapter_width,
-            "dropout": self.dropout,
-            "adapter_gain": self.adapter_gain,
-        }

@@ -5,11 +5,14 @@ from typing import Any
 from ...store.errors import SettingsError
 from .autoencoder import Autoencoder
 from .hierarchical import Hierarchical
+from .jumprelu import JumpReLU
+from .masked import Masked
+from .separate import Separate
 from .standard import Standard
 from .topk import BatchTopK, TopK
 
 ARCHITECTURES: dict[str, type[Autoencoder]] = {
-    kind.architecture: kind for kind in (Hierarchical, Standard, TopK, BatchTopK)
+    kind.architecture: kind for kind in (Hierarchical, Standard, TopK, BatchTopK, JumpReLU, Masked, Separate)
 }
 
 

@@ -13,18 +13,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_type_hints
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError, create_model
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ...store.errors import RunError, RunNotFoundError, SettingsError
 from ...store.files import StoreFiles
 from ...store.ranges import PositionRange
-from .autoencoder import Autoencoder
+from .autoencoder import Autoencoder, CommonSettings, Setting
 from .registry import architecture_class
 
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -32,18 +32,17 @@ CONFIGURATION_FILE = "cfg.json"
 
 
 class _OurKeys(BaseModel):
-    """``posae`` in ``cfg.json``; further keys are the architecture's ``own_settings``."""
+    """``posae`` in ``cfg.json``; further keys are the autoencoder's ``own_settings``."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
-    __pydantic_extra__: dict[str, int | float]  # pyright: ignore[reportIncompatibleVariableOverride]
+    __pydantic_extra__: dict[str, Setting]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     architecture: str
     ranges: tuple[tuple[int, int], ...] = Field(max_length=4096)
     alpha: FiniteFloat
     folded_activation_scale: FiniteFloat
     """The scale at which training was done; the weights hold it already."""
-    position_mean: str = "none"
     weights_sha256: str
 
 
@@ -92,7 +91,6 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path | str, metadata: Map
             "ranges": autoencoder.ranges,
             "alpha": autoencoder.alpha,
             "folded_activation_scale": autoencoder.activation_scale,
-            "position_mean": autoencoder.position_mean.form,
             "weights_sha256": hashlib.sha256(weights_bytes).hexdigest(),
             **autoencoder.own_settings(),
         },
@@ -138,29 +136,44 @@ def _read_configuration(folder: Path) -> _Configuration:
     try:
         return _Configuration.model_validate_json(_read(folder, CONFIGURATION_FILE))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise RunError(
-            f"{folder / CONFIGURATION_FILE}: {place}: {first['msg']}; posae opens only what posae has saved"
-        ) from None
+        raise _misread(folder, error) from None
 
 
 def _without_values(configuration: _Configuration, folder: Path) -> Autoencoder:
     """The autoencoder that ``cfg.json`` speaks of, its weights only shapes as yet."""
     ours = configuration.posae
     try:
-        return architecture_class(ours.architecture)(
+        kind = architecture_class(ours.architecture)
+        own = _keywords(kind).model_validate(ours.model_extra or {}).model_dump(exclude_unset=True)
+        return kind(
             d_model=configuration.d_in,
             dictionary_size=configuration.d_sae,
             ranges=[PositionRange(*edges) for edges in ours.ranges],
             generator=None,
-            position_mean=ours.position_mean,
-            **(ours.model_extra or {}),
+            **own,
         )
+    except ValidationError as error:
+        raise _misread(folder, error, "posae.") from None
     except (SettingsError, TypeError, RuntimeError, OverflowError) as error:
-        # The last three: settings unknown, of a wrong type, or beyond any tensor.
+        # The last three: beyond any tensor.
         problem = str(error).splitlines()[0]
         raise RunError(f"{folder / CONFIGURATION_FILE}: {problem}") from error
+
+
+def _keywords(kind: type[Autoencoder]) -> type[BaseModel]:
+    """The types of the keywords that ``own_settings`` names."""
+    hints = get_type_hints(CommonSettings) | get_type_hints(kind.__init__)
+    names = [*kind.setting_names(), "position_mean", "position_adapter"]
+    fields: dict[str, Any] = {name: (hints[name], None) for name in names}
+    return create_model("Keywords", __config__=ConfigDict(strict=True, extra="forbid"), **fields)
+
+
+def _misread(folder: Path, error: ValidationError, within: str = "") -> RunError:
+    first = error.errors()[0]
+    place = within + ".".join(str(part) for part in first["loc"]) or "the file"
+    return RunError(
+        f"{folder / CONFIGURATION_FILE}: {place}: {first['msg']}; posae opens only what posae has saved"
+    )
 
 
 def _read_weights(autoencoder: Autoencoder, configuration: _Configuration, folder: Path) -> dict[str, Tensor]:

@@ -11,13 +11,14 @@ pass is 4 · d_model · dictionary_size operations a row.
 import math
 from typing import ClassVar, Unpack
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .autoencoder import Autoencoder, Codes, CommonSettings, empty_weight, require
+from .autoencoder import Codes, CommonSettings, require
+from .plain import Plain
+from .position_adapter import Rows
 
 
-class Standard(Autoencoder):
+class Standard(Plain):
     """ReLU and L1; its ranges only say by which ranges it is scored."""
 
     architecture: ClassVar[str] = "standard"
@@ -36,23 +37,11 @@ class Standard(Autoencoder):
         super().__init__(**common)
         require(0 <= l1_coefficient < math.inf, "l1_coefficient", l1_coefficient, "at least 0")
         self.l1_coefficient = l1_coefficient
-        self.b_dec = empty_weight(self.d_model, device=self.W_enc.device)
         self._start()
 
-    def _initialise(self) -> None:
-        self._tie()
-        nn.init.zeros_(self.b_dec)
-
-    def _codes(self, scaled: Tensor, lengths: list[int]) -> Codes:
-        return Codes(torch.addmm(self.b_enc, scaled - self.b_dec, self.W_enc).relu_())
+    def _codes(self, scaled: Tensor, rows: Rows) -> Codes:
+        return Codes(self._activations(scaled, rows))
 
     def _sparsity(self, codes: Codes) -> Tensor:
         # Nothing in the code is negative, so its sum is its L1 norm.
-        return self.l1_coefficient * codes.code.sum() / len(codes.code)
-
-    def _decoded(self, code: Tensor) -> Tensor:
-        return torch.addmm(self.b_dec, code, self.W_dec)
-
-    def own_settings(self) -> dict[str, float]:
-        """The constructor's keywords that weights do not tell."""
-        return super().own_settings() | {"l1_coefficient": self.l1_coefficient}
+        return self.sparsity_factor * self.l1_coefficient * codes.code.sum() / len(codes.code)

@@ -8,12 +8,8 @@ training a token's code must not depend on its neighbours: there what lies above
 running mean of each batch's least kept activation. The number of active features is set, not a penalty,
 so runs compare at equal L0.
 
-Features that have been silent for long would stay so, as what is not kept gets no gradient. The auxiliary
-loss of Gao et al. (section 2.4) has the most active of the dead ones reconstruct what the code left over.
-
-At the start encoder and decoder are tied, and ``b_dec`` is the mean activation, where the store tells it.
-Cost: finding the largest adds a pass over [rows, dictionary_size]; the auxiliary loss, while features are
-dead, another product with the decoder.
+Dead features are brought back by the auxiliary loss of plain.py. Cost: finding the largest adds a pass over
+[rows, dictionary_size].
 """
 
 import math
@@ -21,17 +17,17 @@ from typing import ClassVar, Unpack
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from .autoencoder import Autoencoder, Codes, CommonSettings, empty_weight, require
+from .autoencoder import Codes, CommonSettings, require
+from .plain import Plain
+from .position_adapter import Rows
 
 _THRESHOLD_KEPT = 0.99
 """How much of the threshold so far a further batch leaves."""
 
 
-class TopK(Autoencoder):
+class TopK(Plain):
     """The largest activations of each token.
 
     Attributes:
@@ -59,7 +55,6 @@ class TopK(Autoencoder):
         require(good, "auxiliary_coefficient", auxiliary_coefficient, "at least 0")
         self.target_l0 = target_l0
         self.auxiliary_coefficient = auxiliary_coefficient
-        self.b_dec = empty_weight(self.d_model, device=self.W_enc.device)
         self._start()
 
     @classmethod
@@ -67,20 +62,8 @@ class TopK(Autoencoder):
         """The larger a dictionary, the slower: found by sweeps of dictionary_learning for TopK."""
         return 2e-4 * math.sqrt(2**14 / dictionary_size)
 
-    def _initialise(self) -> None:
-        self._tie()
-        nn.init.zeros_(self.b_dec)
-
-    @torch.no_grad()
-    def fit_means(self, sums: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
-        """As in ``Autoencoder``; where no mean is taken by position, ``b_dec`` begins as that of all."""
-        super().fit_means(sums, counts)
-        if self.position_mean.is_none:
-            mean = sums.sum(axis=0) / max(1, int(counts.sum()))
-            self.b_dec.copy_(torch.as_tensor(mean * self.activation_scale))
-
-    def _codes(self, scaled: Tensor, lengths: list[int]) -> Codes:
-        before = torch.addmm(self.b_enc, scaled - self.b_dec, self.W_enc).relu_()
+    def _codes(self, scaled: Tensor, rows: Rows) -> Codes:
+        before = self._activations(scaled, rows)
         return Codes(self._largest(before), None, before)
 
     def _largest(self, activations: Tensor) -> Tensor:
@@ -89,28 +72,6 @@ class TopK(Autoencoder):
 
     def _sparsity(self, codes: Codes) -> Tensor:
         return codes.code.new_zeros(())
-
-    def _auxiliary(self, codes: Codes, residual: Tensor) -> Tensor:
-        if self.dead is None or not self.training or self.auxiliary_coefficient == 0:
-            return super()._auxiliary(codes, residual)
-        assert codes.before is not None
-        n_used = min(self.d_model // 2, self.dictionary_size) or 1
-        values, places = torch.where(self.dead, codes.before, 0).topk(n_used, dim=1, sorted=False)
-        code = torch.zeros_like(codes.before).scatter(1, places, values)
-        error = F.mse_loss(code @ self.W_dec, residual, reduction="sum") / len(residual)
-        # Fewer dead features than would be used can but explain their part.
-        share = (self.dead.sum() / n_used).clamp(max=1.0)
-        return self.auxiliary_coefficient * share * error
-
-    def _decoded(self, code: Tensor) -> Tensor:
-        return torch.addmm(self.b_dec, code, self.W_dec)
-
-    def own_settings(self) -> dict[str, float]:
-        """The constructor's keywords that weights do not tell."""
-        return super().own_settings() | {
-            "target_l0": self.target_l0,
-            "auxiliary_coefficient": self.auxiliary_coefficient,
-        }
 
 
 class BatchTopK(TopK):

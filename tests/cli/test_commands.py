@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from posae.cli.app import main
 from posae.pipeline import as_torch, load_autoencoder
+from posae.pipeline.runs import Run
 from posae.store import ActivationStore
 
 DEMO_MODEL = Path(__file__).parents[2] / "pipeline" / "demo_model"
@@ -317,8 +318,13 @@ def test_a_killed_training_ends_with_the_same_weights(architecture: str, store: 
     assert not (killed / "sae_weights.safetensors").exists()
     assert call("train", store, killed, *words) == 0
     assert call("train", store, whole, *words) == 0
-    for name in ("sae_weights.safetensors", "metrics.jsonl", "cfg.json"):
+    for name in ("sae_weights.safetensors", "base_phase.safetensors", "cfg.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    lines = [Run(folder).metrics() for folder in (killed, whole)]
+    for line in (*lines[0], *lines[1]):
+        assert line.pop("seconds") > 0
+        assert line.pop("cpu_seconds") > 0
+    assert lines[0] == lines[1]
 
 
 def test_the_preset_posae_takes_position_means_off(posae: Posae, store: Path, tmp_path: Path) -> None:

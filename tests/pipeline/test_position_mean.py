@@ -76,9 +76,9 @@ def test_an_autoencoder_that_takes_means_off_wants_positions() -> None:
         position_mean="exact",
     )
     x = torch.zeros(3, D_MODEL)
-    with pytest.raises(SettingsError, match="give it the position of each row"):
+    with pytest.raises(SettingsError, match="needs the position of each row"):
         autoencoder(x, [0, 3, 3, 3, 3])
-    with pytest.raises(SettingsError, match="give it the position of each row"):
+    with pytest.raises(SettingsError, match="needs the position of each row"):
         autoencoder.decode(torch.zeros(3, 12))
     with pytest.raises(SettingsError, match="positions lie between 0 and 16"):
         autoencoder.decode(torch.zeros(3, 12), torch.tensor([0, 1, 16]))

@@ -76,6 +76,9 @@ def test_gemma_presets_are_the_two_models_and_the_pile() -> None:
         ({"dropout": 1.0}, "dropout"),
         ({"window_contexts": 12}, "window_contexts"),
         ({"architecture": "transcoder"}, "architecture"),
+        ({"curriculum": "step", "ramp_steps": 10}, "has no ramp"),
+        ({"architecture": "topk", "sparsity_warmup": 0.1}, "whose L0 is set"),
+        ({"adapter_width": 4, "adapter_share": 0.15}, "contradict"),
     ],
 )
 def test_impossible_settings_are_refused(values: dict[str, Any], said: str) -> None:

@@ -1,0 +1,135 @@
+"""What a training resolves, refuses and keeps. That a killed one ends the same is tested with the command."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
+from posae.pipeline.train import Training, resolve
+from posae.store import ActivationStore
+from posae.store.errors import RunMismatchError, SettingsError
+
+from ..conftest import Made
+
+
+def settings(**values: Any) -> TrainSettings:
+    return build(TrainSettings, {"steps": 40, "batch_size": 32, "window_contexts": 16, **values}, "[train]")
+
+
+def train(store: Made, folder: Path, **values: Any) -> Training:
+    training = Training(ActivationStore.open(store.root), folder, settings(**values))
+    training.train()
+    return training
+
+
+@pytest.mark.parametrize("preset", TRAIN_PRESETS)
+def test_every_preset_trains(preset: str, good_store: Made, tmp_path: Path) -> None:
+    values = {**TRAIN_PRESETS[preset], "target_l0": 4, "ranges": "2"}
+    values["position_mean"] = "lowrank:2" if "position_mean" in values else "none"
+    if values["architecture"] not in ("topk", "batchtopk", "jumprelu"):
+        del values["target_l0"]
+    training = train(good_store, tmp_path / "run", **values | {"steps": 20, "batch_size": 32})
+    lines = training.run.metrics()
+    assert lines[-1]["step"] == 20
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_the_share_of_adapters_becomes_their_width(good_store: Made) -> None:
+    store = ActivationStore.open(good_store.root)
+    for share in (0.5, 2.0):
+        found = resolve(store, settings(adapter_share=share, dictionary_size=64))
+        assert found.adapter_width is not None
+        assert found.adapter_share is None
+        autoencoder = Training(store, Path("unused"), found).new_autoencoder(None)
+        overhead = autoencoder.n_parameters() / autoencoder.base_parameters() - 1
+        one_wider = 4 * 129 / autoencoder.base_parameters()
+        assert abs(overhead - share) <= one_wider / 2 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("values", "warmup", "ramp"),
+    [
+        ({}, 4, 36),
+        ({"warmup_share": 0.5}, 20, 20),
+        ({"warmup_share": 0.5, "warmup_steps": 1}, 1, 39),
+        ({"ramp_steps": 10}, 30, 10),
+        ({"curriculum": "plateau"}, 4, 8),
+        ({"steps": 11_000, "warmup_share": 1 / 11}, 1000, 10_000),
+    ],
+    ids=str,
+)
+def test_the_curriculum_scales_with_the_steps(
+    values: dict[str, Any], warmup: int, ramp: int, good_store: Made
+) -> None:
+    found = resolve(ActivationStore.open(good_store.root), settings(**values))
+    assert (found.warmup_steps, found.ramp_steps) == (warmup, ramp)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"architecture": "batchtopk", "adapter_width": 8}, "adapter_width is a setting of hierarchical"),
+        ({"architecture": "standard", "mask": "gaussian"}, "mask is a setting of masked"),
+        ({"architecture": "standard", "target_l0": 3}, "of topk, batchtopk, jumprelu"),
+        ({"architecture": "topk", "adapter_share": 0.1}, "adapter_share is a setting of hierarchical"),
+        ({"position_adapter": "offset"}, "position_adapter is offset"),
+    ],
+    ids=str,
+)
+def test_what_means_nothing_to_an_architecture_is_refused(
+    values: dict[str, Any], said: str, good_store: Made, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=said):
+        Training(ActivationStore.open(good_store.root), tmp_path / "run", settings(**values))
+    assert not (tmp_path / "run").exists()
+
+
+def test_shuffled_positions_tell_nothing(good_store: Made, tmp_path: Path) -> None:
+    shuffled = train(good_store, tmp_path / "shuffled", architecture="standard", shuffle_positions=True)
+    true = train(good_store, tmp_path / "true", architecture="standard")
+    # Nothing in this architecture knows positions: the same rows in another order, the same but for rounding.
+    lines = [training.run.metrics()[-1]["loss"] for training in (shuffled, true)]
+    assert lines[0] == pytest.approx(lines[1], rel=1e-3)
+    for shuffle, same in ((True, True), (False, False)):
+        name = f"exact-{shuffle}"
+        words: dict[str, Any] = {"architecture": "standard", "position_mean": "exact"}
+        train(good_store, tmp_path / name, **words, shuffle_positions=shuffle)
+        weights = safetensors.torch.load((tmp_path / name / "sae_weights.safetensors").read_bytes())
+        table = weights["position_mean.table"][1:]  # every token at position 0 is special
+        assert bool(torch.isclose(table, table[:1], atol=1e-4).all()) == same
+
+
+def test_the_decoder_of_the_base_phase_is_kept(good_store: Made, tmp_path: Path) -> None:
+    train(good_store, tmp_path / "run", warmup_steps=10)
+    train(good_store, tmp_path / "base", warmup_steps=10, steps=11)
+    kept = [
+        safetensors.torch.load((tmp_path / name / "base_phase.safetensors").read_bytes())["W_dec"]
+        for name in ("run", "base")
+    ]
+    assert torch.equal(kept[0], kept[1])
+    torch.testing.assert_close(kept[0].square().sum(1), torch.ones(len(kept[0])))
+
+
+def test_gradient_norms_of_every_step_are_counted(good_store: Made, tmp_path: Path) -> None:
+    lines = train(good_store, tmp_path / "all", log_steps=1).run.metrics()
+    few = train(good_store, tmp_path / "few", log_steps=20).run.metrics()
+    norms = np.array([line["gradient_norm"] for line in lines])
+    for number, line in enumerate(few):
+        part = norms[20 * number : 20 * number + 20]
+        assert line["gradient_norm_mean"] == pytest.approx(part.mean(), rel=1e-5)
+        assert line["gradient_norm_mean_square"] == pytest.approx((part**2).mean(), rel=1e-5)
+    assert lines[-1]["cpu_seconds"] > lines[0]["cpu_seconds"] > 0
+
+
+def test_a_run_of_an_older_release_goes_on(good_store: Made, tmp_path: Path) -> None:
+    training = train(good_store, tmp_path / "run")
+    config = training.run.config
+    del config["settings"]["position_adapter"]
+    training.run.write_json("config.json", config)
+    assert train(good_store, tmp_path / "run").run.is_finished
+    with pytest.raises(RunMismatchError, match=r"begun otherwise: settings\.position_adapter"):
+        train(good_store, tmp_path / "run", position_adapter="bias")
