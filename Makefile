@@ -13,6 +13,16 @@ demo: .venv/ready  ## harvest the built-in model, inspect the store, train two a
 	$(BIN)/posae inspect-store $(STORE) --brief
 	$(BIN)/posae report $(RUNS)/hierarchical $(RUNS)/baseline
 
+paper: .venv/ready  ## every variant, ablation and control of the paper on the demo store, and a report; goes on where it stopped
+	$(BIN)/posae harvest $(STORE) --contexts 1024
+	$(BIN)/posae train $(STORE) data/paper --sweep examples/paper/all.toml --steps 600
+	$(BIN)/posae report data/paper --out data/paper.html
+
+paper-quick: .venv/ready  ## the same in minutes, to see that it runs
+	$(BIN)/posae harvest data/quick.zarr --contexts 256
+	$(BIN)/posae train data/quick.zarr data/paper-quick --sweep examples/paper/quick.toml
+	$(BIN)/posae report data/paper-quick --out data/paper-quick.html
+
 test: .venv/ready  ## the tests
 	$(BIN)/python -m pytest -q
 
@@ -31,4 +41,4 @@ lock:  ## renew constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: demo test check fuzz lock
+.PHONY: demo paper paper-quick test check fuzz lock

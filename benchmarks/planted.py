@@ -43,7 +43,7 @@ T_OF_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 
 MEAN = {"position_mean": "lowrank:8"}
 ADAPTER = {"position_adapter": "decoder:8", "warmup_steps": 0, "ramp_steps": 1}
-"""Without a curriculum, which gains nothing here: -4.4 % with alpha risen from step 150 to 900, -4.8 % without."""
+"""Without a curriculum: with one the gain was smaller (docs/benchmarks.md)."""
 
 
 class Case(NamedTuple):

@@ -1,75 +1,102 @@
-"""``posae train``: an autoencoder from a store."""
+"""``posae train``: an autoencoder from a store, or all of a sweep."""
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..pipeline.settings import TRAIN_PRESETS, EvaluateSettings, TrainSettings, resolve_settings
+from ..pipeline.controls import is_position_aware
+from ..pipeline.settings import TRAIN_PRESETS, TrainSettings, resolve_settings
+from ..pipeline.sweep import Plan, Study, read_sweep
+from ..store.errors import SettingsError
 from ..store.reader import ActivationStore
 from .display import LiveProgress, console, errors
 from .options import Config, with_settings
 from .report import comparison
 
-_LITTLE_R2 = 0.01
-"""Below this share, position means brought nothing where they were tried (docs/paper.md)."""
-
 
 @with_settings(TrainSettings)
 def train(
     store: Annotated[Path, typer.Argument(help="Store to train from.")],
-    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    run: Annotated[Path, typer.Argument(help="Folder of the run; of all runs with --sweep or --controls.")],
     options: dict[str, Any],
     preset: Annotated[
         str | None, typer.Option("--preset", help=f"Settings to start from: {', '.join(TRAIN_PRESETS)}.")
     ] = None,
     config: Config = None,
+    sweep: Annotated[
+        Path | None,
+        typer.Option("--sweep", help="TOML file that names many runs; options given here win over it."),
+    ] = None,
+    controls: Annotated[
+        bool | None,
+        typer.Option(
+            "--controls/--no-controls",
+            help="Set a run that knows positions beside its controls, each in a folder below RUN. "
+            "A sweep does so by itself.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train an autoencoder on one layer of a store, and score it on the held-out part.
 
-    Run again with the same words it goes on at its last checkpoint.
+    Run again with the same words it goes on at its last checkpoint. With --sweep: all runs that a file
+    names, and their controls, one after another.
 
     Example: posae train pile.zarr runs/paper --layer 12
     """
-    settings = resolve_settings(
-        TrainSettings, "train", presets=TRAIN_PRESETS, preset=preset, config=config, options=options
-    )
+    studies: list[Study] = []
+    if sweep:
+        if preset is not None or config is not None:
+            raise SettingsError("--sweep has its settings from its file; leave --preset and --config out")
+        studies = read_sweep(sweep, options, controls)
+        all_settings = [settings for study in studies for settings in study.runs.values()]
+    else:
+        settings = resolve_settings(
+            TrainSettings, "train", presets=TRAIN_PRESETS, preset=preset, config=config, options=options
+        )
+        all_settings = [settings]
+        if controls:
+            name = preset or settings.architecture
+            seeds = (settings.seed, settings.data_seed)
+            title = f"{name} and its controls"
+            studies = [Study(str(run), name, title, None, {name: settings}, (seeds,))]
     opened = ActivationStore.open(store)
     # Damage and hostile files are found before anything heavy is loaded.
-    layer = opened.layer_or_middle(settings.layer)
-    opened.check_layer(layer)
-    from ..pipeline.evaluate import evaluate
-    from ..pipeline.runs import Run
-    from ..pipeline.train import Training
+    for layer in sorted({opened.layer_or_middle(settings.layer) for settings in all_settings}):
+        opened.check_layer(layer)
+    if studies:
+        from .trainings import fit_to, train_all
 
-    training = Training(opened, run, settings)
-    errors.print(_about_position(opened.position_r2(layer)), soft_wrap=True)
-    with LiveProgress() as progress:
-        trained = training.train(progress)
-    if not trained.steps_done and (run / "evaluation.json").exists():
-        console.print(f"{run}: finished before", soft_wrap=True)
-    elif opened.held_out_part(training.layer)[0] < opened.contexts_by_layer[training.layer]:
-        with LiveProgress() as progress:
-            evaluate(run, EvaluateSettings(store=store, device=settings.device), progress)
+        train_all(opened, run, Plan(studies, fit_to(opened, run)))
     else:
+        _train_alone(opened, run, all_settings[0])
+
+
+def _train_alone(store: ActivationStore, run: Path, settings: TrainSettings) -> None:
+    from ..pipeline.train import Training
+    from .trainings import about_position, scores, train_one
+
+    training = Training(store, run, settings)
+    errors.print(about_position(store.position_r2(training.layer)), soft_wrap=True)
+    with LiveProgress() as progress:
+        was_left = train_one(training, progress)
+    found = scores(run)
+    if found is None:
         console.print(f"{run}: trained; the store holds nothing out, so nothing was scored", soft_wrap=True)
         return
+    if not was_left:
+        console.print(f"{run}: finished before", soft_wrap=True)
     console.print(comparison([run]))
-    found = Run(run).evaluation
     if found["l0"] > found["dictionary_size"] / 2:
         console.print(
             f"note: {found['l0']:.0f} of {found['dictionary_size']} features are active on a token: "
             "this code is not sparse; a larger --l1-coefficient makes it so",
             soft_wrap=True,
         )
-
-
-def _about_position(r2: float) -> str:
-    """What there is to gain by knowing the position."""
-    if math.isnan(r2):
-        return "what position explains cannot be told of so few tokens"
-    told = f"position explains {max(0.0, r2):.2%} of this layer's variance"
-    if r2 < _LITTLE_R2:
-        return f"{told}: next to nothing for an autoencoder to gain by knowing it"
-    return f"{told}; --position-mean takes that off before encoding"
+    if is_position_aware(training.settings.model_dump()):
+        console.print(
+            "note: this run knows positions and stands without controls; the same command with --controls "
+            "and a folder for all of them trains both",
+            soft_wrap=True,
+        )

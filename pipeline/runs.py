@@ -88,19 +88,27 @@ class Run:
             RunMismatchError: the run was begun otherwise; says what differs.
             RunError: the folder holds something else.
         """
-        wanted = json.loads(json.dumps(config))
+        self.check(config)
+        if not self.is_begun:
+            self._files.make_root()
+            self.write_json(CONFIG, config)
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Refuse what ``begin`` would, and write nothing.
+
+        Raises:
+            RunMismatchError: the run was begun otherwise; says what differs.
+            RunError: the folder holds something else.
+        """
         if self.is_begun:
-            differ = list(_differences(self.config, wanted))
+            differ = list(_differences(self.config, json.loads(json.dumps(config))))
             if differ:
                 raise RunMismatchError(
                     f"{self.folder} was begun otherwise: {'; '.join(differ)}; "
                     "give the same words to go on, or another folder"
                 )
-            return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise RunError(f"{self.folder} is there already and is no run; give another folder")
-        self._files.make_root()
-        self.write_json(CONFIG, wanted)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write one of the JSON files.

@@ -174,6 +174,9 @@ class TrainSettings(Settings):
     ramp_steps: int | None = Field(default=None, ge=1)
     """Steps over which alpha then rises to 1, and stays there; by default the rest."""
 
+    ramp_share: float | None = Field(default=None, gt=0, le=1)
+    """Instead of ramp_steps: a share of the steps, rounded down."""
+
     curriculum: Literal["linear", "cosine", "step", "plateau"] = "linear"
     """How alpha rises: in a line, as half a cosine, at once when the warm-up ends, or in a line that begins
     when the loss falls no more (then ramp_steps is a fifth of the steps by default)."""
@@ -286,9 +289,17 @@ class TrainSettings(Settings):
             )
         if warmup is None and ramp is not None and ramp > self.steps:
             raise ValueError(f"ramp_steps {ramp} does not fit into {self.steps} steps")
+        if self.ramp_share is not None:
+            if ramp is not None:
+                raise ValueError("ramp_steps and ramp_share contradict each other; give one of them")
+            share = self.warmup_share if warmup is None else warmup / self.steps
+            if share + self.ramp_share > 1 + 1e-9:
+                raise ValueError(
+                    f"a warm-up of {share:g} of the steps and a ramp_share of {self.ramp_share:g} exceed 1"
+                )
         if self.adapter_width is not None and self.adapter_share is not None:
             raise ValueError("adapter_width and adapter_share contradict each other; give one of them")
-        if self.curriculum == "step" and ramp is not None:
+        if self.curriculum == "step" and (ramp is not None or self.ramp_share is not None):
             raise ValueError("curriculum step has no ramp; leave ramp_steps out, or take linear")
         if self.sparsity_warmup and self.architecture in ("topk", "batchtopk"):
             raise ValueError(
@@ -309,6 +320,19 @@ class EvaluateSettings(Settings):
 
     contexts: int | None = Field(default=None, ge=1)
     """How many held-out contexts to read; by default all."""
+
+    ce_loss: bool = False
+    """Also run the language model on held-out contexts with reconstructions in the activations' place."""
+
+    ce_contexts: int = Field(default=64, ge=1)
+    """How many held-out contexts it runs on."""
+
+    probing: Literal["none", "offline", "saebench"] = "none"
+    """Sparse probing: offline, on tasks made from the store alone, or on SAEBench's datasets, which are
+    downloaded."""
+
+    model: str | None = None
+    """Language model of the store, a hub id or a local folder; by default what the store names."""
 
     device: str = "auto"
     """Device to score on: cuda, mps, cpu, or auto."""
@@ -466,8 +490,8 @@ def resolve_settings(
     from_file.pop("preset", None)
     if preset is None and stage is TrainSettings:
         preset = BEST_PRACTICE.get(str(given.get("architecture", from_file.get("architecture", ""))), "paper")
-    if preset is not None and preset not in presets:
-        raise SettingsError(f"there is no preset {preset!r}; {nearest(preset, presets)}")
+    if preset is not None and str(preset) not in presets:
+        raise SettingsError(f"there is no preset {preset!r}; {nearest(str(preset), presets)}")
     base = dict(presets[preset]) if preset is not None else {}
     wanted = {**from_file, **given}
     if "architecture" in base and wanted.get("architecture", base["architecture"]) != base["architecture"]:
@@ -504,13 +528,7 @@ def read_config(path: Path, table: str) -> dict[str, Any]:
         SettingsError: no such file, no TOML, or tables that posae does not have.
     """
     tables = ("harvest", "train", "evaluate", "plant")
-    try:
-        with path.open("rb") as file:
-            parsed = tomllib.load(file)
-    except FileNotFoundError:
-        raise SettingsError(f"there is no file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise SettingsError(f"{path} cannot be read as TOML: {error}") from None
+    parsed = read_toml(path)
     for name in parsed:
         if name not in tables:
             raise SettingsError(f"{path} has a table or key {name!r} outside all; {nearest(name, tables)}")
@@ -518,3 +536,18 @@ def read_config(path: Path, table: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise SettingsError(f"{path}: {table} should be a table: [{table}]")
     return cast("dict[str, Any]", found)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says.
+
+    Raises:
+        SettingsError: no such file, or no TOML.
+    """
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise SettingsError(f"there is no file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
+        raise SettingsError(f"{path} cannot be read as TOML: {error}") from None

@@ -121,6 +121,15 @@ class Training:
             },
         }
 
+    def check(self) -> None:
+        """Refuse a folder that cannot become, or is not, this run; ``train`` does so too.
+
+        Raises:
+            RunMismatchError: the run was begun with other settings or another store.
+            RunError: the folder holds something else.
+        """
+        self.run.check(self._config_to_check())
+
     def train(self, progress: Progress | None = None) -> Trained:
         """Train, or go on, to the last step.
 
@@ -232,8 +241,8 @@ def resolve(store: ActivationStore, settings: TrainSettings) -> TrainSettings:
         wanted = math.floor(settings.steps * settings.warmup_share + 1e-6)
         warmup = wanted if ramp is None else settings.steps - ramp
     if ramp is None:
-        rest = settings.steps - warmup
-        ramp = max(1, min(rest, settings.steps // 5) if settings.curriculum == "plateau" else rest)
+        share = settings.ramp_share or (0.2 if settings.curriculum == "plateau" else 1.0)
+        ramp = max(1, min(settings.steps - warmup, math.floor(settings.steps * share + 1e-6)))
     kind = architecture_class(settings.architecture)
     size = settings.dictionary_size or store.d_model * kind.expansion
     resolved = settings.model_copy(
@@ -248,7 +257,9 @@ def resolve(store: ActivationStore, settings: TrainSettings) -> TrainSettings:
     width = settings.adapter_width or max(1, store.d_model // 2)
     if settings.adapter_share is not None:
         width = _adapter_width(store, resolved, settings.adapter_share)
-    return resolved.model_copy(update={"adapter_width": width, "adapter_share": None})
+    update = {"adapter_width": width, "adapter_share": None, "ramp_share": None}
+    # What was given stays known as that: so what is resolved can be resolved again.
+    return TrainSettings.model_construct(settings.model_fields_set, **resolved.model_dump() | update)
 
 
 def _refuse_what_means_nothing(settings: TrainSettings) -> None:

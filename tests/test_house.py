@@ -13,11 +13,12 @@ MAY_USE = {
     "store": {"numpy", "zarr", "numcodecs", "pydantic", "awscrt", "fsspec"},
     "pipeline": {
         *("store", "numpy", "torch", "transformers", "datasets", "safetensors", "pydantic"),
+        "sklearn",  # SAEBench's probes are its logistic regression
         *("huggingface_hub", "pyarrow"),  # the hub's errors and revisions; parquet: both come with datasets
     },
     "cli": {"store", "pipeline", "typer", "rich"},
 }
-STAGES = {"harvest", "train", "evaluate", "report", "plant"}
+STAGES = {"harvest", "train", "evaluate", "report", "sweep", "plant"}
 FILES = sorted(path.relative_to(ROOT) for folder in MAY_USE for path in (ROOT / folder).rglob("*.py"))
 
 

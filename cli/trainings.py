@@ -1,0 +1,183 @@
+"""Trainings in a terminal: one, or those of a sweep one after another.
+
+It imports torch, and so is imported once the store was found sound.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from ..pipeline.evaluate import evaluate
+from ..pipeline.progress import Progress
+from ..pipeline.runs import Run
+from ..pipeline.settings import EvaluateSettings, TrainSettings
+from ..pipeline.sweep import Fit, Fitted, Plan, Planned
+from ..pipeline.train import Training
+from ..store.errors import RunError, RunNotFoundError, SettingsError
+from ..store.reader import ActivationStore
+from .display import LiveProgress, console, duration, errors
+
+_LITTLE_R2 = 0.01
+"""Below this share, position means brought nothing where they were tried (docs/paper.md)."""
+
+
+def about_position(r2: float) -> str:
+    """What there is to gain by knowing the position, in words."""
+    if math.isnan(r2):
+        return "what position explains cannot be told of so few tokens"
+    told = f"position explains {max(0.0, r2):.2%} of this layer's variance"
+    if r2 < _LITTLE_R2:
+        return f"{told}: next to nothing for an autoencoder to gain by knowing it"
+    return f"{told}; --position-mean takes that off before encoding"
+
+
+def scores(folder: Path) -> dict[str, Any] | None:
+    """What a run's ``evaluation.json`` says, or None where there is none.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    try:
+        return Run(folder).evaluation
+    except RunNotFoundError:
+        return None
+
+
+def train_one(training: Training, progress: Progress) -> bool:
+    """Train, or go on, and score on what the store holds out; False where all was done before.
+
+    Raises:
+        PosaeError: as ``Training.train`` and ``evaluate``.
+    """
+    folder, store, layer = training.run.folder, training.store, training.layer
+    trained = training.train(progress)
+    if not trained.steps_done and scores(folder) is not None:
+        return False
+    if store.held_out_part(layer)[0] < store.contexts_by_layer[layer]:
+        evaluate(folder, EvaluateSettings(store=store.root, device=training.settings.device), progress)
+    return True
+
+
+def fit_to(store: ActivationStore, folder: Path) -> Fit:
+    """What asks of settings how they are on ``store``; ``folder`` is the sweep's."""
+
+    def fit(settings: TrainSettings) -> Fitted:
+        training = Training(store, folder, settings)
+        return Fitted(training.settings, training.new_autoencoder(None).n_parameters())
+
+    return fit
+
+
+def train_all(store: ActivationStore, folder: Path, plan: Plan) -> None:
+    """Train and score all of a sweep that is not done yet.
+
+    What is wrong with one run does not keep the others from being trained. What is wrong with the store or
+    the disk does: it would be with theirs too.
+
+    Raises:
+        RunMismatchError: a run was begun otherwise; before anything is trained.
+        RunError: a folder holds something else, likewise; or runs failed, once all others are done.
+        StoreError: the store is damaged, or the disk refused.
+    """
+    trainings = plan.trainings
+    for planned in trainings:
+        _training(store, folder, planned).check()
+    plan.write(folder)
+    left = [planned for planned in trainings if not _is_done(store, folder, planned)]
+    if not left:
+        console.print(f"{folder}: finished before", soft_wrap=True)
+        return
+    console.print(_overview(trainings))
+    for layer in sorted({training.settings.layer or 0 for training in left}):
+        errors.print(f"layer {layer}: {about_position(store.position_r2(layer))}", soft_wrap=True)
+    n_before = len(trainings) - len(left)
+    before = f", {n_before} of them finished before" if n_before else ""
+    errors.print(f"{len(trainings)} trainings{before}", soft_wrap=True)
+    failed: list[str] = []
+    started, cost = time.monotonic(), sum(planned.cost for planned in left)
+    cost_left = cost
+    for number, planned in enumerate(left, start=n_before + 1):
+        label = f"{number}/{len(trainings)} {planned.folder}"
+        try:
+            with LiveProgress() as progress:
+                train_one(_training(store, folder, planned), _Labelled(progress, label))
+            told = _told(folder / planned.folder)
+        except (RunError, SettingsError) as error:
+            failed.append(f"{planned.folder}: {error}")
+            told = f"failed: {error}"
+        cost_left -= planned.cost
+        if cost_left:
+            seconds = (time.monotonic() - started) * cost_left / (cost - cost_left)
+            told += f"; about {duration(seconds)} left for the others"
+        errors.print(f"{label}: {told}", soft_wrap=True)
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(trainings)} trainings failed: {'; '.join(failed)}; "
+            "the others are done, and the same command tries these again"
+        )
+    console.print(f"all of it lies in {folder}; compare it: posae report {folder}", soft_wrap=True)
+
+
+def _training(store: ActivationStore, folder: Path, planned: Planned) -> Training:
+    return Training(store, folder / planned.folder, planned.settings)
+
+
+def _is_done(store: ActivationStore, folder: Path, planned: Planned) -> bool:
+    run, layer = folder / planned.folder, planned.settings.layer or 0
+    is_scored = scores(run) is not None or store.held_out_part(layer)[0] >= store.contexts_by_layer[layer]
+    return Run(run).is_finished and is_scored
+
+
+def _overview(trainings: Sequence[Planned]) -> Table:
+    """A line for each run, its seeds together."""
+    table = Table(pad_edge=False, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("run", "architecture"):
+        table.add_column(name, overflow="fold")
+    for name in ("features", "parameters", "steps", "seeds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    by_name: dict[str, list[Planned]] = {}
+    for planned in trainings:
+        by_name.setdefault(planned.name, []).append(planned)
+    for name, group in by_name.items():
+        first = group[0]
+        table.add_row(
+            name,
+            first.settings.architecture,
+            f"{first.settings.dictionary_size:,}",
+            f"{first.n_parameters:,}",
+            f"{first.settings.steps:,}",
+            ", ".join(str(planned.seed) for planned in group),
+        )
+    return table
+
+
+def _told(folder: Path) -> str:
+    found = scores(folder)
+    if found is None:
+        return "no scores"
+    fvu = "-" if found["fvu"] is None else f"{found['fvu']:.4f}"
+    return f"FVU {fvu}, L0 {found['l0']:.1f}"
+
+
+class _Labelled:
+    """Progress whose tasks say which training they are of."""
+
+    def __init__(self, progress: Progress, label: str) -> None:
+        self._progress, self._label = progress, label
+
+    def begin(self, task: str, total: int, unit: str, done: int = 0, unit_bytes: int = 0) -> None:
+        self._progress.begin(f"{self._label} {task}", total, unit, done, unit_bytes)
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self._progress.advance(amount, note)
+
+    def end(self) -> None:
+        self._progress.end()
+
+    def say(self, line: str) -> None:
+        self._progress.say(line)

@@ -1,0 +1,288 @@
+"""``posae train --sweep`` and ``--controls`` by real invocations, on a store made without a model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+import torch
+
+from posae.cli.app import main
+from posae.pipeline.runs import Run
+
+if TYPE_CHECKING:
+    from ..conftest import MakeStore
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "paper"
+
+SWEEP = """
+study = "norm"
+title = "With and without"
+seeds = [0, 1]
+controls = ["agnostic"]
+
+[train]
+steps = {steps}
+batch_size = 64
+window_contexts = 8
+log_steps = 10
+checkpoint_steps = 20
+
+[runs.paper]
+
+[runs.baseline]
+preset = "paper-baseline"
+"""
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Posae = Callable[..., Ended]
+
+
+@pytest.fixture
+def posae(capsys: pytest.CaptureFixture[str]) -> Posae:
+    def run(*words: object) -> Ended:
+        torch.set_num_threads(1)
+        capsys.readouterr()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["posae", *map(str, words)])
+            with pytest.raises(SystemExit) as ended:
+                main()
+        captured = capsys.readouterr()
+        return Ended(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def store(make_store: "MakeStore", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Contexts of 16 positions, 16 numbers to an activation."""
+    root = tmp_path_factory.mktemp("sweeps") / "made.zarr"
+    return make_store(root, n_contexts=40, context_length=16, layers=(1, 2, 4), held_out=8).root
+
+
+def sweep_file(folder: Path, steps: int = 40) -> Path:
+    path = folder / "sweep.toml"
+    path.write_text(SWEEP.format(steps=steps))
+    return path
+
+
+def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {p.relative_to(folder).as_posix(): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {
+        path.parent.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("sae_weights.safetensors"))
+    }
+
+
+FOLDERS = {f"{name}/seed-{seed}" for name in ("baseline", "paper", "paper.agnostic") for seed in (0, 1)}
+
+
+def test_a_sweep_trains_and_scores_each_run_and_control_once_a_seed(
+    posae: Posae, store: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    words = ("train", store, runs, "--sweep", sweep_file(tmp_path))
+    ended = posae(*words)
+    assert ended.code == 0, ended.err
+    assert weights(runs).keys() == FOLDERS
+    scores = {folder: Run(runs / folder).evaluation for folder in FOLDERS}
+    paper, agnostic = scores["paper/seed-0"], scores["paper.agnostic/seed-0"]
+    assert abs(paper["n_parameters"] - agnostic["n_parameters"]) <= (2 * 16 + 1) / 2
+    assert (paper["architecture"], agnostic["architecture"]) == ("hierarchical", "standard")
+    assert paper["ranges"] == agnostic["ranges"]
+    assert len(set(weights(runs).values())) == 6
+    (study,) = json.loads((runs / "sweep.json").read_text())["studies"]
+    assert sorted(run["folder"] for run in study["runs"]) == sorted(FOLDERS)
+    assert "6/6 " in ended.err
+    assert "left for the others" in ended.err
+    assert f"compare it: posae report {runs}" in ended.out
+    before = tree(runs)
+    again = posae(*words)
+    assert (again.code, again.out) == (0, f"{runs}: finished before\n")
+    assert tree(runs) == before
+
+
+def test_a_run_of_a_sweep_is_the_run_that_the_same_settings_make_alone(
+    posae: Posae, store: Path, tmp_path: Path
+) -> None:
+    runs, alone = tmp_path / "runs", tmp_path / "alone"
+    words = ("--steps", 12, "--no-controls", "--seed", 1)
+    assert posae("train", store, runs, "--sweep", sweep_file(tmp_path), *words).code == 0
+    assert weights(runs).keys() == {"baseline/seed-1", "paper/seed-1"}
+    common = ("--steps", 12, "--batch-size", 64, "--window-contexts", 8, "--seed", 1, "--data-seed", 1)
+    assert posae("train", store, alone, *common).code == 0
+    assert weights(alone)["."] == weights(runs)["paper/seed-1"]
+
+
+def test_a_killed_sweep_goes_on_to_the_same_weights_and_one_bad_run_does_not_stop_the_others(
+    posae: Posae, store: Path, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    path = sweep_file(tmp_path, steps=200)
+    checkpoint = killed / "paper" / "seed-0" / "checkpoint" / "state.safetensors"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "posae", "train", store, killed, "--sweep", path],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert weights(killed) == {}
+    kept = checkpoint.read_bytes()
+    checkpoint.write_bytes(b"no checkpoint")
+    words = ("train", store, killed, "--sweep", path)
+    ended = posae(*words)
+    assert ended.code == 1
+    last = ended.err.splitlines()[-1]
+    assert last.startswith("error: 1 of 6 trainings failed: paper/seed-0: ")
+    assert "the same command tries these again" in last
+    assert weights(killed).keys() == FOLDERS - {"paper/seed-0"}
+    checkpoint.write_bytes(kept)
+    ended = posae(*words)
+    assert ended.code == 0
+    assert "6 trainings, 5 of them finished before" in ended.err
+    assert posae("train", store, whole, "--sweep", path).code == 0
+    assert weights(killed) == weights(whole)
+
+
+def test_a_run_that_diverges_is_a_result_and_the_others_are_trained(
+    posae: Posae, store: Path, tmp_path: Path
+) -> None:
+    runs, path = tmp_path / "runs", sweep_file(tmp_path)
+    with path.open("a") as file:
+        file.write("[runs.diverged]\nlearning_rate = 1e30\n")
+    ended = posae("train", store, runs, "--sweep", path, "--seed", 0, "--no-controls", "--steps", 20)
+    assert ended.code == 0, ended.err
+    assert "diverged/seed-0: FVU -" in ended.err
+    found = {name: Run(runs / name / "seed-0").evaluation["fvu"] for name in ("paper", "diverged")}
+    assert found["diverged"] is None
+    assert found["paper"] > 0
+
+
+def test_nothing_is_trained_where_a_run_does_not_fit_or_was_begun_otherwise(
+    posae: Posae, store: Path, tmp_path: Path
+) -> None:
+    runs, path = tmp_path / "runs", sweep_file(tmp_path)
+    with path.open("a") as file:
+        file.write('[runs.too-many]\nranges = "17"\n')
+    ended = posae("train", store, runs, "--sweep", path)
+    assert ended.code == 1
+    assert f"{path}, run 'too-many': 17 position ranges do not fit 16 positions" in " ".join(
+        ended.err.split()
+    )
+    assert not runs.exists()
+    path = sweep_file(tmp_path)
+    words = ("train", store, runs, "--sweep", path)
+    assert posae(*words, "--seed", 1, "--no-controls").code == 0
+    before = tree(runs)
+    ended = posae(*words, "--steps", 41)
+    assert ended.code == 1
+    assert "paper/seed-1 was begun otherwise" in ended.err
+    assert tree(runs) == before
+
+
+def test_controls_of_a_single_run_are_a_sweep_of_one(posae: Posae, store: Path, tmp_path: Path) -> None:
+    words = ("--preset", "posae", "--steps", 30, "--batch-size", 64, "--window-contexts", 8)
+    sizes = ("--position-mean", "lowrank:2", "--target-l0", 4, "--dictionary-size", 32, "--data-seed", 5)
+    ended = posae("train", store, tmp_path / "runs", *words, *sizes, "--controls")
+    assert ended.code == 0, ended.err
+    names = ("posae", "posae.agnostic", "posae.more-active", "posae.shared")
+    assert weights(tmp_path / "runs").keys() == {f"{name}/seed-0" for name in names}
+    (study,) = json.loads((tmp_path / "runs" / "sweep.json").read_text())["studies"]
+    assert [(run["control"], run["folder"]) for run in study["runs"]] == [
+        (None, "posae/seed-0"),
+        ("agnostic", "posae.agnostic/seed-0"),
+        ("shared", "posae.shared/seed-0"),
+        ("shuffled", "posae.shared/seed-0"),
+        ("more-active", "posae.more-active/seed-0"),
+    ]
+    run = Run(tmp_path / "runs" / "posae" / "seed-0")
+    assert (run.config["settings"]["seed"], run.config["settings"]["data_seed"]) == (0, 5)
+    alone = posae("train", store, tmp_path / "alone", *words, *sizes)
+    assert "stands without controls" in alone.out
+    baseline = posae("train", store, tmp_path / "baseline", "--preset", "topk", "--steps", 2)
+    assert "without controls" not in baseline.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--preset", "paper"), "leave --preset and --config out"),
+        (("--config", "{path}"), "leave --preset and --config out"),
+        (("--data-seed", "1"), "leave --data-seed out"),
+        (("--layer", "3"), "has no layer 3"),
+    ],
+)
+def test_what_contradicts_a_sweep_is_refused(
+    posae: Posae, store: Path, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    path = sweep_file(tmp_path)
+    given = [word.format(path=path) for word in words]
+    ended = posae("train", store, tmp_path / "runs", "--sweep", path, *given)
+    assert ended.code == 1
+    assert said in ended.err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.name)
+def test_every_sweep_of_the_paper_fits_a_small_store(store: Path, path: Path) -> None:
+    from posae.cli.trainings import fit_to
+    from posae.pipeline.sweep import Plan, read_sweep
+    from posae.store import ActivationStore
+
+    plan = Plan(read_sweep(path, {"dictionary_size": 64}), fit_to(ActivationStore.open(store), path))
+    assert plan.trainings
+    comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert comments, f"{path} does not say what it measures"
+    for study in plan.studies:
+        assert any(run["control"] is None for run in study["runs"])
+
+
+def test_all_of_the_paper_includes_every_study_and_quick_includes_all() -> None:
+    from posae.pipeline.sweep import read_sweep
+
+    files = {path.name for path in EXAMPLES.glob("*.toml")}
+    studies = {Path(study.source).name for study in read_sweep(EXAMPLES / "all.toml", {})}
+    assert studies == files - {"all.toml", "quick.toml"}
+    quick = read_sweep(EXAMPLES / "quick.toml", {})
+    assert {Path(study.source).name for study in quick} == studies
+    assert {settings.steps for study in quick for settings in study.runs.values()} == {100}
+
+
+def test_shares_of_the_steps_become_steps(store: Path) -> None:
+    from posae.cli.trainings import fit_to
+    from posae.pipeline.sweep import Plan, read_sweep
+    from posae.store import ActivationStore
+
+    found: dict[str, tuple[int | None, int | None]] = {}
+    for name in ("warmup.toml", "curricula.toml"):
+        studies = read_sweep(EXAMPLES / name, {"steps": 2000}, controls=False)
+        for training in Plan(studies, fit_to(ActivationStore.open(store), EXAMPLES)).trainings:
+            found[training.name] = training.settings.warmup_steps, training.settings.ramp_steps
+    assert {name: steps for name, steps in found.items() if name.startswith(("paper", "warmup"))} == {
+        "paper": (200, 1800),
+        "warmup-0": (0, 2000),
+        "warmup-500": (100, 1900),
+        "warmup-2000": (400, 1600),
+        "warmup-5000": (1000, 1000),
+    }
+    assert found["curriculum-hold"] == (200, 1000)
