@@ -261,6 +261,15 @@ def test_plant_puts_an_effect_into_a_copy_and_says_what_position_explains(
     assert tree(planted) == before
 
 
+def test_no_model_is_run_on_behalf_of_a_planted_store(posae: Posae, store: Path, tmp_path: Path) -> None:
+    planted, run = tmp_path / "planted.zarr", tmp_path / "run"
+    assert posae("plant", store, planted, "--layer", 2).code == 0
+    assert posae("train", planted, run, *QUICK).code == 0
+    for words in (("--ce-loss", "--model", "demo"), ("--probing", "saebench")):
+        ended = posae("evaluate", run, *words)
+        assert (ended.code, "an effect was planted" in ended.err) == (1, True), ended.err
+
+
 def test_a_killed_planting_goes_on_to_the_same_bytes(store: Path, tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed.zarr", tmp_path / "whole.zarr"
     words = ("--effect", "rotation", "--rank", 8)
