@@ -128,7 +128,7 @@ def show_context(store: ActivationStore, context: int, tokenizer: str | None) ->
     from ..pipeline.language_model import load_tokenizer
     from ..pipeline.text.contexts import tokenizer_hash
 
-    source = tokenizer or store.manifest.model
+    source = tokenizer or store.manifest.language_model
     if tokenizer is None and (store.manifest.model_revision or "").startswith("sha256:") and source != "demo":
         raise SettingsError(
             f"this store was made with a model in a local folder, {source}; name that folder with --tokenizer"

@@ -349,6 +349,7 @@ def spliced(autoencoder: Autoencoder, is_ordinary: Tensor) -> Replace:
 def _language_model(held_out: _HeldOut, model: str | None) -> CausalLanguageModel:
     """The model that the store was made with, or the one named ``model`` if it is the same."""
     store, manifest = held_out.store, held_out.store.manifest
+    _refuse_planted(store)
     of_folder = (manifest.model_revision or "").startswith("sha256:")
     if model is None and of_folder and manifest.model != "demo":
         raise ModelError(
@@ -368,11 +369,22 @@ def _language_model(held_out: _HeldOut, model: str | None) -> CausalLanguageMode
     )
 
 
+def _refuse_planted(store: ActivationStore) -> None:
+    if store.manifest.planted:
+        raise ModelError(
+            f"no model gives the activations of {store.root}: an effect was planted into them; "
+            "run a model only with what was trained on a harvest"
+        )
+
+
 def _probe(held_out: _HeldOut, settings: EvaluateSettings, progress: Progress) -> ProbingResult:
     """Sparse probing of the activations and their codes, offline or on SAEBench's datasets."""
     store, layer, autoencoder, device = held_out.store, held_out.layer, held_out.autoencoder, held_out.device
     manifest = store.manifest
-    name, revision = settings.model or manifest.model, None if settings.model else manifest.model_revision
+    if settings.probing == "saebench":
+        _refuse_planted(store)
+    name = settings.model or manifest.language_model
+    revision = None if settings.model else manifest.model_revision
     if not settings.model and name != "demo":
         # A store may come from a stranger: it names a model of the hub, never a place on this machine.
         if Path(name).exists() or name.startswith((".", "/", "~")):
