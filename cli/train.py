@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from ..pipeline.controls import is_position_aware
-from ..pipeline.settings import TRAIN_PRESETS, TrainSettings, resolve_settings
+from ..pipeline.settings import TRAIN_PRESETS, EvaluateSettings, TrainSettings, resolve_settings
 from ..pipeline.sweep import Plan, Study, read_sweep
 from ..store.errors import SettingsError
 from ..store.reader import ActivationStore
@@ -80,7 +80,7 @@ def _train_alone(store: ActivationStore, run: Path, settings: TrainSettings) -> 
     training = Training(store, run, settings)
     errors.print(about_position(store.position_r2(training.layer)), soft_wrap=True)
     with LiveProgress() as progress:
-        was_left = train_one(training, progress)
+        was_left = train_one(training, EvaluateSettings(), progress)
     found = scores(run)
     if found is None:
         console.print(f"{run}: trained; the store holds nothing out, so nothing was scored", soft_wrap=True)

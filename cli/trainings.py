@@ -48,19 +48,34 @@ def scores(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def train_one(training: Training, progress: Progress) -> bool:
+def train_one(training: Training, scoring: EvaluateSettings, progress: Progress) -> bool:
     """Train, or go on, and score on what the store holds out; False where all was done before.
+
+    Args:
+        training: about to run.
+        scoring: what else is scored; its store and device are the training's.
+        progress: told what is done.
 
     Raises:
         PosaeError: as ``Training.train`` and ``evaluate``.
     """
     folder, store, layer = training.run.folder, training.store, training.layer
     trained = training.train(progress)
-    if not trained.steps_done and scores(folder) is not None:
+    if not trained.steps_done and _is_scored(folder, scoring):
         return False
     if store.held_out_part(layer)[0] < store.contexts_by_layer[layer]:
-        evaluate(folder, EvaluateSettings(store=store.root, device=training.settings.device), progress)
+        own = {"store": store.root, "device": training.settings.device}
+        evaluate(folder, scoring.model_copy(update=own), progress)
     return True
+
+
+def _is_scored(folder: Path, scoring: EvaluateSettings) -> bool:
+    """Whether all that is asked for was measured."""
+    found = scores(folder)
+    if found is None:
+        return False
+    has_probing = scoring.probing == "none" or found.get("probing") is not None
+    return has_probing and not (scoring.ce_loss and found.get("ce_loss") is None)
 
 
 def fit_to(store: ActivationStore, folder: Path) -> Fit:
@@ -88,7 +103,9 @@ def train_all(store: ActivationStore, folder: Path, plan: Plan) -> None:
     for planned in trainings:
         _training(store, folder, planned).check()
     plan.write(folder)
-    left = [planned for planned in trainings if not _is_done(store, folder, planned)]
+    left = [
+        planned for planned in trainings if not _is_done(store, folder, planned, plan.scoring[planned.folder])
+    ]
     if not left:
         console.print(f"{folder}: finished before", soft_wrap=True)
         return
@@ -105,7 +122,8 @@ def train_all(store: ActivationStore, folder: Path, plan: Plan) -> None:
         label = f"{number}/{len(trainings)} {planned.folder}"
         try:
             with LiveProgress() as progress:
-                train_one(_training(store, folder, planned), _Labelled(progress, label))
+                training = _training(store, folder, planned)
+                train_one(training, plan.scoring[planned.folder], _Labelled(progress, label))
             told = _told(folder / planned.folder)
         except (RunError, SettingsError) as error:
             failed.append(f"{planned.folder}: {error}")
@@ -127,10 +145,10 @@ def _training(store: ActivationStore, folder: Path, planned: Planned) -> Trainin
     return Training(store, folder / planned.folder, planned.settings)
 
 
-def _is_done(store: ActivationStore, folder: Path, planned: Planned) -> bool:
+def _is_done(store: ActivationStore, folder: Path, planned: Planned, scoring: EvaluateSettings) -> bool:
     run, layer = folder / planned.folder, planned.settings.layer or 0
-    is_scored = scores(run) is not None or store.held_out_part(layer)[0] >= store.contexts_by_layer[layer]
-    return Run(run).is_finished and is_scored
+    nothing_held_out = store.held_out_part(layer)[0] >= store.contexts_by_layer[layer]
+    return Run(run).is_finished and (nothing_held_out or _is_scored(run, scoring))
 
 
 def _overview(trainings: Sequence[Planned]) -> Table:

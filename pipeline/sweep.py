@@ -7,13 +7,15 @@
     seeds = [0, 1, 2]               each run once a seed, which is its seed and its data_seed
     controls = true                 set position-aware runs beside all their controls; or ["agnostic"]
 
-    [train]                         settings of all runs, as in any TOML file of posae; a preset too
+    [evaluate]                      settings of all scoring, as in any TOML file of posae: probing = "offline"
+    [train]                         settings of all runs, likewise; a preset too
     [runs.paper]                    what this run alone has
     [runs.no-layer-norm]
     layer_norm = "none"
 
 Values come, later ones first, from: default < preset < ``[train]`` < the run's own < option. What an
-including file says in ``[train]``, ``seeds`` and ``controls`` wins over what the included one says there.
+including file says in ``[train]``, ``[evaluate]``, ``seeds`` and ``controls`` wins over what the included one
+says there.
 
 All is resolved, and every control's size found, before anything is trained. Runs of equal settings are one
 training, whatever they are called and in how many studies they stand. No torch here: what settings are on a
@@ -35,7 +37,16 @@ from ..store.errors import RunError, SettingsError
 from ..store.files import StoreFiles
 from .controls import CONTROLS, controls_of, is_position_aware
 from .runs import Run
-from .settings import TRAIN_PRESETS, Settings, TrainSettings, build, nearest, read_toml, resolve_settings
+from .settings import (
+    TRAIN_PRESETS,
+    EvaluateSettings,
+    Settings,
+    TrainSettings,
+    build,
+    nearest,
+    read_toml,
+    resolve_settings,
+)
 
 SWEEP = "sweep.json"
 """In the folder of a sweep: which run is whose control, of which study, and where."""
@@ -67,6 +78,9 @@ class SweepFile(Settings):
     train: dict[str, Any] = Field(default_factory=dict)
     """Settings that all runs share."""
 
+    evaluate: dict[str, Any] = Field(default_factory=dict)
+    """Settings that they are scored with."""
+
     runs: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Settings that each run has for itself, by its name."""
 
@@ -85,6 +99,8 @@ class Study(NamedTuple):
     """Of initialisation, and of data."""
     controls: tuple[str, ...] = CONTROLS
     """Which are made of position-aware runs."""
+    scoring: EvaluateSettings = EvaluateSettings()
+    """What runs and controls are scored with."""
 
 
 class _Given(NamedTuple):
@@ -97,6 +113,7 @@ class _Given(NamedTuple):
     seeds: tuple[int, ...] | None
     controls: bool | tuple[str, ...] | None
     shared: dict[str, Any]
+    scoring: dict[str, Any]
     runs: dict[str, dict[str, Any]]
 
     def resolved(self, options: Mapping[str, Any], controls: bool | None) -> Study:
@@ -114,7 +131,8 @@ class _Given(NamedTuple):
         if wanted is None or isinstance(wanted, bool):
             wanted = () if wanted is False else CONTROLS
         pairs = tuple((seed, seed) for seed in seeds)
-        return Study(str(self.file), self.name, self.title, self.claim, runs, pairs, wanted)
+        scoring = build(EvaluateSettings, self.scoring, f"{self.file}, [evaluate]")
+        return Study(str(self.file), self.name, self.title, self.claim, runs, pairs, wanted, scoring)
 
 
 class Planned(NamedTuple):
@@ -198,6 +216,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> Iterator[_Given]:
         for study in _read(path.parent / included, (*above, path)):
             yield study._replace(
                 shared={**study.shared, **parsed.train},
+                scoring={**study.scoring, **parsed.evaluate},
                 seeds=study.seeds if parsed.seeds is None else parsed.seeds,
                 controls=study.controls if parsed.controls is None else parsed.controls,
             )
@@ -211,7 +230,17 @@ def _read(path: Path, above: tuple[Path, ...]) -> Iterator[_Given]:
                 f"{path}: {name!r} cannot be a folder's name; take up to 64 letters, digits, - and _"
             )
     title = parsed.title or parsed.study
-    yield _Given(path, parsed.study, title, parsed.claim, seeds, parsed.controls, parsed.train, parsed.runs)
+    yield _Given(
+        path,
+        parsed.study,
+        title,
+        parsed.claim,
+        seeds,
+        parsed.controls,
+        parsed.train,
+        parsed.evaluate,
+        parsed.runs,
+    )
 
 
 class Plan:
@@ -219,6 +248,7 @@ class Plan:
 
     Attributes:
         studies: as ``sweep.json`` has them.
+        scoring: what each folder's run is scored with; of several studies that share it, all that any asks.
     """
 
     def __init__(self, studies: Sequence[Study], fit: Fit) -> None:
@@ -235,9 +265,17 @@ class Plan:
         self._by_settings: dict[TrainSettings, Planned] = {}
         self._by_name: dict[tuple[str, int], Planned] = {}
         self.studies: list[dict[str, Any]] = []
+        self.scoring: dict[str, EvaluateSettings] = {}
         for study in studies:
             about = {"study": study.name, "title": study.title, "claim": study.claim}
-            self.studies.append({**about, "runs": list(self._entries(study))})
+            entries = list(self._entries(study))
+            self.studies.append({**about, "runs": entries})
+            asked = study.scoring.model_dump(exclude_unset=True)
+            for entry in entries:
+                before = self.scoring.get(entry["folder"], EvaluateSettings())
+                self.scoring[entry["folder"]] = EvaluateSettings.model_validate(
+                    before.model_dump(exclude_unset=True) | asked
+                )
 
     def _entries(self, study: Study) -> Iterator[dict[str, Any]]:
         for name, settings in study.runs.items():

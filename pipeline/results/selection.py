@@ -53,6 +53,8 @@ def is_the_papers(run: Measured) -> bool:
         "penalty": "text",
         "adapter_norm": "after",
         "reconstruction_loss": "squared",
+        "decoder_norm": "features",
+        "project_gradient": False,
         "dropout": 0.1,
         "curriculum": "linear",
         "position_mean": "none",
