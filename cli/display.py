@@ -79,6 +79,16 @@ def plot(values: Sequence[float], width: int = 64, height: int = 4) -> list[str]
     ]
 
 
+def show_by_position(values: Sequence[float], digits: int = 1) -> None:
+    """Draw a number for each position, from 0 up."""
+    lines = plot(values, width=max(8, min(64, console.width - 22)))
+    ends = {0: f"{max(values):8.{digits}f}", len(lines) - 1: f"{0:8.{digits}f}"}
+    for number, line in enumerate(lines):
+        console.print(f"{ends.get(number, ' ' * 8)} ┤[cyan]{line}[/]")
+    end = f"{len(values) - 1}"
+    console.print(f"{'':9} 0{end:>{max(1, len(lines[0]) - 1)}}  position")
+
+
 class _Rate(ProgressColumn):
     """Units, and bytes where a unit has some, to the second of this session."""
 

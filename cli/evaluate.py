@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
+from rich.table import Table
 
 from ..pipeline.settings import EvaluateSettings, resolve_settings
 from .display import LiveProgress, console
@@ -21,10 +23,14 @@ def evaluate(
 ) -> None:
     """Score a run on the held-out part of its store, and write evaluation.json into it.
 
-    Example: posae evaluate runs/paper --json
+    With --ce-loss the language model runs too; its scores then stay in evaluation.json.
+
+    Example: posae evaluate runs/paper --ce-loss
     """
     settings = resolve_settings(EvaluateSettings, "evaluate", presets={}, config=config, options=options)
     from ..pipeline.evaluate import evaluate as score
+    from ..pipeline.scoring.evaluation import parse_evaluation
+    from .show_scores import show_scores
 
     with LiveProgress() as progress:
         found = score(run, settings, progress)
@@ -32,3 +38,30 @@ def evaluate(
         typer.echo(json.dumps(found))
     else:
         console.print(comparison([run]))
+        show_scores(parse_evaluation(found, run))
+        if found["probing"]:
+            console.print(probing_table(found["probing"]))
+
+
+def probing_table(found: dict[str, Any]) -> Table:
+    """Accuracy of probes on k activations and on k features: a line a task, and the mean of all."""
+    table = Table(
+        title=f"sparse probing ({found['source']}), accuracy in %: chance is 50, ± one standard error",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("task", overflow="fold")
+    table.add_column("of", no_wrap=True)
+    for k in ("k = 1", "2", "5", "all"):
+        table.add_column(k, justify="right", no_wrap=True)
+    means = {name: task["mean"] for name, task in found["tasks"].items()} | {"mean": found["mean"]}
+    for name, mean in means.items():
+        if not mean:
+            table.add_row(name, "too few rows")
+            continue
+        for i, (probed, by_k) in enumerate(mean.items()):
+            scores = [f"{100 * s['accuracy']:.1f} ±{100 * s['standard_error']:.1f}" for s in by_k.values()]
+            table.add_row("" if i else name, probed, *scores)
+    return table

@@ -1,8 +1,9 @@
-"""``posae report``: how runs compare."""
+"""``posae report``: how runs compare, whether position helped, and what became of the paper's claims."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -12,69 +13,75 @@ from rich.text import Text
 
 from .display import console
 
+if TYPE_CHECKING:
+    from ..pipeline.report import Report
+    from ..pipeline.results.tables import Table as Words
+
+_COLOURS = {
+    **dict.fromkeys(("holds", "helped"), "bold green"),
+    **dict.fromkeys(("does not hold", "did not help"), "bold red"),
+    "cannot be told": "yellow",
+}
+
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of evaluated runs.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    runs: Annotated[list[Path], typer.Argument(help="Folders of evaluated runs, or of sweeps.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Write a page with figures (page.html), or tables (report.md), instead."),
+    ] = None,
 ) -> None:
-    """Compare runs by their scores on the held-out part.
+    """Compare runs by their scores on the held-out part, and judge what a sweep was made for.
 
-    Example: posae report runs/paper runs/baseline
+    Example: posae report runs/paper runs/baseline --out page.html
     """
+    from ..pipeline.report import as_json as in_json
+    from ..pipeline.report import collect, write
+
+    found = collect(runs)
+    if out is not None:
+        write(found, out)
     if as_json:
-        typer.echo(json.dumps([{"run": str(run), **_scores(run)} for run in runs]))
+        typer.echo(json.dumps(in_json(found)))
+    elif out is None:
+        console.print(_shown(found))
     else:
-        console.print(comparison(runs))
+        console.print(f"{out}: written", soft_wrap=True)
 
 
 def comparison(runs: list[Path]) -> Group:
     """The scores of runs, a line each, and below them by position range."""
-    scores = [_scores(run) for run in runs]
-    layers = {found["layer"] for found in scores}
-    one_layer = f", layer {layers.pop()}" if len(layers) == 1 else ""
-    labels = [
-        run.name if one_layer else f"{run.name}, layer {found['layer']}"
-        for run, found in zip(runs, scores, strict=True)
-    ]
-    table = _table(f"scores on the held-out part{one_layer}")
-    table.add_column("architecture", no_wrap=True)
-    for name in ("features", "parameters", "L0", "FVU", "dead"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for label, found in zip(labels, scores, strict=True):
-        overhead = found["n_parameters"] / found["n_base_parameters"] - 1
-        table.add_row(
-            label,
-            found["architecture"],
-            f"{found['dictionary_size']:,}",
-            f"{found['n_parameters']:,}" + (f" (+{overhead:.0%})" if overhead else ""),
-            f"{found['l0']:.1f}",
-            _number(found["fvu"]),
-            f"{found['dead_fraction']:.1%}",
-        )
-    by_range = _table("FVU by position range")
-    ranges = list(dict.fromkeys(name for found in scores for name in found["ranges"]))
-    for name in ranges:
-        by_range.add_column(name, justify="right")
-    for label, found in zip(labels, scores, strict=True):
-        values = dict(zip(found["ranges"], found["fvu_by_range"], strict=True))
-        by_range.add_row(label, *(_number(values[name]) if name in values else "" for name in ranges))
-    where = Text("\n".join(f"{run.name}: {run}" for run in runs))
-    return Group(table, by_range, where)
+    from ..pipeline.report import collect
+
+    return _shown(collect(runs))
 
 
-def _table(title: str) -> Table:
+def _shown(found: "Report") -> Group:
+    """Everything, the answers last, where a terminal's reader looks first."""
+    parts: list[Table | Text] = [_rich(words) for words in (*found.measurements(), *found.answers())]
+    if not found.studies:
+        parts.append(Text("\n".join(f"{Path(run.folder).name}: {run.folder}" for run in found.runs)))
+    return Group(*parts)
+
+
+def _rich(words: "Words") -> Table:
     table = Table(
-        title=title, title_justify="left", pad_edge=False, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=words.title, title_justify="left", pad_edge=False, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    table.add_column("run", overflow="fold")
+    answers = _COLOURS.keys() & {cell for row in words.rows for cell in row}
+    for number, name in enumerate(words.columns):
+        is_figure = number >= words.n_left
+        table.add_column(
+            name,
+            justify="right" if is_figure else "left",
+            overflow="fold",
+            no_wrap=is_figure or name in ("architecture", "answer", "verdict"),
+        )
+    for row in words.rows:
+        table.add_row(*_cells(row, answers))
     return table
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _scores(run: Path) -> dict[str, Any]:
-    from ..pipeline.runs import Run
-
-    return Run(run).evaluation
+def _cells(row: Iterable[str], answers: Iterable[str]) -> list[Text]:
+    return [Text(cell, style=_COLOURS[cell] if cell in answers else "") for cell in row]

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from ..store.errors import SettingsError, StoreFormatError
 from ..store.reader import ActivationStore
-from .display import console, duration, plot, quantity
+from .display import console, duration, quantity, show_by_position
 
 
 def show_damage(damaged: list[dict[str, Any]]) -> None:
@@ -113,12 +113,7 @@ def _show_layer(store: ActivationStore, facts: dict[str, Any], layer: int) -> No
     console.print(f"[bold]layer {layer}[/]  {told[0]}", soft_wrap=True)
     for line in told[1:]:
         console.print(f"  {line}", soft_wrap=True)
-    lines = plot(norms, width=max(8, min(64, console.width - 22)))
-    for number, line in enumerate(lines):
-        label = f"{max(norms):8.1f}" if number == 0 else f"{0:8.1f}" if number == len(lines) - 1 else " " * 8
-        console.print(f"{label} ┤[cyan]{line}[/]")
-    end = f"{store.context_length - 1}"
-    console.print(f"{'':9} 0{end:>{max(1, len(lines[0]) - 1)}}  position")
+    show_by_position(norms)
 
 
 def show_context(store: ActivationStore, context: int, tokenizer: str | None) -> None:
@@ -133,7 +128,7 @@ def show_context(store: ActivationStore, context: int, tokenizer: str | None) ->
     from ..pipeline.language_model import load_tokenizer
     from ..pipeline.text.contexts import tokenizer_hash
 
-    source = tokenizer or store.manifest.model
+    source = tokenizer or store.manifest.language_model
     if tokenizer is None and (store.manifest.model_revision or "").startswith("sha256:") and source != "demo":
         raise SettingsError(
             f"this store was made with a model in a local folder, {source}; name that folder with --tokenizer"

@@ -1,94 +1,452 @@
 """Scores of a run on contexts that it never saw: the held-out part of its store.
 
 One pass over the held-out part, in order, in bounded memory; written into the run as
-``evaluation.json``. Special tokens are left out as they were in training.
+``evaluation.json``, which ``docs/evaluation.md`` explains. Special tokens are left out as they were in
+training, and scored beside; the language model runs only where ``ce_loss`` asks for it.
+
+Cost: encoding and decoding each row once, about as much again for what each feature did, then a few
+seconds for nulls and groups. Memory: 16 bytes to each feature and position, and one batch.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from ..store.errors import RunMismatchError, RunNotFoundError, StoreIncompleteError
-from ..store.ranges import parse_ranges
+from ..store.errors import (
+    ModelError,
+    RunError,
+    RunMismatchError,
+    RunNotFoundError,
+    StoreIncompleteError,
+    StoreMismatchError,
+)
+from ..store.ranges import PositionRange, equal_ranges, parse_ranges
 from ..store.reader import ActivationStore
-from .batches import ordered_batches
+from .batches import Batch, ordered_batches
 from .device import choose_device
-from .metrics import ScoreKeeper, Scores
+from .language_model import CausalLanguageModel, LanguageModel, load_tokenizer, model_facts
+from .metrics import ABOVE, ScoreKeeper
+from .probing.hub import probe_saebench
+from .probing.offline import probe_store
+from .probing.results import ProbingResult
 from .progress import Progress, Silent
 from .runs import EVALUATION, Run
+from .sae.autoencoder import Autoencoder
 from .sae.saving import load_autoencoder
+from .scoring.base_phase import base_decoder, drift, retained
+from .scoring.ce_loss import CeKeeper, Replace, ce_loss
+from .scoring.clusters import clusters
+from .scoring.evaluation import CeLoss, Evaluation, parse_evaluation
+from .scoring.features import FeatureKeeper
+from .scoring.specificity import specificity
 from .settings import EvaluateSettings
+from .text.contexts import tokenizer_hash
+from .text.stdlib import stdlib_files, stdlib_revision
+
+OUTLIER_NORM = 10
+"""A norm above so many times the median is an outlier, as in ``posae inspect-store``."""
+
+_CODE_NUMBERS = 2**23
+"""Numbers of a code that are in memory at once, about: 32 MB."""
+_LOGIT_NUMBERS = 2**26
+"""The same of logits."""
 
 
 @torch.no_grad()
 def evaluate(folder: Path, settings: EvaluateSettings, progress: Progress | None = None) -> dict[str, Any]:
     """Score a finished run, and write ``evaluation.json`` into it.
 
+    What was measured before and is not asked for now (CE loss, probing) stays in it.
+
     Raises:
         RunNotFoundError: there is no finished run.
+        RunError: a file of the run is damaged.
         RunMismatchError: the store is not the one that the run was trained from.
         StoreIncompleteError: the store holds nothing out.
+        ModelError: the language model is not the store's, or predicts no next token.
     """
     progress = progress or Silent()
-    run = Run(folder)
-    config = run.config
-    if not run.is_finished:
-        raise RunNotFoundError(f"{folder} has not finished training; run posae train again, it goes on")
-    trained = config["settings"]
-    store = ActivationStore.open(settings.store or config["store"]["path"])
-    layer: int = trained["layer"]
-    store.check_layer(layer)
-    _check_same(run, store, config)
-    ranges = parse_ranges(trained["ranges"], store.context_length)
-    start, stop = store.held_out_part(layer)
-    start = max(start, int(config["store"]["training_contexts"]))
-    if start >= stop:
-        raise StoreIncompleteError(
-            f"{store.root} holds no contexts out of training, so nothing can be scored; harvest at least "
-            "16 contexts, with --held-out above 0"
-        )
-    device = choose_device(settings.device)
-    autoencoder = load_autoencoder(folder).to(device)
-    keeper = ScoreKeeper(store.d_model, autoencoder.dictionary_size, len(ranges))
-    n_contexts = min(stop - start, settings.contexts or stop - start)
-    progress.begin("scoring", n_contexts * store.context_length, "tokens")
-    leave_out = config["store"]["left_out_ids"]
-    for batch in ordered_batches(
-        store, layer, ranges, start=start, stop=start + n_contexts, leave_out=leave_out, device=device
-    ):
-        x = batch.on_device.to(torch.float32)
-        positions = torch.as_tensor(batch.positions).to(device)
-        output = autoencoder(x, torch.as_tensor(batch.range_offsets), positions)
-        base = None if output.base_code is None else autoencoder.decode(output.base_code, positions)
-        keeper.add(x, output.reconstruction, output.code, batch.range_offsets.tolist(), base)
-        progress.advance(len(set(batch.contexts.tolist())) * store.context_length)
+    held_out = _HeldOut.of(Run(folder), settings)
+    # First, so that a wrong model is told before anything is scored.
+    model = _language_model(held_out, settings.model) if settings.ce_loss else None
+    score = _Score(held_out)
+    n_tokens = (held_out.stop - held_out.start) * held_out.store.context_length
+    progress.begin("scoring", n_tokens, "tokens")
+    for batch in held_out.batches():
+        score.add(batch)
+        progress.advance(len(set(batch.contexts.tolist())) * held_out.store.context_length)
     progress.end()
     found = {
+        **_about_run(held_out),
+        **score.found(),
+        **_kept(held_out),
+        "contexts": [held_out.start, held_out.stop],
+        "store": {
+            "path": str(held_out.store.root.absolute()),
+            "read": held_out.store.digests(held_out.layer),
+        },
+    }
+    if model is not None:
+        found["ce_loss"] = _ce_loss(held_out, model, settings.ce_contexts, progress).model_dump()
+    if settings.probing != "none":
+        found["probing"] = _probe(held_out, settings, progress)
+    evaluation = Evaluation.model_validate(_finite(found)).model_dump(mode="json")
+    held_out.run.write_json(EVALUATION, evaluation)
+    return evaluation
+
+
+class _HeldOut(NamedTuple):
+    """A run, and the contexts that it is scored on."""
+
+    run: Run
+    config: dict[str, Any]
+    store: ActivationStore
+    layer: int
+    ranges: tuple[PositionRange, ...]
+    start: int
+    stop: int
+    leave_out: list[int]
+    autoencoder: Autoencoder
+    device: torch.device
+
+    @classmethod
+    def of(cls, run: Run, settings: EvaluateSettings) -> "_HeldOut":
+        config = run.config
+        if not run.is_finished:
+            raise RunNotFoundError(
+                f"{run.folder} has not finished training; run posae train again, it goes on"
+            )
+        store = ActivationStore.open(settings.store or config["store"]["path"])
+        layer: int = config["settings"]["layer"]
+        store.check_layer(layer)
+        _check_same(run, store, config)
+        start, stop = store.held_out_part(layer)
+        start = max(start, int(config["store"]["training_contexts"]))
+        if start >= stop:
+            raise StoreIncompleteError(
+                f"{store.root} holds no contexts out of training, so nothing can be scored; harvest at least "
+                "16 contexts, with --held-out above 0"
+            )
+        device = choose_device(settings.device)
+        return cls(
+            run,
+            config,
+            store,
+            layer,
+            parse_ranges(config["settings"]["ranges"], store.context_length),
+            start,
+            min(stop, start + (settings.contexts or stop - start)),
+            config["store"]["left_out_ids"],
+            load_autoencoder(run.folder).to(device),
+            device,
+        )
+
+    def batches(self) -> Any:
+        """All tokens of these contexts, special ones too, each batch sorted by position."""
+        length, chunk = self.store.context_length, self.store.manifest.chunk_contexts
+        most = _CODE_NUMBERS // (self.autoencoder.dictionary_size * length)
+        return ordered_batches(
+            self.store,
+            self.layer,
+            [PositionRange(position, position + 1) for position in range(length)],
+            start=self.start,
+            stop=self.stop,
+            batch_contexts=max(chunk, min(64, most - most % chunk)),
+            device=self.device,
+        )
+
+
+class _Score:
+    """All scores of one pass over the rows."""
+
+    def __init__(self, held_out: _HeldOut) -> None:
+        store, autoencoder = held_out.store, held_out.autoencoder
+        self._held_out = held_out
+        self._length = store.context_length
+        # Ordinary tokens, those of them that are norm outliers, and special ones.
+        self._ordinary, self._outliers, self._special = (
+            ScoreKeeper(store.d_model, autoencoder.dictionary_size, self._length) for _ in range(3)
+        )
+        self._features = FeatureKeeper(
+            autoencoder.dictionary_size,
+            self._length,
+            (held_out.start, held_out.stop),
+            above=ABOVE,
+            device=held_out.device,
+        )
+        self._threshold = OUTLIER_NORM * store.norms(held_out.layer).median
+        self._token_counts = np.zeros(store.manifest.vocabulary_size, np.int64)
+        self._n_rows = self._n_outliers = self._n_retained = 0
+        self._retained = 0.0
+
+    def add(self, batch: Batch) -> None:
+        """Score the rows of a batch."""
+        is_special = np.isin(batch.tokens, np.array(self._held_out.leave_out, np.int64))
+        for keep in (~is_special, is_special):
+            rows = np.flatnonzero(keep)
+            if len(rows):
+                self._add(batch, rows, is_special=bool(is_special[rows[0]]))
+
+    def _add(self, batch: Batch, rows: NDArray[np.int64], *, is_special: bool) -> None:
+        positions = batch.positions[rows]
+        x = batch.on_device[torch.as_tensor(rows).to(batch.on_device.device)].float()
+        at = torch.as_tensor(positions).to(x.device)
+        offsets = _offsets(positions, [r.start for r in self._held_out.ranges] + [self._length])
+        output = self._held_out.autoencoder(x, offsets, at)
+        base_code = output.base_code
+        base = None if base_code is None else self._held_out.autoencoder.decode(base_code, at)
+
+        def keep(keeper: ScoreKeeper, some: NDArray[np.int64] | None) -> None:
+            """Add these rows, or all."""
+            where = positions if some is None else positions[some]
+            index = slice(None) if some is None else torch.as_tensor(some).to(x.device)
+            keeper.add(
+                x[index],
+                output.reconstruction[index],
+                output.code[index],
+                _offsets(where, range(self._length + 1)),
+                None if base is None else base[index],
+            )
+
+        if is_special:
+            keep(self._special, None)
+            return
+        is_outlier = _as_numpy(x.square().sum(1).sqrt() > self._threshold)
+        if is_outlier.any():
+            keep(self._outliers, np.flatnonzero(is_outlier))
+            keep(self._ordinary, np.flatnonzero(~is_outlier))
+        else:
+            keep(self._ordinary, None)
+        self._n_rows += len(rows)
+        self._n_outliers += int(is_outlier.sum())
+        if base_code is not None:
+            share, n = retained(base_code, output.code)
+            self._retained += share
+            self._n_retained += n
+        self._features.add(output.code, positions, batch.contexts[rows], batch.tokens[rows])
+        self._token_counts += np.bincount(batch.tokens[rows], minlength=len(self._token_counts))
+
+    def found(self) -> dict[str, Any]:
+        """Every score, by its key."""
+        if not self._n_rows:
+            raise StoreIncompleteError(
+                f"{self._held_out.store.root} holds only special tokens out of training, so nothing can be "
+                "scored; harvest more contexts"
+            )
+        ordinary = self._ordinary + self._outliers
+        by_position = ordinary.scores()
+        scores = ordinary.merged(self._held_out.ranges).scores()
+        sums = self._features.sums()
+        groups = clusters(sums.firings, sums.n_rows)
+        has_inliers = self._n_outliers < self._n_rows
+        return {
+            **scores._asdict(),
+            "l0_by_position": by_position.l0_by_range,
+            "fvu_by_position": by_position.fvu_by_range,
+            "fvu_with_special": (ordinary + self._special).scores().fvu,
+            "fvu_without_outliers": self._ordinary.scores().fvu if has_inliers else None,
+            "norm_outliers": {"threshold": self._threshold, "n_rows": self._n_outliers},
+            "density_histogram": sums.density().model_dump(),
+            "retention": self._retained / self._n_retained if self._n_retained else None,
+            "position_features": sums.position_features().model_dump(),
+            "specificity": specificity(
+                sums, self._ranges_to_specialise_in(), self._token_counts
+            ).model_dump(),
+            "clusters": None if groups is None else groups.model_dump(),
+        }
+
+    def _ranges_to_specialise_in(self) -> tuple[PositionRange, ...]:
+        ranges = self._held_out.ranges
+        return ranges if len(ranges) > 1 else equal_ranges(self._length, min(4, self._length))
+
+
+def _as_numpy(mask: Tensor) -> NDArray[np.bool_]:
+    return mask.cpu().numpy()
+
+
+def _offsets(positions: NDArray[np.int64], edges: Any) -> Tensor:
+    """Where in sorted positions each range begins, and where the last ends; int64 [edges]."""
+    return torch.as_tensor(np.searchsorted(positions, np.fromiter(edges, np.int64)))
+
+
+def _about_run(held_out: _HeldOut) -> dict[str, Any]:
+    """What needs no rows."""
+    autoencoder = held_out.autoencoder
+    lines = held_out.run.metrics()
+    before = base_decoder(held_out.run.folder)
+    moved = None if before is None else drift(autoencoder.W_dec, before)
+    return {
         "architecture": autoencoder.architecture,
-        "layer": layer,
+        "layer": held_out.layer,
         "dictionary_size": autoencoder.dictionary_size,
         "n_parameters": autoencoder.n_parameters(),
         "n_base_parameters": autoencoder.base_parameters(),
-        "ranges": [str(r) for r in ranges],
-        **as_json(keeper.scores()),
-        "contexts": [start, start + n_contexts],
-        "store": {"path": str(store.root.absolute()), "read": store.digests(layer)},
+        "ranges": [str(r) for r in held_out.ranges],
+        "drift": moved and {"cosine_mean": moved[0], "kept_share": moved[1]},
+        "training_seconds": lines[-1].get("seconds") if lines else None,
+        "training_cpu_seconds": lines[-1].get("cpu_seconds") if lines else None,
     }
-    run.write_json(EVALUATION, found)
-    return found
 
 
-def as_json(scores: Scores) -> dict[str, Any]:
-    """Scores as JSON; what cannot be told is null."""
+def _kept(held_out: _HeldOut) -> dict[str, Any]:
+    """What an earlier evaluation measured that this one may not."""
+    try:
+        before = parse_evaluation(held_out.run.evaluation, held_out.run.folder)
+    except RunError:  # there is none, or none worth keeping
+        return {}
+    return before.model_dump(include={"ce_loss", "probing"})
 
-    def finite(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [finite(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return {name: finite(value) for name, value in scores._asdict().items()}
+def _ce_loss(held_out: _HeldOut, model: CausalLanguageModel, n_contexts: int, progress: Progress) -> CeLoss:
+    store, length = held_out.store, held_out.store.context_length
+    stats = store.stats(held_out.layer)
+    mean = torch.as_tensor(stats.sums.sum(axis=0) / max(1, stats.n_tokens)).to(held_out.device)
+    start, stop = held_out.start, min(held_out.stop, held_out.start + n_contexts)
+    size = max(1, min(32, _LOGIT_NUMBERS // (length * store.manifest.vocabulary_size)))
+    keeper = CeKeeper(length)
+    progress.begin("splicing", (stop - start) * length, "tokens")
+    for first in range(start, stop, size):
+        ids = store.tokens(slice(first, min(first + size, stop)))
+        is_ordinary = torch.as_tensor(~np.isin(ids, np.array(held_out.leave_out))).to(held_out.device)
+        tokens = torch.as_tensor(ids).to(held_out.device)
+        keeper.add(
+            tokens,
+            is_ordinary,
+            lambda replace, tokens=tokens: model.logits(tokens, held_out.layer, replace),
+            {
+                "spliced": spliced(held_out.autoencoder, is_ordinary),
+                "zero": torch.zeros_like,
+                "mean": lambda x: mean.expand_as(x),
+            },
+        )
+        progress.advance(len(ids) * length)
+    progress.end()
+    return ce_loss(keeper.sums(), held_out.ranges, model.facts.id, stop - start)
+
+
+def spliced(autoencoder: Autoencoder, is_ordinary: Tensor) -> Replace:
+    """What puts reconstructions in the place of the activations of ordinary tokens.
+
+    Args:
+        autoencoder: in ``eval()`` mode.
+        is_ordinary: bool [contexts, positions]; other tokens keep their activations.
+    """
+
+    def replace(x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1], device=x.device)
+        rebuilt = autoencoder.decode(autoencoder.encode(x, positions), positions)
+        return torch.where(is_ordinary[..., None], rebuilt, x.float())
+
+    return replace
+
+
+def _language_model(held_out: _HeldOut, model: str | None) -> CausalLanguageModel:
+    """The model that the store was made with, or the one named ``model`` if it is the same."""
+    store, manifest = held_out.store, held_out.store.manifest
+    _refuse_planted(store)
+    of_folder = (manifest.model_revision or "").startswith("sha256:")
+    if model is None and of_folder and manifest.model != "demo":
+        raise ModelError(
+            f"{store.root} was made with a model in a local folder, {manifest.model}; "
+            "name that folder with --model"
+        )
+    name = model or manifest.model
+    revision = manifest.model_revision if name == manifest.model else None
+    facts = model_facts(name, revision)
+    if facts.config_hash != manifest.model_config_hash:
+        raise ModelError(
+            f"{name} is not {manifest.model}, the model that {store.root} was made with: their "
+            "configurations differ; name the right one with --model"
+        )
+    return CausalLanguageModel.load(
+        name, facts.revision, device=held_out.device, attention=manifest.attention
+    )
+
+
+def _refuse_planted(store: ActivationStore) -> None:
+    if store.manifest.planted:
+        raise ModelError(
+            f"no model gives the activations of {store.root}: an effect was planted into them; "
+            "run a model only with what was trained on a harvest"
+        )
+
+
+def _probe(held_out: _HeldOut, settings: EvaluateSettings, progress: Progress) -> ProbingResult:
+    """Sparse probing of the activations and their codes, offline or on SAEBench's datasets."""
+    store, layer, autoencoder, device = held_out.store, held_out.layer, held_out.autoencoder, held_out.device
+    manifest = store.manifest
+    if settings.probing == "saebench":
+        _refuse_planted(store)
+    name = settings.model or manifest.language_model
+    revision = None if settings.model else manifest.model_revision
+    if not settings.model and name != "demo":
+        # A store may come from a stranger: it names a model of the hub, never a place on this machine.
+        if Path(name).exists() or name.startswith((".", "/", "~")):
+            raise StoreMismatchError(
+                f"{store.root} was made with a local model, {name}; name its folder with --model"
+            )
+        progress.say(f"tokenizer of {name}")
+    tokenizer = load_tokenizer(name, revision)
+    if tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
+        raise StoreMismatchError(
+            f"the tokenizer of {name} is not the one that {store.root} was made with; "
+            "name the right model with --model"
+        )
+
+    def told(done: int, total: int, last: str) -> None:
+        if done == 0:
+            progress.begin("probing", total, "classes")
+        else:
+            progress.advance(1, last)
+        if done == total:
+            progress.end()
+
+    if settings.probing == "saebench":
+        model = LanguageModel.load(name, revision, device=device, attention=manifest.attention)
+        if model.facts.config_hash != manifest.model_config_hash:
+            raise StoreMismatchError(
+                f"{name} is not the model that {store.root} was made with; name the right one with --model"
+            )
+        return probe_saebench(
+            lambda tokens: model.activations(tokens, [layer])[layer],
+            autoencoder,
+            tokenizer,
+            first=manifest.first_token,
+            context_length=store.context_length,
+            device=device,
+            told=told,
+        )
+    documents = None
+    if manifest.dataset == "stdlib" and manifest.dataset_revision != stdlib_revision():
+        progress.say(f"the text, {manifest.dataset_revision}, is not on this machine: probing tokens alone")
+    elif manifest.dataset == "stdlib" and tokenizer.is_fast:
+        documents = stdlib_files(manifest.dataset_split or "all")
+    return probe_store(
+        store,
+        layer,
+        autoencoder,
+        tokenizer,
+        documents,
+        held_out=store.held_out_part(layer),
+        leave_out=held_out.leave_out,
+        device=device,
+        told=told,
+    )
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for what cannot be told."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _check_same(run: Run, store: ActivationStore, config: dict[str, Any]) -> None:

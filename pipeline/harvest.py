@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerBase
 from ..store.errors import ModelError
 from ..store.layout import CHUNK_CONTEXTS, shard_contexts
 from ..store.manifest import Manifest, token_specs
-from ..store.reader import ActivationStore
 from ..store.rounding import MANTISSA_BITS
 from ..store.shards import ShardReader
+from ..store.stats import ordinary_tokens
 from ..store.writer import ShardOfLayers, StoreWriter, committed_manifest
 from .device import choose_device
 from .language_model import (
@@ -204,18 +204,10 @@ class Harvest:
             if not writer.has_tokens:
                 contexts = self._take_contexts(progress)
                 writer.write_tokens(contexts.tokens, contexts.documents, self._counts(contexts))
-            store = ActivationStore.open(self.path)
-            sealed = set(store.layers) if store.is_sealed else set[int]()
-            # What an unfinished harvest has begun is finished with it.
-            begun = () if store.is_sealed else writer.begun_layers()
-            layers = tuple(sorted({*self.layers, *begun} - sealed))
-            writer.add_layers(layers)
+            layers = writer.begin_layers(self.layers)
         n_tokens = self._fill(writer, layers, progress) if layers else 0
         with writer.lock():
-            store = ActivationStore.open(self.path)
-            identity = store.identity
-            if identity is None or set(layers) - set(store.layers):
-                identity = writer.seal()
+            identity = writer.finish(layers)
         return Harvested(self.layers, self.manifest.n_contexts, n_tokens, identity)
 
     def _take_contexts(self, progress: Progress) -> Contexts:
@@ -261,33 +253,27 @@ class Harvest:
         tokens = ShardReader(writer.files, token_specs(manifest)["tokens"])
         n_tokens = 0
         model: LanguageModel | None = None
-        left = list(range(manifest.n_shards))
-        missing = [shard for shard in left if not all(writer.is_committed(layer, shard) for layer in layers)]
+        missing = writer.missing_shards(layers)
         length = manifest.context_length
         done = manifest.n_contexts - sum(len(manifest.contexts_of(shard)) for shard in missing)
         bytes_to_a_token = manifest.d_model * 2 * len(layers)
         progress.begin("harvesting", manifest.n_contexts * length, "tokens", done * length, bytes_to_a_token)
         with ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="posae-encode") as pool:
-            for wait in (False, True):
-                for shard in list(missing):
-                    locked = writer.lock_shard(layers, shard, wait=wait)
-                    if locked is None:
-                        continue
-                    with locked:
-                        if model is None:
-                            model = self._load_model()
-                        rows = tokens.read_rows(np.array(locked.contexts))
-                        try:
-                            self._fill_shard(locked, rows, model, pool, progress)
-                            locked.commit()
-                        except FloatingPointError:
-                            raise ModelError(
-                                f"{manifest.model} gives activations that are not finite, in contexts "
-                                f"{locked.contexts.start} to {locked.contexts.stop - 1}; try another device "
-                                "or attention implementation"
-                            ) from None
-                    missing.remove(shard)
-                    n_tokens += rows.size
+            for locked in writer.lock_each(layers, missing):
+                with locked:
+                    if model is None:
+                        model = self._load_model()
+                    rows = tokens.read_rows(np.array(locked.contexts))
+                    try:
+                        self._fill_shard(locked, rows, model, pool, progress)
+                        locked.commit()
+                    except FloatingPointError:
+                        raise ModelError(
+                            f"{manifest.model} gives activations that are not finite, in contexts "
+                            f"{locked.contexts.start} to {locked.contexts.stop - 1}; try another device "
+                            "or attention implementation"
+                        ) from None
+                n_tokens += rows.size
         progress.end()
         return n_tokens
 
@@ -308,12 +294,10 @@ class Harvest:
         progress: Progress,
     ) -> None:
         manifest = self.manifest
-        special = np.array(manifest.special_token_ids)
         for start in range(0, len(tokens), manifest.batch_contexts):
             batch = tokens[start : start + manifest.batch_contexts]
             contexts = shard.contexts[start : start + manifest.batch_contexts]
-            ordinary = ~np.isin(batch, special)
-            ordinary[np.array(contexts) >= manifest.held_out[0]] = False
+            ordinary = ordinary_tokens(manifest, batch, contexts)
             activations = model.activations(torch.as_tensor(batch), shard.layers)
             for layer in shard.layers:
                 shard.append(layer, _bits(activations[layer]), ordinary, pool)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
 import transformers
@@ -177,6 +177,8 @@ class LanguageModel:
         blocks: its layers; the output of block ``l`` is hook point ``resid_post`` of layer ``l``.
     """
 
+    _loader = "AutoModel"
+
     def __init__(self, facts: ModelFacts, device: torch.device, text_model: torch.nn.Module) -> None:
         """Find the blocks of a loaded model; users call ``load``.
 
@@ -208,7 +210,7 @@ class LanguageModel:
         *,
         device: torch.device | str = "cpu",
         attention: str = "eager",
-    ) -> LanguageModel:
+    ) -> Self:
         """Load a language model.
 
         Args:
@@ -233,7 +235,7 @@ class LanguageModel:
             )
         with _loading(model, facts.revision):
             # bfloat16 whatever the weights' own type: it is what a store holds.
-            loaded, report = _transformers.AutoModel.from_pretrained(
+            loaded, report = getattr(_transformers, cls._loader).from_pretrained(
                 folder or model,
                 revision=None if folder else facts.revision,
                 dtype=torch.bfloat16,
@@ -250,11 +252,15 @@ class LanguageModel:
                     f"{model} lacks {len(missing)} of its weights, the first {missing[0]}: "
                     f"fetch a complete copy"
                 )
-            # Of a model of text and images only the text part is kept.
-            text_model = loaded.get_decoder()
-            text_model.config.use_cache = False
-            text_model.eval().to(device)
-        return cls(facts, torch.device(device), text_model)
+            return cls._of(facts, torch.device(device), loaded)
+
+    @classmethod
+    def _of(cls, facts: ModelFacts, device: torch.device, loaded: Any) -> Self:
+        # Of a model of text and images only the text part is kept.
+        text_model = loaded.get_decoder()
+        text_model.config.use_cache = False
+        text_model.eval().to(device)
+        return cls(facts, device, text_model)
 
     def activations(self, tokens: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
         """Run contexts through the model and read the residual stream after some layers.
@@ -306,6 +312,82 @@ class LanguageModel:
             for hook in hooks:
                 hook.remove()
         return found
+
+
+class CausalLanguageModel(LanguageModel):
+    """A language model with the head that predicts the next token."""
+
+    _loader = "AutoModelForCausalLM"
+    _whole: Any
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        revision: str | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        attention: str = "eager",
+    ) -> Self:
+        """As ``LanguageModel.load``.
+
+        Raises:
+            ModelError: also a model that does not predict the next token from those before it.
+        """
+        folder = _local_folder(model)
+        with _loading(model, revision):
+            config = _read_config(model, folder, revision)
+            is_causal = type(config) in _transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+            is_masked = type(config) in _transformers.MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder
+            if not is_causal or is_masked:
+                raise ModelError(
+                    f"{model} does not predict the next token from those before it (model_type "
+                    f"{config.model_type}), so it has no CE loss: leave --ce-loss out"
+                )
+        return super().load(model, revision, device=device, attention=attention)
+
+    @classmethod
+    def _of(cls, facts: ModelFacts, device: torch.device, loaded: Any) -> Self:
+        found = super()._of(facts, device, loaded)
+        found._whole = loaded.eval().to(device)
+        return found
+
+    def logits(
+        self,
+        tokens: torch.Tensor,
+        layer: int,
+        replace: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Run contexts through the whole model, with one layer's output replaced.
+
+        Args:
+            tokens: int32 or int64 [contexts, positions], on any device.
+            layer: the layer whose output (hook point ``resid_post``) is replaced.
+            replace: is given that output, bfloat16 [contexts, positions, d_model], and returns what goes on
+                in its place, of the same shape and any float dtype; None leaves it.
+
+        Returns:
+            [contexts, positions, vocabulary].
+
+        Raises:
+            ModelError: no such layer.
+        """
+        check_layers(self.facts, [layer])
+
+        def splice(_block: torch.nn.Module, _arguments: Any, output: Any) -> Any:
+            if replace is None:
+                return output
+            rest = cast("tuple[Any, ...]", output)[1:] if isinstance(output, tuple) else None
+            first = cast(torch.Tensor, output if rest is None else output[0])
+            replaced = replace(first).to(first.dtype)
+            return replaced if rest is None else (replaced, *rest)
+
+        hook = self.blocks[layer].register_forward_hook(splice)
+        try:
+            with torch.inference_mode():
+                return self._whole(input_ids=tokens.to(self.device).long()).logits
+        finally:
+            hook.remove()
 
 
 class _LastLayerDone(Exception):

@@ -1,7 +1,8 @@
 """How good an autoencoder is, added up batch by batch: sparsity, and what it fails to reconstruct.
 
 Every score is one sum divided by another, both over all rows seen, never a mean over batches: how
-the rows were cut into batches changes nothing but the rounding of float64.
+the rows were cut into batches changes nothing but the rounding of float64. Keepers of different rows
+can be added, and those of neighbouring ranges merged.
 
 Cost: a batch is read once, one range after the other, with a few float64 copies of that range's
 activations; what is kept is [n_ranges, d_model] and [dictionary_size]. The sums stay on the device
@@ -10,7 +11,8 @@ of the first batch, so nothing waits for a GPU before ``scores``.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -58,6 +60,32 @@ class _Sums:
     active_above: Tensor
     fired: Tensor
     """bool [dictionary_size]: whether a feature was ever active."""
+
+    def merged(self, ranges: Sequence[tuple[int, int]]) -> "_Sums":
+        """The same with the sums of neighbouring ranges added up."""
+        by_range = ("shifted", "squares", "errors", "active")
+        sums: dict[str, Tensor] = {name: getattr(self, name) for name in by_range}
+        added = {
+            name: torch.stack([values[start:stop].sum(0) for start, stop in ranges])
+            for name, values in sums.items()
+        }
+        return replace(self, **added)
+
+    def plus(self, other: "_Sums", n_rows: Tensor) -> "_Sums":
+        """The sums of both; ``n_rows`` [n_ranges] are the other's."""
+        # x less our shift is x less the other's, plus how far that lies from ours.
+        moved, counts = other.shift - self.shift, n_rows.to(self.shift)
+        squares = other.squares + 2 * other.shifted @ moved + counts * moved.square().sum()
+        return _Sums(
+            shift=self.shift,
+            shifted=self.shifted + other.shifted + counts[:, None] * moved,
+            squares=self.squares + squares,
+            errors=self.errors + other.errors,
+            base_error=self.base_error + other.base_error,
+            active=self.active + other.active,
+            active_above=self.active_above + other.active_above,
+            fired=self.fired | other.fired,
+        )
 
 
 class ScoreKeeper:
@@ -129,6 +157,28 @@ class ScoreKeeper:
             active_above=zeros(dtype=torch.int64),
             fired=zeros(self._dictionary_size, dtype=torch.bool),
         )
+
+    def merged(self, ranges: Sequence[tuple[int, int]]) -> "ScoreKeeper":
+        """A keeper of the same rows, each of whose ranges is several neighbours of this one's.
+
+        Args:
+            ranges: of each new range the first of those that it is made of, and one past the last.
+        """
+        found = ScoreKeeper(self._d_model, self._dictionary_size, len(ranges))
+        found._n_rows = [sum(self._n_rows[start:stop]) for start, stop in ranges]
+        found._n_base_rows = self._n_base_rows
+        found._sums = None if self._sums is None else deepcopy(self._sums).merged(ranges)
+        return found
+
+    def __add__(self, other: "ScoreKeeper") -> "ScoreKeeper":
+        """A keeper of the rows of both, which have the same ranges."""
+        found = ScoreKeeper(self._d_model, self._dictionary_size, len(self._n_rows))
+        found._n_rows = [mine + theirs for mine, theirs in zip(self._n_rows, other._n_rows, strict=True)]
+        found._n_base_rows = self._n_base_rows + other._n_base_rows
+        found._sums = deepcopy(self._sums or other._sums)
+        if self._sums is not None and other._sums is not None:
+            found._sums = self._sums.plus(other._sums, torch.tensor(other._n_rows))
+        return found
 
     def scores(self) -> Scores:
         """The scores of all rows added so far.

@@ -321,8 +321,58 @@ class EvaluateSettings(Settings):
     contexts: int | None = Field(default=None, ge=1)
     """How many held-out contexts to read; by default all."""
 
+    ce_loss: bool = False
+    """Also run the language model on held-out contexts with reconstructions in the activations' place."""
+
+    ce_contexts: int = Field(default=64, ge=1)
+    """How many held-out contexts it runs on."""
+
+    probing: Literal["none", "offline", "saebench"] = "none"
+    """Sparse probing: offline, on tasks made from the store alone, or on SAEBench's datasets, which are
+    downloaded."""
+
+    model: str | None = None
+    """Language model of the store, a hub id or a local folder; by default what the store names."""
+
     device: str = "auto"
     """Device to score on: cuda, mps, cpu, or auto."""
+
+
+class PlantSettings(Settings):
+    """Settings of ``posae plant``: a known effect of position, put into a copy of a store."""
+
+    effect: Literal["additive", "rotation", "none"] = "additive"
+    """additive (a vector for each position), rotation (of a subspace, another one in each position range but
+    the first), or none (a copy, to see what is found where nothing is)."""
+
+    strength: float | None = Field(default=None, ge=0, le=1)
+    """additive: share of the planted store's variance that the vectors have, by default 0.12. rotation: how
+    far angles go, with 1 (the default) up to half a turn."""
+
+    ranges: str = "4"
+    """Position ranges of a rotation: a count of equal ones, or edges such as 0:1,1:4,4:128."""
+
+    rank: int | None = Field(default=None, ge=1)
+    """Dimensions of the random subspace in which the effect lies; by default 8 for additive and 32 for
+    rotation."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of the subspace, and of the angles."""
+
+    layer: int | None = Field(default=None, ge=0)
+    """Layer to plant into; by default all of the store."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.effect == "none" and self.strength:
+            raise ValueError("effect none has no strength; leave it out")
+        if self.effect != "none" and self.strength == 0:
+            raise ValueError("a strength of 0 plants nothing; take effect none")
+        if self.effect == "additive" and self.strength == 1:
+            raise ValueError("a strength of 1 would leave nothing but the position; take one below")
+        if self.effect == "rotation" and self.rank == 1:
+            raise ValueError("a rotation needs a rank of at least 2")
+        return self
 
 
 PILE = {"dataset": "monology/pile-uncopyrighted", "attention": "eager"}
@@ -477,7 +527,7 @@ def read_config(path: Path, table: str) -> dict[str, Any]:
     Raises:
         SettingsError: no such file, no TOML, or tables that posae does not have.
     """
-    tables = ("harvest", "train", "evaluate")
+    tables = ("harvest", "train", "evaluate", "plant")
     parsed = read_toml(path)
     for name in parsed:
         if name not in tables:

@@ -15,7 +15,7 @@ from .errors import StoreFormatError
 from .layout import FORMAT, MAX_SHARDS, ArraySpec, Json, refuse_newer
 from .rounding import MANTISSA_BITS
 
-_ADDED = {"mantissa_bits": None, "byte_counts": False}
+_ADDED = {"mantissa_bits": None, "byte_counts": False, "planted": None}
 """Keys that the first stores lack, each with what its absence means; so written they are left out."""
 
 MAX_TEXT = 4096
@@ -122,6 +122,11 @@ class Manifest(BaseModel):
     byte_counts: Annotated[bool, Field(strict=True)] = False
     """Whether ``stats/layer_N/byte_counts`` is kept."""
 
+    planted: (
+        Annotated[dict[Annotated[str, Field(max_length=MAX_TEXT)], Text], Field(max_length=64)] | None
+    ) = None
+    """What was planted into the activations of a harvest, which then ``model`` says too; None: nothing."""
+
     chunk_contexts: Annotated[int, Field(ge=1, lt=2**20, strict=True)]
     """Contexts to a chunk."""
 
@@ -141,6 +146,11 @@ class Manifest(BaseModel):
         if self.n_shards > MAX_SHARDS:
             raise ValueError(f"more than {MAX_SHARDS:,} shards")
         return self
+
+    @property
+    def language_model(self) -> str:
+        """The model that the tokens went through: ``model``, less what was planted."""
+        return (self.planted or {}).get("model", self.model)
 
     @property
     def n_shards(self) -> int:

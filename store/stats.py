@@ -52,6 +52,22 @@ def stats_specs(manifest: Manifest, layer: int) -> dict[str, ArraySpec]:
     return found
 
 
+def ordinary_tokens(manifest: Manifest, tokens: NDArray[np.int32], contexts: range) -> NDArray[np.bool_]:
+    """Which tokens the position means are over: those of the training part that are not special.
+
+    Args:
+        manifest: of the store.
+        tokens: their ids, int32 [contexts, positions].
+        contexts: where in the store they lie.
+
+    Returns:
+        bool [contexts, positions].
+    """
+    ordinary = ~np.isin(tokens, np.array(manifest.special_token_ids))
+    ordinary[np.array(contexts) >= manifest.held_out[0]] = False
+    return ordinary
+
+
 def bits_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     """The values of bfloat16 bits; exact.
 

@@ -7,7 +7,7 @@ same bytes. Many processes may write one store: a shard belongs to whoever holds
 """
 
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from functools import partial
@@ -158,6 +158,22 @@ class StoreWriter:
                 self._write_metadata(spec)
             self._write_metadata(layer_spec(self.manifest, layer))
 
+    def begin_layers(self, wanted: Sequence[int]) -> tuple[int, ...]:
+        """Begin the layers that are ``wanted``, and return those to be filled; call under ``lock``.
+
+        What an unfinished store has begun is to be finished with them; what is sealed is not touched.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        store = ActivationStore.open(self.root)
+        if store.is_sealed:
+            layers = tuple(sorted({*wanted} - {*store.layers}))
+        else:
+            layers = tuple(sorted({*wanted, *self.begun_layers()}))
+        self.add_layers(layers)
+        return layers
+
     def begun_layers(self) -> tuple[int, ...]:
         """Layers whose metadata is written, sealed or not."""
         candidates = range(self.manifest.model_layers)
@@ -167,6 +183,27 @@ class StoreWriter:
         """Whether one shard of one layer, and its statistics, are there."""
         specs = [layer_spec(self.manifest, layer), *stats_specs(self.manifest, layer).values()]
         return all(ShardReader(self.files, spec).is_committed(shard) for spec in specs)
+
+    def missing_shards(self, layers: Sequence[int]) -> list[int]:
+        """The shards that at least one of ``layers`` lacks."""
+        shards = range(self.manifest.n_shards)
+        return [shard for shard in shards if not all(self.is_committed(layer, shard) for layer in layers)]
+
+    def lock_each(self, layers: Sequence[int], shards: Sequence[int]) -> "Iterator[ShardOfLayers]":
+        """Lock one shard after the other, for the caller to fill: first those that are free.
+
+        Then come those that another process had and did not finish.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        missing = list(shards)
+        for wait in (False, True):
+            for shard in list(missing):
+                locked = self.lock_shard(layers, shard, wait=wait)
+                if locked is not None:
+                    yield locked
+                    missing.remove(shard)
 
     def lock_shard(self, layers: Sequence[int], shard: int, *, wait: bool) -> "ShardOfLayers | None":
         """The shard of those ``layers`` that lack it, or None if none does or another process has it.
@@ -194,6 +231,18 @@ class StoreWriter:
             raise
         _abandon(writers.values())
         return None
+
+    def finish(self, layers: Sequence[int]) -> str:
+        """Seal the store unless its seal names ``layers`` already; its identity. Call under ``lock``.
+
+        Raises:
+            StoreDamagedError: a file that was committed is missing or not what was written.
+            StoreWriteError: the disk refused.
+        """
+        store = ActivationStore.open(self.root)
+        if store.identity is None or set(layers) - set(store.layers):
+            return self.seal()
+        return store.identity
 
     def seal(self) -> str:
         """Name every file of the finished store, and return its identity; call under ``lock``.
@@ -356,8 +405,13 @@ def _check_same(root: Path, found: Manifest, wanted: Manifest) -> None:
     # Within a format every posae writes the same bytes; of other libraries nobody can say that.
     for manifest in (before, now):
         manifest["versions"].pop("posae", None)
+        # Of what was planted, what differs is told key by key.
+        planted: dict[str, str] = manifest.pop("planted") or {}
+        manifest |= {f"planted {key}": value for key, value in planted.items()}
     differ = [
-        f"{key} is {before[key]!r} there and {now[key]!r} now" for key in now if before[key] != now[key]
+        f"{key} is {before.get(key)!r} there and {now.get(key)!r} now"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
     ]
     if differ:
         raise StoreMismatchError(

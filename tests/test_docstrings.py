@@ -13,7 +13,7 @@ import posae.store
 MODULES = [
     m.name
     for p in (posae.store, posae.pipeline, posae.cli)
-    for m in pkgutil.iter_modules(p.__path__, p.__name__ + ".")
+    for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")
 ]
 
 

@@ -13,11 +13,14 @@ MAY_USE = {
     "store": {"numpy", "zarr", "numcodecs", "pydantic", "awscrt", "fsspec"},
     "pipeline": {
         *("store", "numpy", "torch", "transformers", "datasets", "safetensors", "pydantic"),
+        "sklearn",  # SAEBench's probes are its logistic regression
         *("huggingface_hub", "pyarrow"),  # the hub's errors and revisions; parquet: both come with datasets
+        *("scipy", "plotly"),  # intervals; figures: ONLY_IN says where
     },
     "cli": {"store", "pipeline", "typer", "rich"},
 }
-STAGES = {"harvest", "train", "evaluate", "report", "sweep"}
+ONLY_IN = {"scipy": "pipeline/results/verdicts.py", "plotly": "pipeline/results/page.py"}
+STAGES = {"harvest", "train", "evaluate", "report", "sweep", "plant"}
 FILES = sorted(path.relative_to(ROOT) for folder in MAY_USE for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -38,6 +41,12 @@ def test_file_uses_only_floors_below_and_its_own_packages(file: Path) -> None:
     foreign = {name.split(".")[0] for name, dots in imports(file) if dots in (0, own + 1)} - allowed
     foreign.discard("")  # the package itself: its version
     assert not foreign, f"{file} may not import {sorted(foreign)}"
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_package_is_used_in_one_file(package: str) -> None:
+    using = [str(file) for file in FILES if package in {name.split(".")[0] for name, _ in imports(file)}]
+    assert using == [ONLY_IN[package]]
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.parts[0] == "pipeline"], ids=str)

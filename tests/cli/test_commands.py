@@ -236,6 +236,54 @@ def test_a_killed_harvest_goes_on_to_the_same_bytes(store: Path, tmp_path: Path)
     assert tree(killed) == tree(store)
 
 
+def test_plant_puts_an_effect_into_a_copy_and_says_what_position_explains(
+    posae: Posae, store: Path, tmp_path: Path
+) -> None:
+    planted = tmp_path / "planted.zarr"
+    words = ("plant", store, planted, "--strength", 0.5, "--rank", 4)
+    ended = posae(*words)
+    assert ended.code == 0, ended.err
+    assert "demo + planted additive 0.5" in ended.out
+    opened = ActivationStore.open(planted)
+    assert f"layer 2: position explains {opened.position_r2(2):.2%} of the variance" in ended.out
+    assert opened.position_r2(2) > 0.4
+    facts = json.loads(posae("inspect-store", planted, "--json", "--verify").out)
+    assert (facts["verified"], facts["model"]) == (True, "demo + planted additive 0.5")
+    assert facts["manifest"]["planted"]["rank"] == "4"
+    assert "<bos>" in posae("inspect-store", planted, "--context", 3).out
+    before = tree(planted)
+    assert "finished before" in posae(*words).out
+    refused = posae(*words, "--seed", 1)
+    assert (refused.code, "planted seed is '0' there and '1' now" in refused.err) == (1, True)
+    refused = posae("harvest", planted, *SMALL)
+    assert (refused.code, "model is 'demo + planted additive 0.5' there" in refused.err) == (1, True)
+    assert posae("plant", store, planted, "--effect", "scale").code == 2
+    assert tree(planted) == before
+
+
+def test_no_model_is_run_on_behalf_of_a_planted_store(posae: Posae, store: Path, tmp_path: Path) -> None:
+    planted, run = tmp_path / "planted.zarr", tmp_path / "run"
+    assert posae("plant", store, planted, "--layer", 2).code == 0
+    assert posae("train", planted, run, *QUICK).code == 0
+    for words in (("--ce-loss", "--model", "demo"), ("--probing", "saebench")):
+        ended = posae("evaluate", run, *words)
+        assert (ended.code, "an effect was planted" in ended.err) == (1, True), ended.err
+
+
+def test_a_killed_planting_goes_on_to_the_same_bytes(store: Path, tmp_path: Path) -> None:
+    killed, whole = tmp_path / "killed.zarr", tmp_path / "whole.zarr"
+    words = ("--effect", "rotation", "--rank", 8)
+    for name in ("zarr.json", "stats/zarr.json"):
+        working = begin("plant", store, killed, *words)
+        while working.poll() is None and not (killed / name).exists():
+            time.sleep(0.001)
+        kill(working)
+        assert ActivationStore.open(killed).n_contexts in (0, 24)
+    assert call("plant", store, killed, *words) == 0
+    assert call("plant", store, whole, *words) == 0
+    assert tree(killed) == tree(whole)
+
+
 def test_train_scores_the_paper_on_the_held_out_part(posae: Posae, store: Path, trained: Path) -> None:
     ended = posae("evaluate", trained, "--json")
     found = json.loads(ended.out)

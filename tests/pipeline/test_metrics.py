@@ -85,6 +85,40 @@ def test_scores_do_not_depend_on_the_batches(seed: int, n_rows: int, cuts: list[
         assert scores.l0_by_range[r] == pytest.approx(active[here].mean(), rel=1e-8)
 
 
+def flat(scores: Scores) -> list[float]:
+    """All numbers of ``scores``, one after the other."""
+    values = (value if isinstance(value, tuple) else (value,) for value in scores)
+    return [number for numbers in values for number in numbers if number is not None]
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), cut=st.integers(0, 60), base=st.booleans())
+def test_keepers_of_parts_add_up_to_that_of_all_and_merged_ranges_to_one(
+    seed: int, cut: int, base: bool
+) -> None:
+    rows = Rows(60, seed)
+    whole, first, second = (ScoreKeeper(D_MODEL, DICTIONARY_SIZE, N_RANGES) for _ in range(3))
+    rows.add_to(whole, slice(0, 60), base=base)
+    rows.add_to(first, slice(0, cut), base=base)
+    rows.add_to(second, slice(cut, 60), base=base)
+    expected = whole.scores()
+    for scores in ((first + second).scores(), (second + first).scores()):
+        assert flat(scores) == pytest.approx(flat(expected), rel=1e-9, nan_ok=True)
+    merged = whole.merged([(0, 1), (1, 3)])
+    found = merged.scores()
+    assert found.fvu_by_range[0] == pytest.approx(expected.fvu_by_range[0], nan_ok=True)
+    in_all = {"l0_by_range": (), "fvu_by_range": ()}
+    assert flat(found._replace(**in_all)) == pytest.approx(flat(expected._replace(**in_all)))
+    here = rows.range_of_row.numpy() > 0
+    if here.any():
+        assert found.l0_by_range[1] == pytest.approx((rows.code.numpy() != 0).sum(1)[here].mean())
+    both = first + second
+    before = flat(both.scores()), flat(found)
+    for keeper in (first, second, whole):  # what was made of them shares nothing with them
+        rows.add_to(keeper, slice(0, 60), base=base)
+    assert (flat(both.scores()), flat(merged.scores())) == before
+
+
 def keeper_of(x: Tensor, reconstruction: Tensor) -> Scores:
     keeper = ScoreKeeper(x.shape[1], 1, 1)
     for rows in torch.arange(len(x)).chunk(4):

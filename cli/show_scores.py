@@ -1,0 +1,108 @@
+"""What evaluation found, as people see it in a terminal; ``posae evaluate --json`` prints all of it."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from ..pipeline.scoring.evaluation import Evaluation
+from .display import console, show_by_position
+
+
+def show_scores(found: Evaluation) -> None:
+    """What no comparison of runs shows: a line for each kind of score, and FVU by position drawn."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in _told(found).items():
+        table.add_row(name, Text(text))
+    console.print(table)
+    if found.fvu_by_position:
+        console.print("\n[bold]FVU by position[/]")
+        show_by_position([value or 0.0 for value in found.fvu_by_position], digits=4)
+
+
+def _told(found: Evaluation) -> dict[str, str]:
+    outliers, density, drift = found.norm_outliers, found.density_histogram, found.drift
+    told = {
+        "tokens": f"{found.n_rows:,} in contexts {found.contexts[0]:,} to {found.contexts[1] - 1:,}",
+        "FVU": f"{_number(found.fvu)}; with special tokens {_number(found.fvu_with_special)}",
+        "L0": f"{found.l0:.2f}; above .001 in size {found.l0_above:.2f}; by range "
+        + ", ".join(
+            f"{name} {_number(l0, 2)}" for name, l0 in zip(found.ranges, found.l0_by_range, strict=True)
+        ),
+    }
+    if outliers:
+        told["FVU"] += (
+            f", without {outliers.n_rows:,} norm outliers (above {outliers.threshold:.1f}) "
+            f"{_number(found.fvu_without_outliers)}"
+        )
+    if found.fvu_base is not None:
+        told["base code"] = f"FVU {_number(found.fvu_base)} alone; retention {_number(found.retention, 3)}"
+    if drift:
+        told["drift"] = (
+            f"cosine {drift.cosine_mean:.3f} with the end of warm-up, {drift.kept_share:.1%} above .9"
+        )
+    if density:
+        often = sum(density.counts[density.edges.index(-1.0) :])
+        told["features"] = f"{density.never:,} never fired, {often:,} on more than a tenth of the tokens"
+    if found.position_features:
+        told["position"] = (
+            f"{found.position_features.features:,} features stand for a position, "
+            f"{found.position_features.slots:.2f} of a token's active ones"
+        )
+    told |= _about_specificity(found) | _about_groups(found) | _about_ce_loss(found)
+    if found.training_seconds is not None:
+        cpu = (
+            f", {found.training_cpu_seconds:,.0f} s of CPU" if found.training_cpu_seconds is not None else ""
+        )
+        told["training"] = f"{found.training_seconds:,.0f} s{cpu}"
+    return told
+
+
+def _about_specificity(found: Evaluation) -> dict[str, str]:
+    scores = found.specificity
+    if scores is None or scores.mean is None:
+        return {}
+    return {
+        "specificity": f"{scores.mean:.5f} bits of range in firing, {_number(scores.null_mean, 5)} by "
+        f"chance; {_percent(scores.above_null_share)} of features above chance, "
+        f"{_percent(scores.above_null_share_turned)} with contexts turned; its rank correlation with "
+        f"interpretability {_number(scores.curve.rank_correlation, 2)}"
+    }
+
+
+def _about_groups(found: Evaluation) -> dict[str, str]:
+    groups = found.clusters
+    if groups is None:
+        return {"groups": "too few features fired often enough to tell"}
+    chance = f"silhouette {groups.score:.2f}, without groups up to {groups.null_score:.2f}"
+    if groups.best_n == 1:
+        return {"groups": f"none by where features fire ({chance})"}
+    return {
+        "groups": f"{groups.best_n} by where features fire, of {_listed(groups.sizes)} features ({chance})"
+    }
+
+
+def _about_ce_loss(found: Evaluation) -> dict[str, str]:
+    ce = found.ce_loss
+    if ce is None:
+        return {}
+    return {
+        "CE loss": f"{_number(ce.clean, 3)} nats, spliced {_number(ce.spliced, 3)}, with zeros "
+        f"{_number(ce.zero, 3)}; recovered {_number(ce.recovered)} (by range "
+        + ", ".join(_number(value) for value in ce.recovered_by_range)
+        + f"); KL {_number(ce.kl)}",
+    }
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(f"{size:,}" for size in sizes)
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

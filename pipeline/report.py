@@ -1,0 +1,224 @@
+"""What runs and sweeps show: read from their folders, set beside each other, and judged.
+
+A folder with a ``sweep.json`` is a sweep, any other a run. Nothing is computed again: a report costs the
+reading of the runs' JSON files. A run without scores stays in the report, with the reason.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
+
+from ..store.errors import RunError, RunNotFoundError, SettingsError
+from ..store.files import StoreFiles
+from .results import tables
+from .results.claims import Judged, judged
+from .results.comparison import Finding, findings
+from .results.markdown import markdown
+from .results.measured import Measured, Study, StudyRun
+from .results.tables import Series, Table
+from .results.verdicts import Interval
+from .runs import EVALUATION, Run
+
+SWEEP = "sweep.json"
+
+
+class _Run(BaseModel):
+    name: str
+    seed: int
+    folder: str
+    control: Literal["agnostic", "shared", "shuffled", "more-active"] | None = None
+    of: str | None = None
+
+
+class _Study(BaseModel):
+    study: str
+    title: str
+    claim: str | None = None
+    runs: list[_Run]
+
+
+class _Sweep(BaseModel):
+    studies: list[_Study]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is known of some runs.
+
+    Attributes:
+        runs: each once: those named by themselves, and those of the studies.
+        studies: of the sweeps.
+        findings: whether position helped, for each run that has controls.
+        claims: of the paper, judged; empty where no sweep is.
+    """
+
+    runs: Sequence[Measured]
+    studies: Sequence[Study] = ()
+    findings: Sequence[Finding] = ()
+    claims: Sequence[Judged] = ()
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Runs without scores, and why, by folder."""
+        return {run.folder: run.missing for run in self.runs if run.missing is not None}
+
+    def series(self) -> list[Series]:
+        """What is a row of a table, or a line of a figure: a run, or all seeds of one."""
+        of_studies = tables.series_of_studies(self.studies)
+        there = {run.folder for one in of_studies for run in one.runs}
+        return [*of_studies, *tables.series_of_runs(run for run in self.runs if run.folder not in there)]
+
+    def measurements(self) -> list[Table]:
+        """What was measured, in tables."""
+        found = [tables.scores(self.series()), *tables.by_range(self.series())]
+        found += [tables.of_study(study) for study in self.studies]
+        return [table for table in found if table.rows]
+
+    def answers(self) -> list[Table]:
+        """What is missing, and what follows from what is there."""
+        found = [tables.missing(self.runs), tables.position(self.findings), tables.claims(self.claims)]
+        return [table for table in found if table.rows]
+
+
+def collect(folders: Iterable[Path]) -> Report:
+    """Read runs and sweeps.
+
+    Raises:
+        RunNotFoundError: a folder is no run and no sweep, or none of all has scores.
+        RunError: a file is not what posae writes.
+    """
+    runs: dict[str, Measured] = {}
+    studies: list[Study] = []
+    for folder in folders:
+        if (folder / SWEEP).exists():
+            for study in _studies(folder, runs):
+                studies.append(study)
+        else:
+            runs[str(folder)] = _run(folder)
+    unscored = [run for run in runs.values() if run.missing]
+    if unscored and len(unscored) == len(runs):
+        raise RunNotFoundError(f"{unscored[0].folder} {unscored[0].missing}")
+    claims = judged(studies) if studies else []
+    return Report(tuple(runs.values()), tuple(studies), tuple(findings(studies)), tuple(claims))
+
+
+def _run(folder: Path) -> Measured:
+    """What a run's files say; where it is not one that posae began, that it is missing."""
+    run = Run(folder)
+    begin = f"run posae evaluate {folder}"
+    if not (folder / EVALUATION).exists():
+        if not run.is_finished:
+            begin = "run posae train again, it goes on" if run.is_begun else "train it first"
+        missing = f"has no scores yet; {begin}"
+        config = run.config if run.is_begun else {}
+        return Measured(str(folder), config, metrics=run.metrics(), missing=missing)
+    config = run.config if run.is_begun else {}
+    return Measured(str(folder), config, run.evaluation, run.metrics())
+
+
+def _studies(folder: Path, runs: dict[str, Measured]) -> Iterable[Study]:
+    path = folder / SWEEP
+    try:
+        sweep = _Sweep.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+        raise RunError(f"{path} cannot be read: {problem}; run posae train --sweep again") from None
+    for study in sweep.studies:
+        entries: list[StudyRun] = []
+        for entry in study.runs:
+            place = folder / _inside(path, entry.folder)
+            if str(place) not in runs:
+                runs[str(place)] = _run(place)
+            entries.append(StudyRun(entry.name, entry.seed, runs[str(place)], entry.control, entry.of))
+        yield Study(study.study, study.title, tuple(entries), study.claim)
+
+
+def _inside(path: Path, folder: str) -> str:
+    """A folder that a sweep names, unless it leads out of the sweep's own."""
+    parts = PurePosixPath(folder).parts
+    if not parts or PurePosixPath(folder).is_absolute() or ".." in parts:
+        raise RunError(f"{path} names a folder outside its own, {folder!r}; it is not from posae")
+    return folder
+
+
+def as_json(report: Report) -> list[Any] | dict[str, Any]:
+    """All of a report as JSON: of plain runs a list of their scores, else an object with all there is."""
+    scores = [_scores(run) for run in report.runs]
+    if not report.studies:
+        return scores
+    return {
+        "runs": scores,
+        "studies": [
+            {
+                "study": study.study,
+                "title": study.title,
+                "claim": study.claim,
+                "runs": [
+                    {"name": e.name, "seed": e.seed, "run": e.run.folder, "control": e.control, "of": e.of}
+                    for e in study.runs
+                ],
+            }
+            for study in report.studies
+        ],
+        "position": [
+            {
+                "study": f.study,
+                "run": f.name,
+                "answer": f.answer.value,
+                "words": f.words,
+                "gain": _interval(f.gain),
+                "gains": {name: _interval(gain) for name, gain in f.gains.items()},
+                "missing": list(f.missing),
+            }
+            for f in report.findings
+        ],
+        "claims": [
+            {
+                "claim": c.claim.name,
+                "says": c.claim.says,
+                "measured": c.claim.measured,
+                "study": c.claim.study,
+                "answer": c.verdict.answer.value,
+                "reason": c.verdict.reason,
+            }
+            for c in report.claims
+        ],
+        "missing": [{"run": folder, "reason": reason} for folder, reason in report.missing.items()],
+    }
+
+
+def _scores(run: Measured) -> dict[str, Any]:
+    return {"run": run.folder, **({"missing": run.missing} if run.missing else run.evaluation)}
+
+
+def _interval(found: Interval | None) -> dict[str, float | int | None] | None:
+    if found is None:
+        return None
+    ends = {
+        name: end if math.isfinite(end) else None for name, end in (("low", found.low), ("high", found.high))
+    }
+    return {"mean": found.mean, **ends, "seeds": found.n}
+
+
+def write(report: Report, path: Path) -> None:
+    """Write a report to a file: a page with figures, or Markdown, by the name's ending.
+
+    Raises:
+        SettingsError: another ending.
+        StoreWriteError: the disk refused.
+    """
+    if path.suffix == ".html":
+        from .results.page import page
+
+        text = page(report.answers(), report.series(), report.measurements())
+    elif path.suffix == ".md":
+        text = markdown([*report.answers(), *report.measurements()])
+    else:
+        raise SettingsError(
+            f"{path} is neither a page (.html) nor Markdown (.md); give it one of these endings"
+        )
+    StoreFiles(path.parent).write(path.name, text.encode())

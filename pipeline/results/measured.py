@@ -1,0 +1,262 @@
+"""What one run measured, and what it was measured for: the only place that knows the shape of a run's files.
+
+A run may be of an older posae, or not finished: what a file lacks, or holds in another form, is None, and
+whoever asks says that it cannot be told. Nothing is computed before it is asked for; a figure over steps
+reads the lines of ``metrics.jsonl`` once.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+SETTLED = 0.1
+"""Figures over steps leave out this share of the steps, the first: that is the start, not the training."""
+
+
+def number(value: Any, *keys: str) -> float | None:
+    """The number at the end of ``keys``, each a key of the object before.
+
+    >>> number({"drift": {"cosine_mean": 0.5}}, "drift", "cosine_mean"), number({"drift": None}, "drift", "x")
+    (0.5, None)
+    """
+    for key in keys:
+        value = cast("Mapping[str, Any]", value).get(key) if isinstance(value, Mapping) else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else None
+
+
+def numbers(value: Any) -> list[float | None]:
+    """A list of numbers, None where an entry is none; empty where there is no list."""
+    return [number(item) for item in cast("list[Any]", value)] if isinstance(value, list) else []
+
+
+class Line(NamedTuple):
+    """One figure of one line of ``metrics.jsonl``."""
+
+    step: int
+    tokens: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run: what its files say.
+
+    Attributes:
+        folder: as it was named.
+        config: of ``config.json``.
+        evaluation: of ``evaluation.json``; empty where there is none.
+        metrics: the lines of ``metrics.jsonl``.
+        missing: why it has no scores; None where it has.
+    """
+
+    folder: str
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    evaluation: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    metrics: Sequence[Mapping[str, Any]] = ()
+    missing: str | None = None
+
+    def score(self, *keys: str) -> float | None:
+        """A number of ``evaluation.json``."""
+        return number(self.evaluation, *keys)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What it was trained with."""
+        found: Any = self.config.get("settings")
+        return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """One of its settings; ``default`` where its posae did not have it."""
+        return self.settings.get(name, default)
+
+    def steps(self, name: str) -> list[Line]:
+        """One figure over all logged steps, where it was finite."""
+        found: list[Line] = []
+        for line in self.metrics:
+            value, step, tokens = number(line, name), number(line, "step"), number(line, "tokens")
+            if value is not None and step is not None:
+                found.append(Line(int(step), tokens or 0.0, value))
+        return found
+
+    # Size
+
+    @property
+    def architecture(self) -> str:
+        """Its name."""
+        return str(self.evaluation.get("architecture") or self.setting("architecture", ""))
+
+    @property
+    def d_model(self) -> int | None:
+        """Width of the activations that it was trained on."""
+        found = number(self.config, "store", "d_model")
+        return None if found is None else int(found)
+
+    @property
+    def overhead(self) -> float | None:
+        """Parameters that only its position-awareness needs, as a share of the others."""
+        base = self.score("n_base_parameters")
+        total = self.score("n_parameters")
+        return total / base - 1 if total is not None and base else None
+
+    @property
+    def ranges(self) -> list[str]:
+        """Position ranges that it was scored by."""
+        found = self.evaluation.get("ranges")
+        return [str(item) for item in cast("list[Any]", found)] if isinstance(found, list) else []
+
+    # Over steps
+
+    @property
+    def gradient_variance(self) -> float | None:
+        """Variance of the gradient's norm over the logged steps after the first tenth."""
+        values = [line.value for line in self._settled("gradient_norm")]
+        if len(values) < 2:
+            return None
+        mean = sum(values) / len(values)
+        return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+    def _settled(self, name: str) -> list[Line]:
+        lines = self.steps(name)
+        after = SETTLED * lines[-1].step if lines else 0
+        return [line for line in lines if line.step > after]
+
+    @property
+    def converged(self) -> bool | None:
+        """Whether every logged loss is finite, the last tenth is below the first, and so is the FVU below 1.
+
+        None where too little was logged, or nothing scored.
+        """
+        losses = [line.get("loss") for line in self.metrics]
+        if len(losses) < 4 or self.score("fvu") is None:
+            return None if len(losses) < 4 or not self.evaluation else False
+        finite = [value for value in map(number, losses) if value is not None]
+        if len(finite) < len(losses):
+            return False
+        part = max(1, len(finite) // 10)
+        fvu = self.score("fvu")
+        assert fvu is not None
+        return sum(finite[-part:]) < sum(finite[:part]) and fvu < 1
+
+    def first_at(self, fvu: float, cost: str) -> float | None:
+        """What it cost until the FVU of a training batch was at most ``fvu``; None where it never was.
+
+        Args:
+            fvu: as a fraction.
+            cost: a key of ``metrics.jsonl`` that counts up: tokens, cpu_seconds.
+        """
+        for line in self.metrics:
+            found = number(line, "fvu")
+            if found is not None and found <= fvu:
+                return number(line, cost)
+        return None
+
+    @property
+    def base_kept(self) -> float | None:
+        """FVU of the base code at the last logged step, over that at the end of the base phase (alpha 0)."""
+        pairs = [(number(line, "alpha"), number(line, "fvu_base")) for line in self.metrics]
+        before = [fvu for alpha, fvu in pairs if alpha == 0 and fvu]
+        after = [fvu for alpha, fvu in pairs if alpha and fvu is not None]
+        return after[-1] / before[-1] if before and after else None
+
+    # Features
+
+    @property
+    def decoder_kept(self) -> float | None:
+        """Share of the features whose direction is still that of the end of the base phase."""
+        return self.score("drift", "kept_share")
+
+    @property
+    def best_clusters(self) -> tuple[int, float, float] | None:
+        """Into how many clusters profiles of firing by position fall best, how well, and by chance."""
+        n, score, null = (self.score("clusters", key) for key in ("best_n", "score", "null_score"))
+        return None if n is None or score is None or null is None else (int(n), score, null)
+
+    def probe(self, what: str, k: str, task: str | None = None) -> float | None:
+        """Accuracy of sparse probes.
+
+        Args:
+            what: activations, or codes.
+            k: how many features a probe sees: 1, 2, 5 or all.
+            task: one task; by default the mean of all.
+        """
+        where = ("mean",) if task is None else ("tasks", task, "mean")
+        return self.score("probing", *where, what, k, "accuracy")
+
+    @property
+    def probing_source(self) -> str | None:
+        """Which tasks were probed: offline, or saebench."""
+        probing = self.evaluation.get("probing")
+        return str(cast("Mapping[str, Any]", probing).get("source")) if isinstance(probing, Mapping) else None
+
+    def series(self, *keys: str) -> list[float | None]:
+        """A list of numbers of ``evaluation.json``."""
+        value: Any = self.evaluation
+        for key in keys:
+            value = cast("Mapping[str, Any]", value).get(key) if isinstance(value, Mapping) else None
+        return numbers(value)
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """A run as it stands in a study.
+
+    Attributes:
+        name: the same for all its seeds.
+        seed: runs of one seed are paired.
+        control: None, or what it controls for: agnostic, shared, shuffled, more-active.
+        of: name of the run that it is a control of.
+        run: what it measured.
+    """
+
+    name: str
+    seed: int
+    run: Measured
+    control: str | None = None
+    of: str | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs that answer one question.
+
+    Attributes:
+        study: its name, such as layer-norm.
+        title: in words.
+        claim: what the paper says, or None.
+        runs: all of its runs, the unfinished ones too.
+    """
+
+    study: str
+    title: str
+    runs: Sequence[StudyRun]
+    claim: str | None = None
+
+    def names(self) -> list[str]:
+        """Names of its runs, each once."""
+        return list(dict.fromkeys(run.name for run in self.runs))
+
+    def series(self, name: str) -> dict[int, Measured]:
+        """The runs of one name that have scores, by seed."""
+        return {run.seed: run.run for run in self.runs if run.name == name and run.run.missing is None}
+
+    def control(self, of: str, role: str) -> dict[int, Measured] | None:
+        """The runs that control ``of`` for one thing, by seed; None where there are none."""
+        runs = [run for run in self.runs if run.of == of and run.control == role]
+        found = {run.seed: run.run for run in runs if run.run.missing is None}
+        return found if runs else None
+
+
+def mean_and_deviation(values: Iterable[float | None]) -> tuple[float, float] | None:
+    """Mean and standard deviation (n - 1; 0 of one) of what is told; None where nothing is.
+
+    >>> mean_and_deviation([1.0, None, 3.0])
+    (2.0, 1.4142135623730951)
+    """
+    told = [value for value in values if value is not None]
+    if not told:
+        return None
+    mean = sum(told) / len(told)
+    n_free = max(1, len(told) - 1)
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in told) / n_free)

@@ -1,0 +1,136 @@
+"""``posae report`` by real invocations, on real trainings of a few steps."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from posae.cli.app import main
+
+SMALL = ("--contexts", "24", "--context-length", "16", "--layers", "1")
+QUICK = ("--steps", "40", "--batch-size", "64", "--window-contexts", "8", "--log-steps", "5")
+Posae = Callable[..., tuple[int, str, str]]
+
+
+def call(*words: object) -> int:
+    """Run the command line in this process: what it ends with."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["posae", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def posae(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Posae:
+    monkeypatch.setattr("posae.cli.report.console.width", 100)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = call(*words)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of the paper's architecture and its agnostic control, and what a sweep writes of them."""
+    folder = tmp_path_factory.mktemp("report")
+    store, runs = folder / "demo.zarr", folder / "runs"
+    assert call("harvest", store, *SMALL) == 0
+    entries: list[dict[str, Any]] = []
+    for name, preset, about in (
+        ("paper", "paper", {"control": None, "of": None}),
+        ("paper.agnostic", "paper-baseline", {"control": "agnostic", "of": "paper"}),
+    ):
+        for seed in range(2):
+            place = f"{name}/seed-{seed}"
+            words = ("--preset", preset, "--seed", seed, "--data-seed", seed)
+            assert call("train", store, runs / place, *QUICK, *words) == 0
+            entries.append({"name": name, "seed": seed, "folder": place, **about})
+    study = {"study": "position", "title": "does position help", "claim": None, "runs": entries}
+    (runs / "sweep.json").write_text(json.dumps({"posae": "0.1.0", "studies": [study]}))
+    return runs
+
+
+def test_a_sweep_is_told_in_tables_and_verdicts(posae: Posae, sweep: Path) -> None:
+    code, out, _ = posae("report", sweep)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 100
+    words = " ".join(out.split())
+    for told in (
+        "paper.agnostic standard 128 ",
+        " ± ",
+        "FVU by position range",
+        "position: does position help",
+        "“15% parameter overhead” does not hold adapters of the stated width, d/2 = 64,",
+        "does not hold 128 features, and",
+        "no run of study residual;",
+    ):
+        assert told in words, told
+
+
+def test_a_sweep_as_json_is_one_object(posae: Posae, sweep: Path) -> None:
+    code, out, _ = posae("report", sweep, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert len(found["runs"]) == 4
+    (position,) = found["position"]
+    assert position["run"] == "paper"
+    assert set(position["missing"]) == {"shared", "shuffled", "more-active"}
+
+
+def test_plain_runs_as_json_are_a_list_as_ever(posae: Posae, sweep: Path) -> None:
+    run = sweep / "paper" / "seed-0"
+    code, out, _ = posae("report", run, "--json")
+    assert code == 0
+    (found,) = json.loads(out)
+    assert found == {"run": str(run), **json.loads((run / "evaluation.json").read_text())}
+
+
+def test_runs_of_equal_names_are_told_apart_by_their_folders(posae: Posae, sweep: Path) -> None:
+    code, out, _ = posae("report", sweep / "paper" / "seed-0", sweep / "paper" / "seed-1")
+    assert code == 0
+    flat = "".join(out.split())
+    assert all(f"seed-{seed}:{sweep}/paper/seed-{seed}" in flat for seed in range(2))
+
+
+def test_out_writes_a_page_or_markdown(posae: Posae, sweep: Path, tmp_path: Path) -> None:
+    code, out, _ = posae("report", sweep, "--out", tmp_path / "page.html")
+    assert (code, out.strip()) == (0, f"{tmp_path / 'page.html'}: written")
+    page = (tmp_path / "page.html").read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "Figure 1b" in page
+    assert posae("report", sweep, "--out", tmp_path / "report.md")[0] == 0
+    assert "## the paper's claims" in (tmp_path / "report.md").read_text()
+
+
+def test_a_page_of_one_plain_run_has_its_figures(posae: Posae, sweep: Path, tmp_path: Path) -> None:
+    assert posae("report", sweep / "paper" / "seed-0", "--out", tmp_path / "page.html")[0] == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "Figure 1a" in page
+    assert "the paper's claims" not in page
+
+
+def test_another_ending_is_an_error_in_one_line(posae: Posae, sweep: Path, tmp_path: Path) -> None:
+    code, _, err = posae("report", sweep, "--out", tmp_path / "page.pdf")
+    assert code == 1
+    assert "neither a page (.html) nor Markdown (.md)" in err
+    assert not (tmp_path / "page.pdf").exists()
+
+
+def test_an_unscored_run_is_named_beside_the_others(posae: Posae, sweep: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "config.json").write_bytes((sweep / "paper" / "seed-0" / "config.json").read_bytes())
+    code, out, _ = posae("report", sweep / "paper" / "seed-0", begun)
+    assert code == 0
+    assert "without scores" in out
+    assert "run posae train again" in " ".join(out.split())

@@ -1,0 +1,313 @@
+"""Folders of runs and sweeps read, and what comes of them: JSON, Markdown, a page that a browser opens."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from posae.pipeline.report import as_json, collect, write
+from posae.pipeline.results.figures import MAX_POINTS, drawn, phases
+from posae.pipeline.results.measured import Measured, Study, number, numbers
+from posae.pipeline.results.tables import Series, by_range
+from posae.store.errors import RunError, RunNotFoundError, SettingsError
+
+if TYPE_CHECKING:
+    from .conftest import MadeRuns
+
+HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=alert(1)>"
+OUTSIDE = (
+    '{{"studies": [{{"study": "a", "title": "", "runs": [{{"name": "a", "seed": 0, "folder": "{}"}}]}}]}}'
+)
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def studies(made: "type[MadeRuns]") -> list[Study]:
+    """The method and its controls in three seeds, and a study that shares a run with them."""
+    more: dict[str, Any] = {
+        "fvu_by_position": [0.2 + 0.1 / (1 + p) for p in range(128)],
+        "density_histogram": {"edges": [-4.0, -3.0, -2.0, -1.0], "counts": [1, 40, 87], "never": 0},
+        "specificity": {"curve": {"specialisation": [0.0, 0.4], "interpretability": [0.6, 0.3]}},
+        "training_seconds": 12.0,
+    }
+
+    def seeds(fvu: float, **settings: Any) -> list[Measured]:
+        return [made.run({**settings, "seed": s}, fvu=fvu * (1 + s / 100), **more) for s in range(3)]
+
+    runs = {
+        "paper": seeds(0.2),
+        "paper.agnostic": seeds(0.1, architecture="standard"),
+        "paper.shared": seeds(0.2, shared_adapters=True),
+        "paper.shuffled": seeds(0.21, shuffle_positions=True),
+    }
+    controls = {name: (name.partition(".")[2], "paper") for name in runs if "." in name}
+    warmup = {"paper": runs["paper"], "warmup-0": seeds(0.3, warmup_steps=0, ramp_steps=100)}
+    return [made.study("position", runs, controls), made.study("warmup", warmup)]
+
+
+@pytest.fixture(scope="module")
+def sweep(made: "type[MadeRuns]", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    made.write_sweep(folder, studies(made))
+    return folder
+
+
+def test_a_sweep_gives_every_answer_as_json(sweep: Path) -> None:
+    found = cast("dict[str, Any]", as_json(collect([sweep])))
+    json.dumps(found, allow_nan=False)
+    assert found.keys() == {"runs", "studies", "position", "claims", "missing"}
+    assert len(found["runs"]) == 5 * 3  # the run that stands in two studies once
+    assert [study["study"] for study in found["studies"]] == ["position", "warmup"]
+    (position,) = found["position"]
+    assert position["answer"] == "does not hold"
+    assert position["gain"]["mean"] == pytest.approx(-1)
+    assert position["gain"]["seeds"] == 3
+    answers = {claim["claim"]: claim["answer"] for claim in found["claims"]}
+    assert answers["warm-up"] == "holds"
+    assert answers["position"] == "does not hold"
+    assert answers["gated residual"] == "cannot be told"
+    assert found["missing"] == []
+
+
+def test_an_endless_interval_is_null_in_json(made: "type[MadeRuns]", tmp_path: Path) -> None:
+    first = [
+        Study(one.study, one.title, tuple(run for run in one.runs if run.seed == 0)) for one in studies(made)
+    ]
+    made.write_sweep(tmp_path, first)
+    found = cast("dict[str, Any]", as_json(collect([tmp_path])))
+    json.dumps(found, allow_nan=False)
+    assert found["position"][0]["gain"]["low"] is None
+    assert found["position"][0]["answer"] == "cannot be told"
+
+
+def test_plain_runs_are_a_list_of_their_scores(made: "type[MadeRuns]", tmp_path: Path) -> None:
+    made.write_run(tmp_path / "a", made.run(fvu=0.25))
+    found = cast("list[Any]", as_json(collect([tmp_path / "a"])))
+    assert [(run["run"], run["fvu"]) for run in found] == [(str(tmp_path / "a"), 0.25)]
+
+
+def test_what_has_no_scores_is_named_with_what_to_do(made: "type[MadeRuns]", tmp_path: Path) -> None:
+    made.write_run(tmp_path / "a", made.run())
+    unscored = made.run()
+    made.write_run(tmp_path / "b", Measured("b", unscored.config, {}, unscored.metrics))
+    report = collect([tmp_path / "a", tmp_path / "b"])
+    assert report.missing == {str(tmp_path / "b"): "has no scores yet; run posae train again, it goes on"}
+    for name in ("sae_weights.safetensors", "cfg.json"):
+        (tmp_path / "b" / name).touch()
+    report = collect([tmp_path / "a", tmp_path / "b"])
+    assert report.missing == {str(tmp_path / "b"): f"has no scores yet; run posae evaluate {tmp_path / 'b'}"}
+    assert [table.title for table in report.answers()] == ["without scores"]
+    assert cast("list[Any]", as_json(report))[1]["missing"].startswith("has no scores yet")
+
+
+def test_runs_of_a_sweep_that_are_not_there_are_named(made: "type[MadeRuns]", tmp_path: Path) -> None:
+    made.write_sweep(tmp_path, studies(made))
+    shutil.rmtree(tmp_path / "paper.shuffled")
+    report = collect([tmp_path])
+    assert len(report.missing) == 3
+    (finding,) = report.findings
+    assert finding.missing == ("shuffled", "more-active")
+
+
+def test_nothing_scored_is_an_error(made: "type[MadeRuns]", tmp_path: Path) -> None:
+    unscored = made.run()
+    made.write_run(tmp_path / "b", Measured("b", unscored.config, {}, ()))
+    for folder in (tmp_path / "b", tmp_path / "nowhere"):
+        with pytest.raises(RunNotFoundError, match="has no scores yet"):
+            collect([folder])
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "Invalid JSON"),
+        ('{"studies": [{"study": "a"}]}', "Field required"),
+        (
+            OUTSIDE.format("../a"),
+            "outside its own",
+        ),
+        (
+            OUTSIDE.format("/etc"),
+            "outside its own",
+        ),
+    ],
+)
+def test_a_sweep_of_another_make_is_an_error(tmp_path: Path, content: str, told: str) -> None:
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(RunError, match=told):
+        collect([tmp_path])
+
+
+def test_older_and_odd_evaluations_only_lack_what_they_lack(made: "type[MadeRuns]", tmp_path: Path) -> None:
+    odd: dict[str, Any] = {
+        "fvu": "0.1",
+        "l0": True,
+        "drift": [1],
+        "clusters": {"best_n": None},
+        "specificity": 3,
+        "fvu_by_position": {"a": 1},
+        "probing": {"mean": None, "tasks": {}},
+        "ranges": None,
+    }
+    good = made.run()
+    made.write_run(tmp_path / "odd", Measured("", good.config, {**good.evaluation, **odd}, good.metrics))
+    (tmp_path / "sweep").mkdir()
+    made.write_sweep(tmp_path / "sweep", studies(made)[:1])
+    report = collect([tmp_path / "odd", tmp_path / "sweep"])
+    told = ["odd", "hierarchical", "128", "100,000 (+203%)", "-", "-", "0.0%", "-"]
+    assert told in report.measurements()[0].rows
+    write(report, tmp_path / "page.html")
+
+
+def test_numbers_are_told_from_everything_else() -> None:
+    assert number({"a": {"b": 2}}, "a", "b") == 2
+    odd: list[Any] = [None, True, "1", float("nan"), float("inf"), [], {}]
+    assert [number(value) for value in odd] == [None] * 7
+    assert numbers([1, None, "x"]) == [1.0, None, None]
+    assert numbers({"0": 1}) == []
+
+
+def test_rows_of_a_sweep_are_means_over_seeds(sweep: Path) -> None:
+    tables = {table.title: table for table in collect([sweep]).measurements()}
+    scores = tables["scores on the held-out part, layer 2"]
+    assert [row[0] for row in scores.rows] == [
+        "paper",
+        "paper.agnostic",
+        "paper.shared",
+        "paper.shuffled",
+        "warmup-0",
+    ]
+    assert scores.rows[0][5] == "0.2020 ± 0.0020"
+    assert scores.rows[0][7] == "12"
+    assert tables["warmup: Warmup"].rows[0][:2] == ["paper", "3"]
+
+
+def test_many_ranges_are_cut_into_tables(made: "type[MadeRuns]") -> None:
+    sixteen = Series("a", [made.run(ranges=[f"{8 * r}:{8 * r + 8}" for r in range(16)])])
+    four = Series("b", [made.run()])
+    found = by_range([sixteen, four])
+    assert [(len(table.columns), [row[0] for row in table.rows]) for table in found] == [
+        (9, ["a"]),
+        (9, ["a"]),
+        (5, ["b"]),
+    ]
+
+
+def test_figures_mark_the_phases_and_hide_controls(sweep: Path) -> None:
+    series = collect([sweep]).series()
+    marked = [(shape["x0"], shape["x1"], shape["label"]["text"]) for shape in phases(series)]
+    assert marked == [(0, 10, "base alone"), (10, 100, "alpha rises")]
+    figures = {title: figure for title, _, figure in drawn(series)}
+    assert len(figures) == 6
+    loss = figures["Figure 1a: loss over steps"]["data"]
+    assert {line["name"]: line["visible"] for line in loss}["paper.shuffled"] == "legendonly"
+    assert loss[0]["visible"] is True
+    density = figures["Density of features"]["data"][0]
+    assert density["x"] == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1])
+    assert density["y"] == [1, 40, 87, 87]
+
+
+def test_a_long_training_is_thinned_and_keeps_its_end(made: "type[MadeRuns]") -> None:
+    series = [Series("long", [made.run(lines=made.metrics(5 * MAX_POINTS))])]
+    line = drawn(series)[0][2]["data"][0]
+    assert len(line["x"]) == MAX_POINTS
+    assert line["x"][-1] == 5 * 5 * MAX_POINTS
+
+
+class Page(html.parser.HTMLParser):
+    """The tags of a page, and its words outside of scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_data(self, data: str) -> None:
+        if self._inside not in ("script", "style"):
+            self.words += data
+
+
+@pytest.fixture(scope="module")
+def page(made: "type[MadeRuns]", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a sweep in which every name is hostile."""
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "plain").mkdir()
+    made.write_sweep(folder / "plain", studies(made))
+    runs: list[dict[str, Any]] = []
+    for seed, run in studies(made)[0].series("paper").items():
+        evil = {**run.evaluation, "architecture": HOSTILE, "ranges": [HOSTILE] * 4}
+        place = folder / "names" / f"seed-{seed}"
+        made.write_run(place, Measured("", run.config, evil, run.metrics))
+        runs.append({"name": HOSTILE, "seed": seed, "folder": place.name})
+    study = {"study": HOSTILE, "title": HOSTILE, "runs": runs}
+    (folder / "names" / "sweep.json").write_text(json.dumps({"studies": [study]}))
+    path = folder / "page.html"
+    write(collect([folder / "names", folder / "plain"]), path)
+    return path
+
+
+def test_a_page_needs_nothing_else_and_runs_no_words(page: Path) -> None:
+    found = Page(page.read_text())
+    kinds = [tag for tag, _ in found.tags]
+    assert not {"img", "link", "iframe", "object"} & set(kinds)
+    assert all("src" not in attributes for _, attributes in found.tags)
+    assert all(href.startswith("#") for _, a in found.tags if (href := a.get("href")) is not None)
+    assert not any(name.startswith("on") for _, a in found.tags for name in a)
+    assert any("default-src 'none'" in (a.get("content") or "") for _, a in found.tags)
+    assert HOSTILE in found.words
+    assert "does not hold" in found.words
+    assert kinds.count("section") == kinds.count("table") + 6
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here: apt-get install chromium")
+def test_a_browser_draws_the_page_without_a_word_of_complaint(page: Path, tmp_path: Path) -> None:
+    assert BROWSER is not None
+    words = (
+        *("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"),
+        *(
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={tmp_path}",
+            "--virtual-time-budget=10000",
+        ),
+    )
+    ended = subprocess.run(
+        [BROWSER, *words, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    console = [line for line in ended.stderr.splitlines() if "CONSOLE" in line]
+    assert console == []
+    assert "<title>posae report</title>" in ended.stdout  # what is hostile did not run
+    assert ended.stdout.count('class="plotly-graph-div js-plotly-plot"') == 6
+    assert ended.stdout.count('class="scatterlayer') >= 6
+    buttons = set(re.findall('data-title="([^"]*)"', ended.stdout))
+    assert "Download plot as a PNG" in buttons
+    assert not {title for title in buttons if "Share" in title}  # a figure's data stay here
+
+
+def test_markdown_keeps_words_as_words(page: Path, tmp_path: Path) -> None:
+    write(collect([page.parent / "names"]), tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    assert "\\<script>" in text
+    assert "<script>" not in text.replace("\\<script>", "")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert "| --- |" in lines[1]
+
+
+def test_nothing_is_loaded_to_draw_with_before_a_page_is_wanted() -> None:
+    source = "import sys, posae.pipeline.report; sys.exit('plotly' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", source], check=False).returncode == 0
+
+
+def test_another_ending_is_refused(sweep: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"\.html"):
+        write(collect([sweep]), tmp_path / "report.pdf")
