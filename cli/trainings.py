@@ -101,6 +101,9 @@ def train_all(store: ActivationStore, folder: Path, plan: Plan) -> None:
     """
     trainings = plan.trainings
     for planned in trainings:
+        for place in (folder, folder / planned.name):
+            if Run(place).is_begun:
+                raise RunError(f"{place} is a single run; give the sweep another folder")
         _training(store, folder, planned).check()
     plan.write(folder)
     left = [

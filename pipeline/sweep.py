@@ -36,7 +36,6 @@ from .. import __version__
 from ..store.errors import RunError, SettingsError
 from ..store.files import StoreFiles
 from .controls import CONTROLS, controls_of, is_position_aware
-from .runs import Run
 from .settings import (
     TRAIN_PRESETS,
     EvaluateSettings,
@@ -325,12 +324,9 @@ class Plan:
         """Put the studies into ``sweep.json``; those of an earlier sweep that have other names stay.
 
         Raises:
-            RunError: ``folder`` is a run, or holds one where a run's seeds should lie, or another sweep.json.
+            RunError: another ``sweep.json`` is there.
             StoreWriteError: the disk refused.
         """
-        for place in {folder, *(folder / planned.name for planned in self.trainings)}:
-            if Run(place).is_begun:
-                raise RunError(f"{place} is a single run; give the sweep another folder")
         studies = {study.get("study"): study for study in (*_studies_in(folder), *self.studies)}
         found = {"posae": __version__, "studies": list(studies.values())}
         data = (json.dumps(found, indent=1) + "\n").encode()

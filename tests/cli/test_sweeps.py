@@ -200,6 +200,16 @@ def test_nothing_is_trained_where_a_run_does_not_fit_or_was_begun_otherwise(
     assert tree(runs) == before
 
 
+@pytest.mark.parametrize("place", ["", "paper"])
+def test_a_sweep_does_not_go_into_a_single_run(posae: Posae, store: Path, tmp_path: Path, place: str) -> None:
+    Run(tmp_path / "runs" / place).begin({"settings": {}})
+    before = tree(tmp_path)
+    ended = posae("train", store, tmp_path / "runs", "--preset", "paper", "--controls")
+    assert ended.code == 1
+    assert "is a single run; give the sweep another folder" in ended.err
+    assert tree(tmp_path) == before
+
+
 def test_controls_of_a_single_run_are_a_sweep_of_one(posae: Posae, store: Path, tmp_path: Path) -> None:
     words = ("--preset", "posae", "--steps", 30, "--batch-size", 64, "--window-contexts", 8)
     sizes = ("--position-mean", "lowrank:2", "--target-l0", 4, "--dictionary-size", 32, "--data-seed", 5)

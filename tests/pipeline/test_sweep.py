@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from posae.pipeline.runs import Run
 from posae.pipeline.settings import TrainSettings
 from posae.pipeline.sweep import Fitted, Plan, Study, read_sweep
 from posae.store.errors import RunError, SettingsError
@@ -221,10 +220,3 @@ def test_another_sweep_json_is_not_written_over(tmp_path: Path, text: str) -> No
     with pytest.raises(RunError, match="remove it"):
         plan(write(tmp_path, "a.toml", TWO)).write(tmp_path)
     assert (tmp_path / "sweep.json").read_text() == text
-
-
-@pytest.mark.parametrize("place", ["", "with"])
-def test_a_sweep_does_not_go_into_a_single_run(tmp_path: Path, place: str) -> None:
-    Run(tmp_path / "runs" / place).begin({"settings": {}})
-    with pytest.raises(RunError, match="is a single run"):
-        plan(write(tmp_path, "a.toml", TWO)).write(tmp_path / "runs")
