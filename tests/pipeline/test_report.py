@@ -14,7 +14,7 @@ import pytest
 from posae.pipeline.report import as_json, collect, write
 from posae.pipeline.results.figures import MAX_POINTS, drawn, phases
 from posae.pipeline.results.measured import Measured, Study, number, numbers
-from posae.pipeline.results.tables import Series, by_range
+from posae.pipeline.results.tables import Series, by_range, of_study
 from posae.store.errors import RunError, RunNotFoundError, SettingsError
 
 if TYPE_CHECKING:
@@ -185,6 +185,20 @@ def test_rows_of_a_sweep_are_means_over_seeds(sweep: Path) -> None:
     assert scores.rows[0][5] == "0.2020 ± 0.0020"
     assert scores.rows[0][7] == "12"
     assert tables["warmup: Warmup"].rows[0][:2] == ["paper", "3"]
+
+
+def test_a_study_shows_its_controls_only_where_they_are_the_point(made: "type[MadeRuns]") -> None:
+    whole = studies(made)[0]
+    table = of_study(whole)
+    assert table.columns == ["run", "seeds", "parameters", "L0", "FVU", "to agnostic"]
+    assert [(row[0], row[5]) for row in table.rows] == [
+        ("paper", "+100.0%"),
+        ("paper.agnostic", ""),
+        ("paper.shared", ""),
+        ("paper.shuffled", ""),
+    ]
+    few = Study("ranges", "", [run for run in whole.runs if run.control in (None, "agnostic")])
+    assert [row[0] for row in of_study(few).rows] == ["paper"]
 
 
 def test_many_ranges_are_cut_into_tables(made: "type[MadeRuns]") -> None:
