@@ -280,7 +280,9 @@ def _about_run(held_out: _HeldOut) -> dict[str, Any]:
     autoencoder = held_out.autoencoder
     lines = held_out.run.metrics()
     before = base_decoder(held_out.run.folder)
-    moved = None if before is None else drift(autoencoder.W_dec, before)
+    # Of a training that diverged nothing can be told.
+    has_decoder = bool(torch.isfinite(autoencoder.W_dec).all())
+    moved = drift(autoencoder.W_dec, before) if before is not None and has_decoder else None
     return {
         "architecture": autoencoder.architecture,
         "layer": held_out.layer,

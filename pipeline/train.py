@@ -27,11 +27,15 @@ from .metrics import ScoreKeeper
 from .progress import Progress, Silent
 from .runs import Run
 from .sae.autoencoder import Autoencoder, CommonSettings, Output
+from .sae.calibration import calibrate_threshold
 from .sae.registry import ARCHITECTURES, architecture_class, new_autoencoder
 from .sae.saving import save_autoencoder
+from .sae.topk import BatchTopK
 from .schedules import Clock, Curriculum, learning_rate_factor
 from .settings import TrainSettings
 
+_CALIBRATION_ROWS = 2**16
+"""Tokens of the training part that BatchTopK's threshold is set by in the end."""
 _SHUFFLE = 0x5EED
 _COUNT_DEAD_STEPS = 100
 """How often it is counted anew which features are dead: it makes a GPU wait."""
@@ -165,6 +169,10 @@ class Training:
             state.restore(tensors)
         self.run.rewind_metrics(start)
         self._loop(state, batches, start, progress)
+        if isinstance(state.autoencoder, BatchTopK):
+            rows = (state.inputs(batch) for batch in batches.steps(0, self.settings.steps))
+            most_rows = max(_CALIBRATION_ROWS, 2 * self.settings.batch_size)
+            calibrate_threshold(state.autoencoder, rows, most_rows)
         save_autoencoder(state.autoencoder, self.run.folder, self._sae_lens_metadata())
         return Trained(self.run, self.settings.steps - start)
 
@@ -374,13 +382,17 @@ class _State:
         dead = silent > self.settings.dead_after_tokens
         self.autoencoder.dead = dead if bool(dead.any()) else None
 
-    def update(self, batch: Batch, *, measure: bool) -> dict[str, Any] | None:
-        """One step of AdamW on one batch, after ``schedule``; what was measured, if asked to."""
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Activations float32 [rows, d_model], range offsets, positions [rows]: what ``forward`` takes."""
         x = batch.on_device.to(torch.float32)
         if self.settings.shuffle_positions:
             x = x[torch.as_tensor(_shuffled(len(x), self.settings.data_seed, batch.step)).to(self.device)]
-        offsets = torch.as_tensor(batch.range_offsets)
         positions = torch.as_tensor(batch.positions).to(self.device, non_blocking=True)
+        return x, torch.as_tensor(batch.range_offsets), positions
+
+    def update(self, batch: Batch, *, measure: bool) -> dict[str, Any] | None:
+        """One step of AdamW on one batch, after ``schedule``; what was measured, if asked to."""
+        x, offsets, positions = self.inputs(batch)
         output = self.autoencoder(x, offsets, positions)
         self.optimizer.zero_grad(set_to_none=True)
         output.losses.total.backward()  # pyright: ignore[reportUnknownMemberType]

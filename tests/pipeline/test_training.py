@@ -8,6 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from posae.pipeline.batches import shuffled_batches
+from posae.pipeline.sae.saving import load_autoencoder
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
 from posae.pipeline.train import Training, resolve
 from posae.store import ActivationStore
@@ -133,3 +135,14 @@ def test_a_run_of_an_older_release_goes_on(good_store: Made, tmp_path: Path) -> 
     assert train(good_store, tmp_path / "run").run.is_finished
     with pytest.raises(RunMismatchError, match=r"begun otherwise: settings\.position_adapter"):
         train(good_store, tmp_path / "run", position_adapter="bias")
+
+
+def test_the_threshold_of_batchtopk_ends_where_l0_is_the_target(good_store: Made, tmp_path: Path) -> None:
+    training = train(good_store, tmp_path / "run", architecture="batchtopk", target_l0=5)
+    autoencoder = load_autoencoder(tmp_path / "run")
+    active = n_rows = 0
+    words = {"batch_size": 32, "window_contexts": 16, "leave_out": training.leave_out}
+    for batch in shuffled_batches(training.store, training.layer, training.ranges, steps=40, **words):
+        code = autoencoder(batch.on_device.float(), torch.as_tensor(batch.range_offsets)).code
+        active, n_rows = active + int((code != 0).sum()), n_rows + len(code)
+    assert active / n_rows == pytest.approx(5, rel=0.01)
