@@ -56,7 +56,7 @@ def trained(posae: Posae, folder: Path, *words: object) -> Path:
 
 def test_a_run_is_probed_from_its_store_alone(posae: Posae, tmp_path: Path) -> None:
     run = trained(posae, tmp_path)
-    assert "probing" not in json.loads((run / "evaluation.json").read_text())
+    assert json.loads((run / "evaluation.json").read_text())["probing"] is None
     ended = posae("evaluate", run, "--probing", "offline")
     assert ended.code == 0
     assert "sparse probing (offline)" in ended.out
@@ -69,8 +69,8 @@ def test_a_run_is_probed_from_its_store_alone(posae: Posae, tmp_path: Path) -> N
     token_class = found["tasks"]["token class"]["mean"]["activations"]
     assert token_class["all"]["accuracy"] > 0.7
     assert token_class["1"]["accuracy"] < token_class["all"]["accuracy"]
-    # What it was before, without probing.
-    assert "probing" not in json.loads(posae("evaluate", run, "--json").out)
+    # What was measured before stays.
+    assert json.loads(posae("evaluate", run, "--json").out)["probing"] == found
 
 
 def test_a_local_model_is_named_and_its_tokenizer_must_be_the_stores(posae: Posae, tmp_path: Path) -> None:
