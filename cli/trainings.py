@@ -32,7 +32,7 @@ def about_position(r2: float) -> str:
         return "what position explains cannot be told of so few tokens"
     told = f"position explains {max(0.0, r2):.2%} of this layer's variance"
     if r2 < _LITTLE_R2:
-        return f"{told}: next to nothing for an autoencoder to gain by knowing it"
+        return f"{told}: next to nothing for a position mean to take off; what ranges turn it does not show"
     return f"{told}; --position-mean takes that off before encoding"
 
 
