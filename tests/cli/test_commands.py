@@ -7,53 +7,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from posae.cli.app import main
 from posae.pipeline import as_torch, load_autoencoder
 from posae.pipeline.runs import Run
 from posae.store import ActivationStore
 
+from .conftest import Posae, call
+
 DEMO_MODEL = Path(__file__).parents[2] / "pipeline" / "demo_model"
 SMALL = ("--contexts", "24", "--context-length", "16")
 QUICK = ("--steps", "40", "--batch-size", "64", "--window-contexts", "8", "--log-steps", "10")
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Posae = Callable[..., Ended]
-
-
-def call(*words: object) -> int:
-    """Run the command line in this process: what it ends with."""
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["posae", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    return int(ended.value.code or 0)
-
-
-@pytest.fixture
-def posae(capsys: pytest.CaptureFixture[str]) -> Posae:
-    def run(*words: object) -> Ended:
-        capsys.readouterr()
-        code = call(*words)
-        captured = capsys.readouterr()
-        return Ended(code, captured.out, captured.err)
-
-    return run
 
 
 def begin(*words: object) -> subprocess.Popen[bytes]:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
 
-from posae.cli.app import main
 from posae.store import ActivationStore
 from posae.store.files import StoreFiles
 from posae.store.verify import verify
+
+from .conftest import call
 
 if TYPE_CHECKING:
     from ..conftest import MakeStore
@@ -30,16 +30,6 @@ QUICK = ("--steps", "4", "--batch-size", "64", "--window-contexts", "64", "--ran
 DEMO_MODEL = Path(__file__).parents[2] / "pipeline" / "demo_model"
 NOBODY = 65534
 UNREADABLE = 77
-
-
-def call(*words: object) -> int:
-    """Run the command line in this process: what it ends with."""
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["posae", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    return int(ended.value.code or 0)
 
 
 def begin(*words: object) -> subprocess.Popen[str]:
@@ -269,6 +259,7 @@ CUT = """
 import os, sys
 from posae.cli.app import main
 from posae.store import shards
+
 
 if {when!r} == "decode":
     real = shards.ShardReader._still_whole

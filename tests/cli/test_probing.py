@@ -3,45 +3,20 @@
 import json
 import random
 import shutil
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import datasets  # pyright: ignore[reportMissingTypeStubs]
 import pytest
-import torch
 
-from posae.cli.app import main
 from posae.pipeline.probing import hub
 from posae.pipeline.probing.protocol import Sizes
 
+from .conftest import Posae
+
 DEMO_MODEL = Path(__file__).parents[2] / "pipeline" / "demo_model"
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Posae = Callable[..., Ended]
-
-
-@pytest.fixture
-def posae(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Posae:
-    torch.set_num_threads(1)
-
-    def run(*words: object) -> Ended:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["posae", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 def trained(posae: Posae, folder: Path, *words: object) -> Path:

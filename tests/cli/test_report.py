@@ -1,42 +1,21 @@
 """``posae report`` by real invocations, on real trainings of a few steps."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from posae.cli.app import main
+from .conftest import Posae, call
 
 SMALL = ("--contexts", "24", "--context-length", "16", "--layers", "1")
 QUICK = ("--steps", "40", "--batch-size", "64", "--window-contexts", "8", "--log-steps", "5")
-Posae = Callable[..., tuple[int, str, str]]
 
 
-def call(*words: object) -> int:
-    """Run the command line in this process: what it ends with."""
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["posae", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    return int(ended.value.code or 0)
-
-
-@pytest.fixture
-def posae(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Posae:
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables that are not folded."""
     monkeypatch.setattr("posae.cli.report.console.width", 100)
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = call(*words)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from posae.cli.app import main
 from posae.pipeline.runs import Run
+
+from .conftest import Posae
 
 if TYPE_CHECKING:
     from ..conftest import MakeStore
@@ -39,30 +38,6 @@ checkpoint_steps = 20
 [runs.baseline]
 preset = "paper-baseline"
 """
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Posae = Callable[..., Ended]
-
-
-@pytest.fixture
-def posae(capsys: pytest.CaptureFixture[str]) -> Posae:
-    def run(*words: object) -> Ended:
-        torch.set_num_threads(1)
-        capsys.readouterr()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["posae", *map(str, words)])
-            with pytest.raises(SystemExit) as ended:
-                main()
-        captured = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="session")
