@@ -23,6 +23,7 @@ from ..store.reader import ActivationStore
 from ..store.stats import LayerStats
 from .batches import Batch, ShuffledBatches
 from .device import choose_device
+from .interrupts import held_back
 from .metrics import ScoreKeeper
 from .progress import Progress, Silent
 from .runs import Run
@@ -196,12 +197,13 @@ class Training:
         s = self.settings
         progress.begin("training", s.steps * s.batch_size, "tokens", start * s.batch_size)
         step = start
-        try:
+        with held_back() as interrupt:
             for batch in batches.steps(start, s.steps):
                 if step == s.warmup_steps:
                     self.run.save_base_phase(state.autoencoder.W_dec)
                 state.schedule(step)
-                measure = (step + 1) % s.log_steps == 0 or step + 1 == s.steps
+                # Also where the base phase ends: what becomes of the base is told from there.
+                measure = (step + 1) % s.log_steps == 0 or step + 1 in (s.warmup_steps, s.steps)
                 line = state.update(batch, measure=measure)
                 step += 1
                 if step % _COUNT_DEAD_STEPS == 0:
@@ -210,11 +212,9 @@ class Training:
                     self.run.add_metrics({"step": step, **line})
                     progress.advance(0, _note(line))
                 progress.advance(s.batch_size)
-                if step % s.checkpoint_steps == 0 and step < s.steps:
+                if step < s.steps and (step % s.checkpoint_steps == 0 or interrupt.asked):
                     self.run.save_checkpoint(step, state.tensors())
-        except KeyboardInterrupt:
-            self.run.save_checkpoint(step, state.tensors())
-            raise
+                interrupt.check()
         progress.end()
 
     def _sae_lens_metadata(self) -> dict[str, Any]:

@@ -110,17 +110,22 @@ class Measured:
 
     @property
     def gradient_variance(self) -> float | None:
-        """Variance of the gradient's norm over the logged steps after the first tenth."""
-        values = [line.value for line in self._settled("gradient_norm")]
-        if len(values) < 2:
+        """Variance of the gradient's norm over all steps after the first tenth, logged or not."""
+        parts: list[tuple[int, float, float]] = []
+        mean_squares = {line.step: line.value for line in self.steps("gradient_norm_mean_square")}
+        means = self.steps("gradient_norm_mean")
+        before = 0
+        for step, _, mean in means:
+            # A line's means are over the steps since the line before.
+            if before >= SETTLED * means[-1].step and step in mean_squares:
+                parts.append((step - before, mean, mean_squares[step]))
+            before = step
+        n = sum(n_steps for n_steps, _, _ in parts)
+        if n < 2:
             return None
-        mean = sum(values) / len(values)
-        return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-
-    def _settled(self, name: str) -> list[Line]:
-        lines = self.steps(name)
-        after = SETTLED * lines[-1].step if lines else 0
-        return [line for line in lines if line.step > after]
+        mean = sum(n_steps * value for n_steps, value, _ in parts) / n
+        mean_square = sum(n_steps * square for n_steps, _, square in parts) / n
+        return max(0.0, mean_square - mean**2) * n / (n - 1)
 
     @property
     def converged(self) -> bool | None:

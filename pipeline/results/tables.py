@@ -88,7 +88,7 @@ def scores(series: Sequence[Series]) -> Table:
     layers = {run.score("layer") for one in series for run in one.runs}
     layer = f", layer {layers.pop() or 0:.0f}" if len(layers) == 1 else ""
     columns = ["run", "architecture", "features", "parameters", "L0", "FVU", "dead"]
-    timed = any(one.mean(_seconds) for one in series)
+    timed = any(run.score("training_seconds") is not None for one in series for run in one.runs)
     rows = [
         [
             one.label,
@@ -98,12 +98,12 @@ def scores(series: Sequence[Series]) -> Table:
             _decimals(one, "l0", 1),
             _fvu(one),
             _dead(one),
-            *([_rounded(one.mean(_seconds))] if timed else []),
+            *([_time(one)] if timed else []),
         ]
         for one in series
     ]
     title = f"scores on the held-out part{layer}"
-    return Table(title, [*columns, *(["seconds"] if timed else [])], rows, n_left=2)
+    return Table(title, [*columns, *(["time"] if timed else [])], rows, n_left=2)
 
 
 def by_range(series: Sequence[Series]) -> list[Table]:
@@ -212,10 +212,6 @@ def _told(value: Callable[[Measured], float | None]) -> Callable[[Series], bool]
     return lambda one: one.mean(value) is not None
 
 
-def _seconds(run: Measured) -> float | None:
-    return run.score("training_seconds")
-
-
 def _count(one: Series, score: str) -> str:
     found = one.mean(lambda run: run.score(score))
     return f"{found[0]:,.0f}" if found else "-"
@@ -247,8 +243,9 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _rounded(found: tuple[float, float] | None) -> str:
-    return f"{found[0]:,.0f}" if found else "-"
+def _time(one: Series) -> str:
+    found = one.mean(lambda run: run.score("training_seconds"))
+    return f"{found[0]:,.0f} s" if found else "-"
 
 
 def _significant(found: tuple[float, float] | None) -> str:

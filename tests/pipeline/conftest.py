@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from posae.pipeline.results.measured import Measured, Study, StudyRun
@@ -66,11 +65,10 @@ def metrics(
     Args:
         n_lines: one every five steps.
         loss: at a share of the training.
-        spread: standard deviation of the gradient's norm, about.
+        spread: standard deviation of the gradient's norm.
         costs: CPU-seconds to a step.
         **values: the same on every line.
     """
-    norms = 5 + spread * np.random.default_rng(0).standard_normal(n_lines)
     found: list[dict[str, Any]] = []
     for number in range(1, n_lines + 1):
         step, share = 5 * number, number / n_lines
@@ -83,7 +81,8 @@ def metrics(
             "alpha": max(0.0, share - 0.1),
             "learning_rate": 3e-4,
             "l1_coefficient": 0.04,
-            "gradient_norm": float(norms[number - 1]),
+            "gradient_norm_mean": 5.0,
+            "gradient_norm_mean_square": 25 + spread**2,
             "cpu_seconds": costs * step,
         }
         found.append(line | values)

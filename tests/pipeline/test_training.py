@@ -1,5 +1,6 @@
 """What a training resolves, refuses and keeps. That a killed one ends the same is tested with the command."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import safetensors.torch
 import torch
 
 from posae.pipeline.batches import shuffled_batches
+from posae.pipeline.results.measured import Measured
 from posae.pipeline.sae.saving import load_autoencoder
+from posae.pipeline.schedules import Curriculum
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
 from posae.pipeline.train import Training, resolve
 from posae.store import ActivationStore
@@ -118,12 +121,16 @@ def test_the_decoder_of_the_base_phase_is_kept(good_store: Made, tmp_path: Path)
 
 def test_gradient_norms_of_every_step_are_counted(good_store: Made, tmp_path: Path) -> None:
     lines = train(good_store, tmp_path / "all", log_steps=1).run.metrics()
-    few = train(good_store, tmp_path / "few", log_steps=20).run.metrics()
+    training = train(good_store, tmp_path / "few", log_steps=20)
+    few = training.run.metrics()
+    assert [line["step"] for line in few] == [4, 20, 40], "one line also where the base phase ends"
+    assert [line["alpha"] for line in few][:2] == [0, pytest.approx(16 / 36, abs=1 / 36)]
     norms = np.array([line["gradient_norm"] for line in lines])
-    for number, line in enumerate(few):
-        part = norms[20 * number : 20 * number + 20]
+    for part, line in zip(np.split(norms, [4, 20]), few, strict=True):
         assert line["gradient_norm_mean"] == pytest.approx(part.mean(), rel=1e-5)
         assert line["gradient_norm_mean_square"] == pytest.approx((part**2).mean(), rel=1e-5)
+    measured = Measured("few", training.run.config, {}, few)
+    assert measured.gradient_variance == pytest.approx(norms[4:].var(ddof=1), rel=1e-4)
     assert lines[-1]["cpu_seconds"] > lines[0]["cpu_seconds"] > 0
 
 
@@ -146,3 +153,32 @@ def test_the_threshold_of_batchtopk_ends_where_l0_is_the_target(good_store: Made
         code = autoencoder(batch.on_device.float(), torch.as_tensor(batch.range_offsets)).code
         active, n_rows = active + int((code != 0).sum()), n_rows + len(code)
     assert active / n_rows == pytest.approx(5, rel=0.01)
+
+
+@pytest.mark.parametrize("presses", [1, 2], ids=["once", "twice"])
+def test_a_training_that_is_interrupted_goes_on_to_the_same_weights(
+    presses: int, good_store: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words: dict[str, Any] = {"architecture": "batchtopk", "target_l0": 4, "checkpoint_steps": 10}
+    train(good_store, tmp_path / "whole", **words)
+    see, steps = Curriculum.see, 0
+
+    def pressing(self: Curriculum, step: int, loss: torch.Tensor) -> None:
+        """Ctrl-C when the weights are changed and all else is not."""
+        nonlocal steps
+        see(self, step, loss)
+        steps += 1
+        if steps == 15:
+            for _ in range(presses):
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Curriculum, "see", pressing)
+    with pytest.raises(KeyboardInterrupt):
+        train(good_store, tmp_path / "run", **words)
+    # Who presses twice does not wait for the step, whose half is left.
+    assert steps == 15
+    train(good_store, tmp_path / "run", **words)
+    assert steps == (15 + 25 if presses == 1 else 15 + 30)
+    whole, run = ((tmp_path / name / "sae_weights.safetensors").read_bytes() for name in ("whole", "run"))
+    assert whole == run
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
