@@ -183,7 +183,7 @@ def test_rows_of_a_sweep_are_means_over_seeds(sweep: Path) -> None:
         "warmup-0",
     ]
     assert scores.rows[0][5] == "0.2020 ± 0.0020"
-    assert scores.rows[0][7] == "12"
+    assert scores.rows[0][7] == "12 s"
     assert tables["warmup: Warmup"].rows[0][:2] == ["paper", "3"]
 
 
