@@ -11,7 +11,8 @@ and exits with 1. Anything that is no ``PosaeError`` is a bug and keeps its trac
     │   ├── StoreDamagedError (ValueError)      bytes are missing or not what was written
     │   ├── StoreMismatchError (ValueError)     the store was made with other settings
     │   ├── StoreIncompleteError (LookupError)  what was asked for is not committed yet
-    │   └── StoreWriteError (OSError)           the disk refused: no space, no permission
+    │   ├── StoreWriteError (OSError)           the disk refused: no space, no permission
+    │   └── StoreRemoteError (ConnectionError)  a server refused, or does not answer
     ├── ModelError (ValueError)                 a language model that is missing, gated or unfit
     ├── CorpusError (ValueError)                text that is missing, too little or not text
     └── RunError
@@ -79,6 +80,10 @@ class StoreIncompleteError(StoreError, LookupError):
 
 class StoreWriteError(StoreError, OSError):
     """The disk refused: no space, no permission."""
+
+
+class StoreRemoteError(StoreError, ConnectionError):
+    """A server refused, or does not answer."""
 
 
 class ModelError(PosaeError, ValueError):
