@@ -1,8 +1,8 @@
 """A store's folder on a server: what reading, copying and publishing need of it.
 
 One class for web servers (``http.py``) and one for everything that fsspec knows (``object_stores.py``). They
-move bytes and nothing else: what a file must hold is the seal's to say, and the caller checks it. Both try again
-what may pass (a connection cut, a server that is busy), and show no credentials in anything they say.
+move bytes and nothing else: what a file must hold is the seal's to say, and the caller checks it. Both try
+again what may pass (a connection cut, a server that is busy), and show no credentials in anything they say.
 """
 
 from collections.abc import Iterator
