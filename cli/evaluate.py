@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..pipeline.settings import EvaluateSettings, resolve_settings
 from .display import LiveProgress, console
-from .options import Config, with_settings
+from .options import Cache, CacheSize, Config, with_settings
 from .report import comparison
 
 
@@ -20,6 +20,8 @@ def evaluate(
     options: dict[str, Any],
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    cache: Cache = None,
+    cache_size: CacheSize = None,
 ) -> None:
     """Score a run on the held-out part of its store, and write evaluation.json into it.
 

@@ -13,12 +13,14 @@ import typer
 
 from ..store.errors import StoreDamagedError, StoreError, StoreFormatError
 from ..store.reader import ActivationStore
+from ..store.remote import is_url
 from .display import LiveProgress
+from .options import Cache, CacheSize
 from .show_store import show_brief, show_context, show_damage, show_store
 
 
 def inspect_store(
-    store: Annotated[Path, typer.Argument(help="Folder of the store.")],
+    store: Annotated[str, typer.Argument(help="Folder of the store, or its URL.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read everything back and check it.")] = False,
     brief: Annotated[bool, typer.Option("--brief", help="Two lines: what, how much, where.")] = False,
@@ -29,6 +31,8 @@ def inspect_store(
         str | None,
         typer.Option("--tokenizer", help="Hub id or folder of the tokenizer for --context."),
     ] = None,
+    cache: Cache = None,
+    cache_size: CacheSize = None,
 ) -> None:
     """Show what a store holds; with --verify, read it back and say what is damaged.
 
@@ -37,9 +41,9 @@ def inspect_store(
     try:
         opened = ActivationStore.open(store)
     except (StoreDamagedError, StoreFormatError) as error:
-        if not (verify and os.path.lexists(store / "zarr.json")):
+        if is_url(store) or not (verify and os.path.lexists(Path(store) / "zarr.json")):
             raise
-        _verify_what_will_not_open(store, error, as_json)
+        _verify_what_will_not_open(Path(store), error, as_json)
         raise typer.Exit(1) from None
     facts = describe(opened)
     if verify:
@@ -84,7 +88,7 @@ def describe(store: ActivationStore) -> dict[str, Any]:
         "raw_bytes": raw,
         "stored_bytes": stored,
         "ratio": raw / stored if stored else None,
-        "total_bytes": sum(found.st_size for found in written),
+        "total_bytes": sum(found.st_size for found in written) if written else sealed_bytes(store),
         "seconds_since_written": None if store.is_sealed else _seconds_since(written),
         "mantissa_bits": manifest.mantissa_bits,
         "by_layer": {str(layer): describe_layer(store, layer) for layer in norms},
@@ -97,9 +101,16 @@ def describe(store: ActivationStore) -> dict[str, Any]:
 
 
 def _all_files(store: ActivationStore) -> Iterator[os.stat_result]:
-    for path in store.files.walk():
-        with suppress(FileNotFoundError):  # a harvest that goes on renames its files
-            yield (store.root / path).lstat()
+    """Those of a store on this machine; a server's are known from the seal."""
+    if isinstance(store.root, Path):
+        for path in store.files.walk():
+            with suppress(FileNotFoundError):  # a harvest that goes on renames its files
+                yield (store.root / path).lstat()
+
+
+def sealed_bytes(store: ActivationStore) -> int:
+    """Bytes of all files that the seal names."""
+    return sum(file.n_bytes for file in store.seal.files.values()) if store.seal else 0
 
 
 def _seconds_since(written: Iterable[os.stat_result]) -> float:
@@ -141,7 +152,7 @@ def _verified(store: ActivationStore) -> dict[str, Any]:
 
 def _bytes_to_verify(store: ActivationStore) -> int:
     if store.seal:
-        return sum(file.n_bytes for file in store.seal.files.values())
+        return sealed_bytes(store)
     return sum(store.stored_bytes(layer) for layer in store.layers)
 
 

@@ -1,6 +1,7 @@
 """Options made from settings: one declaration, in ``pipeline/settings.py``, makes both."""
 
 import inspect
+import os
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,39 @@ from ..store.errors import SettingsError
 
 Config = Annotated[
     Path | None, typer.Option("--config", help="TOML file with settings; options given here win over it.")
+]
+
+
+def _into_environment(variable: str) -> Callable[[str | None], str | None]:
+    """Let an option say for this process what a variable of the environment says for all."""
+
+    def put(value: str | None) -> str | None:
+        if value is not None:
+            os.environ[variable] = value
+        return value
+
+    return put
+
+
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        help="Folder that keeps what was read from a store on a server.",
+        callback=_into_environment("POSAE_CACHE"),
+        metavar="DIR",
+        rich_help_panel="Stores on a server",
+    ),
+]
+CacheSize = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-size",
+        help="How much it may keep, as 50GB.",
+        callback=_into_environment("POSAE_CACHE_SIZE"),
+        metavar="SIZE",
+        rich_help_panel="Stores on a server",
+    ),
 ]
 
 

@@ -8,15 +8,17 @@ import typer
 from ..pipeline.settings import PlantSettings, resolve_settings
 from ..store.reader import ActivationStore
 from .display import LiveProgress, console
-from .options import Config, with_settings
+from .options import Cache, CacheSize, Config, with_settings
 
 
 @with_settings(PlantSettings)
 def plant(
-    store: Annotated[Path, typer.Argument(help="Store to plant from; it is not changed.")],
+    store: Annotated[str, typer.Argument(help="Store to plant from, a folder or a URL; it is not changed.")],
     out: Annotated[Path, typer.Argument(help="Folder of the new store.")],
     options: dict[str, Any],
     config: Config = None,
+    cache: Cache = None,
+    cache_size: CacheSize = None,
 ) -> None:
     """Copy a store and plant a known effect of position, to see whether a training finds it.
 

@@ -11,13 +11,13 @@ from ..pipeline.sweep import Plan, Study, read_sweep
 from ..store.errors import SettingsError
 from ..store.reader import ActivationStore
 from .display import LiveProgress, console, errors
-from .options import Config, with_settings
+from .options import Cache, CacheSize, Config, with_settings
 from .report import comparison
 
 
 @with_settings(TrainSettings)
 def train(
-    store: Annotated[Path, typer.Argument(help="Store to train from.")],
+    store: Annotated[str, typer.Argument(help="Store to train from: a folder, or a URL.")],
     run: Annotated[Path, typer.Argument(help="Folder of the run; of all runs with --sweep or --controls.")],
     options: dict[str, Any],
     preset: Annotated[
@@ -37,6 +37,8 @@ def train(
             show_default=False,
         ),
     ] = None,
+    cache: Cache = None,
+    cache_size: CacheSize = None,
 ) -> None:
     """Train an autoencoder on one layer of a store, and score it on the held-out part.
 

@@ -64,7 +64,7 @@ def train_one(training: Training, scoring: EvaluateSettings, progress: Progress)
     if not trained.steps_done and _is_scored(folder, scoring):
         return False
     if store.held_out_part(layer)[0] < store.contexts_by_layer[layer]:
-        own = {"store": store.root, "device": training.settings.device}
+        own = {"store": store.address, "device": training.settings.device}
         evaluate(folder, scoring.model_copy(update=own), progress)
     return True
 

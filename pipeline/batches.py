@@ -185,7 +185,7 @@ class ShuffledBatches:
         seed: int = 0,
         leave_out: Sequence[int] = (),
         n_contexts: int | None = None,
-        threads: int = 2,
+        threads: int | None = None,
         device: torch.device | None = None,
     ) -> None:
         """Plan the order; nothing is decoded but token ids.
@@ -199,7 +199,7 @@ class ShuffledBatches:
             seed: data seed.
             leave_out: token ids whose rows are never given.
             n_contexts: contexts to read, from the first; by default the training part.
-            threads: threads that decode.
+            threads: threads that decode; by default 2, for a store on a server as many as hide its latency.
             device: where ``on_device`` is to be; by default the CPU.
 
         Raises:
@@ -212,6 +212,7 @@ class ShuffledBatches:
         self._range_of = range_of_position(tuple(ranges)).astype(np.int64)
         self._device = device or torch.device("cpu")
         self._n_ranges = len(ranges)
+        threads = threads or (store.reading_threads if store.is_remote else 2)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="posae-decode")
         self.order = Order(
             n_contexts=self.n_contexts,

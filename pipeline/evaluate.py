@@ -88,7 +88,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, progress: Progress | None
         **_kept(held_out),
         "contexts": [held_out.start, held_out.stop],
         "store": {
-            "path": str(held_out.store.root.absolute()),
+            "path": held_out.store.address,
             "read": held_out.store.digests(held_out.layer),
         },
     }

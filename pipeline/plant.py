@@ -183,7 +183,7 @@ class Planting:
         self.settings = settings
         if source.identity is None:
             raise StoreIncompleteError(f"{source.root} is an unfinished harvest; finish it before planting")
-        if path.absolute() == source.root.absolute():
+        if str(path.absolute()) == source.address:
             raise SettingsError(f"{path} is the store to plant from; name another folder for the new one")
         self.layers: tuple[int, ...] = source.layers if settings.layer is None else (settings.layer,)
         for layer in self.layers:

@@ -315,8 +315,8 @@ class TrainSettings(Settings):
 class EvaluateSettings(Settings):
     """Settings of ``posae evaluate``: scores on the held-out part of a store."""
 
-    store: Path | None = None
-    """Store to score on; by default the one that the run was trained from."""
+    store: str | None = None
+    """Store to score on, a folder or a URL; by default the one that the run was trained from."""
 
     contexts: int | None = Field(default=None, ge=1)
     """How many held-out contexts to read; by default all."""

@@ -114,7 +114,7 @@ class Training:
             "settings": self.settings.model_dump(mode="json"),
             "device": self.device.type,
             "store": {
-                "path": str(store.root.absolute()),
+                "path": store.address,
                 "read": store.digests(self.layer),
                 "model": manifest.model,
                 "dataset": manifest.dataset,

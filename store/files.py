@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import StoreDamagedError, StoreWriteError
+from .readable import MappedFile
 
 PARTIAL = ".partial"
 """Ending of a file being written; such a file is never part of a store."""
@@ -101,7 +102,7 @@ class StoreFiles:
             raise StoreDamagedError(f"larger than the {limit_bytes:,} bytes allowed here", array=path)
         return data
 
-    def map(self, path: str) -> mmap.mmap:
+    def map(self, path: str) -> MappedFile:
         """The whole of a file as read-only memory.
 
         Raises:
@@ -112,7 +113,7 @@ class StoreFiles:
         try:
             if os.fstat(file).st_size == 0:
                 raise StoreDamagedError("the file is empty", array=path)
-            return mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+            return MappedFile(mmap.mmap(file, 0, access=mmap.ACCESS_READ))
         finally:
             os.close(file)
 
@@ -130,6 +131,15 @@ class StoreFiles:
     def exists(self, path: str) -> bool:
         """Whether something stands at ``path``; links are not followed."""
         return os.path.lexists(self.root / path)
+
+    def is_there(self) -> bool:
+        """Whether the root itself is there: a disk may vanish while it is read."""
+        return self.root.exists()
+
+    @contextmanager
+    def local(self, path: str) -> Generator["StoreFiles"]:
+        """Files of this machine, among them the one at ``path``: these."""
+        yield self
 
     def walk(self) -> Iterator[str]:
         """Every file, link or device below the root, sorted; folders that are links are not entered.

@@ -18,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from .cache import PartCache
 from .errors import (
     SettingsError,
     StoreDamagedError,
@@ -28,6 +29,9 @@ from .errors import (
 from .files import StoreFiles
 from .layout import ArraySpec, Json
 from .manifest import Manifest, layer_path, layer_spec, parse_corpus, parse_manifest, token_specs
+from .readable import ReadableFiles
+from .remote import is_url, open_remote
+from .remote_files import READING_THREADS, RemoteFiles
 from .seal import (
     CORPUS_PATH,
     MAX_METADATA_BYTES,
@@ -52,6 +56,7 @@ from .stats import (
 # What is told of a whole layer by its first shards: 8,192 contexts, and about 20 MB to read at d_model 2,304.
 _SAMPLE_SHARDS = 16
 _THREADS = min(4, os.cpu_count() or 1)
+_ENTRIES = 32
 
 Selection = slice | Sequence[int] | NDArray[Any]
 
@@ -68,10 +73,9 @@ class ActivationStore:
         identity: digest of the seal, or None.
     """
 
-    def __init__(self, root: Path) -> None:
-        """Open the store in folder ``root`` by its root and seal alone; ``open`` checks more."""
-        self.root = root
-        self.files = StoreFiles(root)
+    def __init__(self, place: str | Path, cache: PartCache | None = None) -> None:
+        """Open the store by its root and seal alone; ``open`` checks more."""
+        self.files: ReadableFiles = _files_at(place, cache)
         self.seal: Seal | None = _seal_of(self.files)
         self.manifest: Manifest = parse_manifest(self.metadata(ROOT_PATH))
         self._readers: dict[str, ShardReader] = {}
@@ -83,15 +87,21 @@ class ActivationStore:
         self.n_contexts = min(self.contexts_by_layer.values(), default=0)
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Open the store at ``path``.
+    def open(cls, place: str | Path, cache: PartCache | None = None) -> Self:
+        """Open the store at ``place``.
+
+        Args:
+            place: a folder, or a URL as ``https://host/pile.zarr``, ``s3://bucket/pile.zarr``.
+            cache: where parts of a store on a server are kept; by default the user's own.
 
         Raises:
             StoreNotFoundError: there is no store.
             StoreFormatError: something else is there, or a store of a newer format.
             StoreDamagedError: the metadata or the positions are not what was written.
+            StoreIncompleteError: a store on a server that is not sealed.
+            StoreRemoteError: the server refused, or does not answer.
         """
-        store = cls(Path(path))
+        store = cls(place, cache)
         if store.n_contexts:
             store.check_metadata()
         return store
@@ -111,6 +121,26 @@ class ActivationStore:
                 self.spec(spec.path)
         if (self.array("position").read_rows(np.arange(length)) != np.arange(length)).any():
             raise StoreDamagedError("positions are not 0, 1, 2, …", array="position")
+
+    @property
+    def root(self) -> Path | str:
+        """Its folder, or its URL as it may be shown."""
+        return self.files.root
+
+    @property
+    def address(self) -> str:
+        """Where it can be opened from any working folder: an absolute path, or the URL."""
+        return str(self.root.absolute()) if isinstance(self.root, Path) else self.root
+
+    @property
+    def reading_threads(self) -> int:
+        """Threads that read at once: for a server as many as hide its latency."""
+        return READING_THREADS if self.is_remote else _THREADS
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies on a server."""
+        return isinstance(self.files, RemoteFiles)
 
     @property
     def is_sealed(self) -> bool:
@@ -234,9 +264,13 @@ class ActivationStore:
             )
         paths = [layer_path(layer), "tokens", "document"]
         paths += [spec.path for spec in stats_specs(self.manifest, layer).values()]
-        for path in paths:
-            array = self.array(path)
-            for shard in range(self.committed_shards(layer)):
+        checks = [
+            (self.array(path), shard) for path in paths for shard in range(self.committed_shards(layer))
+        ]
+        if self.is_remote:
+            _ = list(self._pool.map(_check_index, checks))
+        else:
+            for array, shard in checks:
                 array.check_index(shard)
 
     @property
@@ -313,7 +347,7 @@ class ActivationStore:
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(_THREADS, thread_name_prefix="posae-read")
+        return ThreadPoolExecutor(self.reading_threads, thread_name_prefix="posae-read")
 
     def tokens(self, contexts: Selection = slice(None)) -> NDArray[np.int32]:
         """Token ids; int32 [contexts, positions].
@@ -335,7 +369,8 @@ class ActivationStore:
         if not len(rows):
             # The array itself may not be committed yet.
             return np.empty((0, self.context_length), token_specs(self.manifest)[name].dtype)
-        return self.array(name).read_rows(rows)
+        pool = self._pool if self.is_remote else None
+        return self.array(name).read_rows(rows, pool)
 
     @cached_property
     def corpus(self) -> Json:
@@ -355,13 +390,17 @@ class ActivationStore:
 
     def _merged(self, layer: int, name: str, most_shards: int | None = None) -> NDArray[Any]:
         array = self.array(f"stats/{layer_path(layer)}/{name}")
+        shards = np.arange(self.committed_shards(layer))[:most_shards]
+        pool = self._pool if self.is_remote else None
         total: NDArray[Any] | None = None
-        for shard in range(self.committed_shards(layer))[:most_shards]:
-            entry = array.read_rows(np.array([shard]))[0]
-            if problem := self.impossible(array.spec, entry):
-                raise StoreDamagedError(problem, array=array.spec.path, shard=shard)
-            entry = entry.astype(np.float64) if entry.dtype.kind == "f" else entry
-            total = entry if total is None else total + entry
+        # Not all at once: an entry may have a megabyte, and a layer thousands of them.
+        for start in range(0, len(shards), _ENTRIES):
+            some = shards[start : start + _ENTRIES]
+            for shard, entry in zip(some.tolist(), array.read_rows(some, pool), strict=True):
+                if problem := self.impossible(array.spec, entry):
+                    raise StoreDamagedError(problem, array=array.spec.path, shard=shard)
+                entry = entry.astype(np.float64) if entry.dtype.kind == "f" else entry
+                total = entry if total is None else total + entry
         return np.zeros(array.spec.shape[1:]) if total is None else total
 
     def stats(self, layer: int, most_shards: int | None = None) -> LayerStats:
@@ -450,12 +489,24 @@ class ActivationStore:
         )
 
 
-def _seal_of(files: StoreFiles) -> Seal | None:
+def _check_index(shard: tuple[ShardReader, int]) -> None:
+    shard[0].check_index(shard[1])
+
+
+def _files_at(place: str | Path, cache: PartCache | None) -> ReadableFiles:
+    if is_url(place):
+        return RemoteFiles(open_remote(str(place)), cache or PartCache())
+    return StoreFiles(Path(place))
+
+
+def _seal_of(files: ReadableFiles) -> Seal | None:
     root = files.root
+    if not isinstance(files, StoreFiles):
+        return read_seal(files)
     try:
         seal = read_seal(files)
         if seal is None and not files.exists(ROOT_PATH):
-            if next(root.iterdir(), None) is None:
+            if next(files.root.iterdir(), None) is None:
                 raise FileNotFoundError
             raise StoreFormatError(
                 f"{root} is no store: it has no zarr.json; give the folder that posae harvest wrote"

@@ -110,3 +110,8 @@ def shown(url: str) -> str:
     user, at, host = parts.netloc.rpartition("@")
     user = user.partition(":")[0]
     return urlunsplit((parts.scheme, f"{user}{at}{host}" if user else host, parts.path.rstrip("/"), "", ""))
+
+
+def open_remote(url: str) -> RemoteFolder:
+    """PLACEHOLDER until merged."""
+    raise NotImplementedError(url)

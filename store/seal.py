@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 from .errors import StoreDamagedError, StoreFormatError, StoreWriteError
 from .files import StoreFiles
 from .layout import FORMAT, Json, refuse_newer
+from .readable import ReadableFiles
 
 SEAL_PATH = "seal.json"
 ROOT_PATH = "zarr.json"
@@ -167,7 +168,7 @@ def seal_bytes(sealed: Mapping[str, SealedFile]) -> bytes:
     return data
 
 
-def read_seal(files: StoreFiles) -> Seal | None:
+def read_seal(files: ReadableFiles) -> Seal | None:
     """The store's seal, or None where it is not finished.
 
     Raises:
@@ -175,9 +176,17 @@ def read_seal(files: StoreFiles) -> Seal | None:
         StoreDamagedError: a link or device in its place, or larger than any seal.
     """
     try:
-        data = files.read(SEAL_PATH, MAX_SEAL_BYTES)
+        return parse_seal(files.read(SEAL_PATH, MAX_SEAL_BYTES))
     except FileNotFoundError:
         return None
+
+
+def parse_seal(data: bytes) -> Seal:
+    """The seal in the bytes of a ``seal.json``.
+
+    Raises:
+        StoreFormatError: a seal of another form, or of a newer format.
+    """
     try:
         sealed = SealedFiles(data)
         if not (ROOT_PATH in sealed and CORPUS_PATH in sealed):

@@ -10,7 +10,6 @@ memory, so a reader's does not grow with the store. Writing streams: a chunk at 
 
 import fcntl
 import hashlib
-import mmap
 import os
 import resource
 import threading
@@ -28,6 +27,7 @@ from .codecs import CHECKSUM_BYTES, HEADER_BYTES, ChunkError, checksum
 from .errors import StoreDamagedError
 from .files import StoreFiles, partial_name, sync_folder, writing
 from .layout import ArraySpec
+from .readable import ReadableFiles, ShardFile
 from .seal import SealedFile
 
 _ABSENT = 2**64 - 1
@@ -81,20 +81,16 @@ def parse_index(spec: ArraySpec, shard: int, data: bytes | memoryview, file_byte
     return present
 
 
-class _MappedShard(NamedTuple):
-    data: mmap.mmap
+class _OpenShard(NamedTuple):
+    file: ShardFile
     chunks: NDArray[np.uint64]  # offset and size; [chunks, 2]
     checked: NDArray[np.bool_]  # payload checked, for good; [chunks]
     touched: NDArray[np.bool_]  # read since pages were last let go; [chunks]
 
     def place(self, within: int) -> tuple[int, int]:
-        """Offset and size of a chunk."""
-        return int(self.chunks[within, 0]), int(self.chunks[within, 1])
-
-    @property
-    def is_cut_short(self) -> bool:
-        """Whether the file is now shorter than its map."""
-        return self.data.size() < len(self.data)
+        """First byte of a chunk, and one past its last."""
+        start, size = self.chunks[within].tolist()
+        return start, start + size
 
 
 class ShardReader:
@@ -103,7 +99,7 @@ class ShardReader:
     _all: ClassVar[weakref.WeakValueDictionary[int, Self]] = weakref.WeakValueDictionary()
 
     def __init__(
-        self, files: StoreFiles, spec: ArraySpec, sealed: Mapping[str, SealedFile] | None = None
+        self, files: ReadableFiles, spec: ArraySpec, sealed: Mapping[str, SealedFile] | None = None
     ) -> None:
         """Speak of the array; nothing is opened yet.
 
@@ -115,7 +111,7 @@ class ShardReader:
         self.files = files
         self.spec = spec
         self.sealed = sealed
-        self._mapped: OrderedDict[int, _MappedShard] = OrderedDict()
+        self._mapped: OrderedDict[int, _OpenShard] = OrderedDict()
         self._touched_bytes = 0
         self._scratch = threading.local()
         self._lock = threading.Lock()
@@ -132,26 +128,21 @@ class ShardReader:
             reader._damaged(shard, _CUT_SHORT)
             for reader in readers
             for shard, mapped in list(reader._mapped.items())
-            if mapped.is_cut_short
+            if mapped.file.is_cut_short
         ]
 
     def is_committed(self, shard: int) -> bool:
         """Whether the file of ``shard`` is there with an index that holds."""
         try:
-            file = self.files.open(self.spec.shard_path(shard))
+            file = self.files.map(self.spec.shard_path(shard))
+            self._index(shard, file)
         except (FileNotFoundError, StoreDamagedError):
             return False
-        try:
-            size = os.fstat(file).st_size
-            start = size - index_bytes(self.spec)
-            if start < 0:
-                return False
-            parse_index(self.spec, shard, os.pread(file, size - start, start), size)
-        except StoreDamagedError:
-            return False
-        finally:
-            os.close(file)
         return True
+
+    def _index(self, shard: int, file: ShardFile) -> NDArray[np.uint64]:
+        tail = file.part(max(0, len(file) - index_bytes(self.spec)), len(file))
+        return parse_index(self.spec, shard, tail, len(file))
 
     def check_index(self, shard: int) -> None:
         """Map ``shard`` and check its index.
@@ -161,7 +152,7 @@ class ShardReader:
         """
         self._shard(shard)
 
-    def _shard(self, shard: int) -> _MappedShard:
+    def _shard(self, shard: int) -> _OpenShard:
         with self._lock:
             mapped = self._mapped.get(shard)
             if mapped is None:
@@ -173,15 +164,15 @@ class ShardReader:
                 self._mapped.move_to_end(shard)
             return mapped
 
-    def _open(self, shard: int) -> _MappedShard:
+    def _open(self, shard: int) -> _OpenShard:
         path = self.spec.shard_path(shard)
         entry = self.sealed.get(path) if self.sealed is not None else None
         if self.sealed is not None and entry is None:
             raise self._damaged(shard, f"the seal does not name its file {path}")
         try:
-            data = self.files.map(path)
+            file = self.files.map(path)
         except FileNotFoundError:
-            if self.files.root.exists():
+            if self.files.is_there():
                 raise self._damaged(shard, f"its file {path} is missing") from None
             raise StoreDamagedError(
                 f"its file {path} is missing, as the folder vanished",
@@ -191,19 +182,18 @@ class ShardReader:
             ) from None
         except StoreDamagedError as error:
             raise self._damaged(shard, error.problem) from None
-        if entry is not None and entry.n_bytes != len(data):
-            raise self._damaged(shard, f"its file has {len(data):,} bytes, {entry.n_bytes:,} were sealed")
-        tail = memoryview(data)[-index_bytes(self.spec) :]
-        chunks = parse_index(self.spec, shard, tail, len(data))
-        return _MappedShard(data, chunks, *np.zeros((2, len(chunks)), np.bool_))
+        if entry is not None and entry.n_bytes != len(file):
+            raise self._damaged(shard, f"its file has {len(file):,} bytes, {entry.n_bytes:,} were sealed")
+        chunks = self._index(shard, file)
+        return _OpenShard(file, chunks, *np.zeros((2, len(chunks)), np.bool_))
 
     def _damaged(self, shard: int, problem: str) -> StoreDamagedError:
         return StoreDamagedError(problem, array=self.spec.path, shard=shard)
 
-    def _still_whole(self, shard: int) -> _MappedShard:
+    def _still_whole(self, shard: int) -> _OpenShard:
         mapped = self._shard(shard)
         # Reading a map past the end of a file cut short meanwhile would kill the process.
-        if mapped.is_cut_short:
+        if mapped.file.is_cut_short:
             raise self._damaged(shard, _CUT_SHORT)
         return mapped
 
@@ -216,20 +206,30 @@ class ShardReader:
         """
         shard, within = divmod(chunk, self.spec.chunks_per_shard)
         mapped = self._still_whole(shard)
-        offset, size = mapped.place(within)
-        data = memoryview(mapped.data)[offset : offset + size]
+        start, stop = mapped.place(within)
         try:
-            if mapped.checked[within]:
-                yield data[:-CHECKSUM_BYTES]
-            else:
-                yield self.spec.codec.payload(data, self.spec.chunk_bytes)
-                # Uncompressed rows may be read one by one, and a checksum over all each time would cost more.
-                mapped.checked[within] = self.spec.codec.compressor is None
+            yield self._checked(mapped, within)
         except ChunkError as error:
             raise StoreDamagedError(str(error), array=self.spec.path, shard=shard, chunk=within) from None
         if not mapped.touched[within]:
             mapped.touched[within] = True
-            self._let_go_of_pages(size)
+            self._let_go_of_pages(stop - start)
+
+    def _checked(self, shard: _OpenShard, within: int) -> memoryview:
+        """The payload of a chunk whose checksum holds."""
+        start, stop = shard.place(within)
+        data = shard.file.part(start, stop)
+        if shard.checked[within]:
+            return data[:-CHECKSUM_BYTES]
+        try:
+            payload = self.spec.codec.payload(data, self.spec.chunk_bytes)
+        except ChunkError:
+            if not shard.file.forget(start, stop):
+                raise
+            payload = self.spec.codec.payload(shard.file.part(start, stop), self.spec.chunk_bytes)
+        # Uncompressed rows may be read one by one, and a checksum over all each time would cost more.
+        shard.checked[within] = self.spec.codec.compressor is None and shard.file.stays
+        return payload
 
     def _let_go_of_pages(self, n_bytes: int) -> None:
         """Count pages that a map brought into memory, and let go of all when they are many."""
@@ -239,7 +239,7 @@ class ShardReader:
                 return
             self._touched_bytes = 0
             for mapped in self._mapped.values():
-                mapped.data.madvise(mmap.MADV_DONTNEED)
+                mapped.file.let_go()
                 mapped.touched[:] = False
 
     def read_chunk(self, chunk: int, out: NDArray[Any]) -> None:
@@ -267,11 +267,8 @@ class ShardReader:
         """Ask the operating system to read these chunks ahead, without waiting."""
         for chunk in chunks:
             shard, within = divmod(chunk, self.spec.chunks_per_shard)
-            mapped = self._shard(shard)
-            offset, size = mapped.place(within)
-            start = offset - offset % mmap.PAGESIZE
-            with suppress(OSError, ValueError):
-                mapped.data.madvise(mmap.MADV_WILLNEED, start, offset + size - start)
+            opened = self._shard(shard)
+            opened.file.will_need(*opened.place(within))
 
     def read_rows(
         self,

@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from .errors import StoreDamagedError, StoreError, StoreFormatError
+from .errors import StoreDamagedError, StoreError, StoreFormatError, StoreRemoteError
 from .files import PARTIAL
 from .manifest import layer_path, layer_spec, token_specs
 from .reader import ActivationStore
@@ -198,7 +198,7 @@ def _check_file(store: ActivationStore, path: str) -> tuple[list[Damage], int]:
         elif store.seal and entry is None:
             problem = "the seal does not name it"
         # Sizes first: a file grown to terabytes is not read to the end.
-        elif entry and (entry.n_bytes != n_bytes or entry != sha256_of(store.files, path)):
+        elif entry and (entry.n_bytes != n_bytes or entry != _digest(store, path)):
             problem = "its bytes are not those that were sealed"
     except OSError as error:
         problem = _unreadable(error)
@@ -207,29 +207,38 @@ def _check_file(store: ActivationStore, path: str) -> tuple[list[Damage], int]:
     return [Damage(path, None, None, problem)] if problem else [], n_bytes or 0
 
 
+def _digest(store: ActivationStore, path: str) -> SealedFile:
+    with store.files.local(path) as files:
+        return sha256_of(files, path)
+
+
 def _unreadable(error: OSError) -> str:
-    """What an error says of a file, unless it is the process that may open no more."""
-    if error.errno in (errno.EMFILE, errno.ENFILE):
+    """What an error says of a file, unless it is the process that may open no more, or the server."""
+    if error.errno in (errno.EMFILE, errno.ENFILE) or isinstance(error, StoreRemoteError):
         raise error
-    return "the file is missing" if error.errno == errno.ENOENT else f"it cannot be read ({error.strerror})"
+    if isinstance(error, FileNotFoundError):
+        return "the file is missing"
+    return f"it cannot be read ({error.strerror})"
 
 
 def _check_shard(
     store: ActivationStore, reader: ShardReader, shard: int, sha256: str | None
 ) -> tuple[list[Damage], int]:
     spec = reader.spec
-    # A reader of its own: thousands of maps need not stay open.
-    reader = ShardReader(store.files, spec, reader.sealed)
+    path = spec.shard_path(shard)
     try:
-        reader.check_index(shard)
-        first = shard * spec.chunks_per_shard
-        chunks = range(first, first + spec.chunks_in(shard))
-        # Chunks first: a sparse file of terabytes has a bad one at its start.
-        bad = islice(_bad_chunks(store, reader, chunks), _MOST_CHUNKS)
-        damaged = [Damage(spec.path, shard, chunk, problem) for chunk, problem in bad]
-        if len(damaged) == _MOST_CHUNKS:
-            return damaged, 0
-        n_bytes, digest = sha256_of(store.files, spec.shard_path(shard))
+        with store.files.local(path) as files:
+            # A reader of its own: thousands of maps need not stay open.
+            reader = ShardReader(files, spec, reader.sealed)
+            reader.check_index(shard)
+            first = shard * spec.chunks_per_shard
+            chunks = range(first, first + spec.chunks_in(shard))
+            # Chunks first: a sparse file of terabytes has a bad one at its start.
+            bad = islice(_bad_chunks(store, reader, chunks), _MOST_CHUNKS)
+            damaged = [Damage(spec.path, shard, chunk, problem) for chunk, problem in bad]
+            if len(damaged) == _MOST_CHUNKS:
+                return damaged, 0
+            n_bytes, digest = sha256_of(files, path)
     except StoreDamagedError as error:
         return [Damage(spec.path, shard, error.chunk, error.problem)], 0
     except OSError as error:

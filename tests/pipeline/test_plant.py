@@ -91,7 +91,7 @@ def test_a_planted_store_is_what_a_harvest_of_its_activations_would_be(
     activations = {layer: store.read(layer) for layer in LAYERS}
     again = replace(made, root=tmp_path / "again.zarr", manifest=work.manifest, activations=activations)
     again.write(LAYERS)
-    assert tree(again.root) == tree(store.root)
+    assert tree(Path(again.root)) == tree(Path(store.root))
 
 
 def test_none_leaves_every_bit(made: "Made", tmp_path: Path) -> None:
