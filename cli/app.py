@@ -18,6 +18,7 @@ from rich.logging import RichHandler
 from .. import __version__
 from ..store.errors import PosaeError
 from ..store.shards import ShardReader
+from .copy import copy
 from .display import errors, show_error
 from .evaluate import evaluate
 from .harvest import harvest
@@ -38,6 +39,7 @@ app.command("train")(train)
 app.command("inspect-store")(inspect_store)
 app.command("evaluate")(evaluate)
 app.command("report")(report)
+app.command("copy")(copy)
 app.command("plant")(plant)
 
 

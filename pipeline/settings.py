@@ -338,6 +338,28 @@ class EvaluateSettings(Settings):
     """Device to score on: cuda, mps, cpu, or auto."""
 
 
+class CopySettings(Settings):
+    """Settings of ``posae copy``: what part of a store is copied; by default all of it, byte for byte."""
+
+    layers: tuple[int, ...] | None = None
+    """Layers to copy, as 12 or 5,12."""
+
+    contexts: str | None = Field(default=None, pattern=r"^\d+:\d+$")
+    """Contexts to copy, as 0:100000: from the first to the one before the second."""
+
+    fraction: float | None = Field(default=None, gt=0, le=1)
+    """Instead: the first part, in whole shards; contexts are permuted, so it is a random sample."""
+
+    codec: Literal["small", "fast", "raw"] | None = None
+    """Compress anew: small (zstd), fast (lz4), or raw (none)."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.contexts is not None and self.fraction is not None:
+            raise ValueError("contexts and fraction contradict each other; give one of them")
+        return self
+
+
 class PlantSettings(Settings):
     """Settings of ``posae plant``: a known effect of position, put into a copy of a store."""
 

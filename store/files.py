@@ -12,17 +12,18 @@ import fcntl
 import mmap
 import os
 import stat
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import StoreDamagedError, StoreWriteError
+from .errors import StoreDamagedError, StoreError, StoreWriteError
 from .readable import MappedFile
 
 PARTIAL = ".partial"
 """Ending of a file being written; such a file is never part of a store."""
 
 
+_PIECE_BYTES = 2**22
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 256, 4096  # on Linux, with the slash and the NUL
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -102,6 +103,17 @@ class StoreFiles:
             raise StoreDamagedError(f"larger than the {limit_bytes:,} bytes allowed here", array=path)
         return data
 
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """The bytes of a file of any size, a few megabytes at a time.
+
+        Raises:
+            FileNotFoundError: no such file.
+            StoreDamagedError: not a regular file.
+        """
+        with open(self.open(path), "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor)
+            while piece := file.read(_PIECE_BYTES):
+                yield piece
+
     def map(self, path: str) -> MappedFile:
         """The whole of a file as read-only memory.
 
@@ -175,6 +187,14 @@ class StoreFiles:
     def write(self, path: str, data: bytes) -> None:
         """Put ``data`` at ``path``, durably, in place of what may be there; one writer at a time.
 
+        Raises:
+            StoreWriteError: the disk refused, or a link or file stands where a folder should be.
+        """
+        self.write_pieces(path, (data,))
+
+    def write_pieces(self, path: str, pieces: Iterable[bytes]) -> None:
+        """Put what the pieces are together at ``path``, as ``write`` does; nothing, if one of them raises.
+
         The temporary name is always the same, so doing it again after a kill leaves nothing over.
 
         Raises:
@@ -188,7 +208,8 @@ class StoreFiles:
                 # O_EXCL: never through a link that stands there.
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
                 with os.fdopen(os.open(partial, flags, 0o666, dir_fd=folder), "wb") as file:
-                    file.write(data)
+                    for piece in pieces:
+                        file.write(piece)
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(partial, name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -252,7 +273,7 @@ def writing(path: Path) -> Generator[None]:
     """
     try:
         yield
-    except StoreWriteError:
+    except StoreError:
         raise
     except OSError as error:
         reason = {

@@ -96,6 +96,16 @@ class ReadableFiles(Protocol):
         """The bytes of a small file; see ``StoreFiles.read``."""
         ...
 
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """The bytes of a file of any size, a few megabytes at a time, not from a cache.
+
+        Raises:
+            FileNotFoundError: no such file.
+            StoreDamagedError: not a regular file, or of another size than was sealed.
+            StoreRemoteError: the server refused, or does not answer.
+        """
+        ...
+
     def map(self, path: str) -> ShardFile:
         """A file to decode chunks out of; see ``StoreFiles.map``."""
         ...

@@ -3,7 +3,7 @@
 What the seal says is known before anything is asked for: which files there are, and how long. Files up to
 2 MiB are fetched whole, others part by part: the index, then one chunk at a time. Whoever reads many chunks
 hides the latency by reading in many threads. Every part is kept in a cache under the store's identity.
-Metadata is checked against the seal, chunks by their own checksums; what does not hold is fetched again, once.
+Metadata is checked against the seal, chunks by their own checksums; what does not hold is fetched once more.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ READING_THREADS = 32
 """Parts that are asked for at once: at 50 ms to a request, 640 of them a second."""
 
 _WHOLE_BYTES = 2**21
-_PIECE_BYTES = 2**24
+_PIECE_BYTES = 2**23
 
 
 class RemoteFiles:
@@ -88,6 +88,18 @@ class RemoteFiles:
             data = self.part(path, 0, entry.n_bytes)  # who asked checks it
         return data
 
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """The bytes of a file of any size, 8 MiB at a time, fetched anew.
+
+        Raises:
+            FileNotFoundError: the seal does not name it, or the server lacks it.
+            StoreDamagedError: of another size than was sealed.
+            StoreRemoteError: the server refused, or does not answer.
+        """
+        size = self._entry(path).n_bytes
+        for start in range(0, size, _PIECE_BYTES):
+            yield self.folder.read(path, start, min(size, start + _PIECE_BYTES), size)
+
     def map(self, path: str) -> "RemoteFile":
         """A file to decode chunks out of; nothing is fetched yet.
 
@@ -118,13 +130,9 @@ class RemoteFiles:
     def local(self, path: str) -> Generator[StoreFiles]:
         """A temporary folder with the whole of one file, fetched anew."""
         with tempfile.TemporaryDirectory(prefix="posae-") as folder:
-            size = self._entry(path).n_bytes
-            target = Path(folder) / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as file:
-                for start in range(0, size, _PIECE_BYTES):
-                    file.write(self.folder.read(path, start, min(size, start + _PIECE_BYTES), size))
-            yield StoreFiles(Path(folder))
+            files = StoreFiles(Path(folder))
+            files.write_pieces(path, self.pieces(path))
+            yield files
 
     def _part_name(self, path: str, start: int, stop: int) -> str:
         return f"{self._name}/{path}/{start}-{stop}"

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 from .errors import StoreDamagedError, StoreFormatError, StoreWriteError
-from .files import StoreFiles
 from .layout import FORMAT, Json, refuse_newer
 from .readable import ReadableFiles
 
@@ -141,14 +140,13 @@ def parse_json(data: bytes, path: str) -> Json:
     return cast("Json", parsed)
 
 
-def sha256_of(files: StoreFiles, path: str) -> SealedFile:
+def sha256_of(files: ReadableFiles, path: str) -> SealedFile:
     """Size and digest of a file, read in pieces."""
     digest = hashlib.sha256()
     n_bytes = 0
-    with open(files.open(path), "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor)
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-            n_bytes += len(piece)
+    for piece in files.pieces(path):
+        digest.update(piece)
+        n_bytes += len(piece)
     return SealedFile(n_bytes, digest.hexdigest())
 
 

@@ -198,18 +198,13 @@ def _check_file(store: ActivationStore, path: str) -> tuple[list[Damage], int]:
         elif store.seal and entry is None:
             problem = "the seal does not name it"
         # Sizes first: a file grown to terabytes is not read to the end.
-        elif entry and (entry.n_bytes != n_bytes or entry != _digest(store, path)):
+        elif entry and (entry.n_bytes != n_bytes or entry != sha256_of(store.files, path)):
             problem = "its bytes are not those that were sealed"
     except OSError as error:
         problem = _unreadable(error)
     except StoreDamagedError as error:
         problem = error.problem
     return [Damage(path, None, None, problem)] if problem else [], n_bytes or 0
-
-
-def _digest(store: ActivationStore, path: str) -> SealedFile:
-    with store.files.local(path) as files:
-        return sha256_of(files, path)
 
 
 def _unreadable(error: OSError) -> str:

@@ -1,0 +1,44 @@
+"""``posae copy``: a store, or a part of it, to another place."""
+
+from typing import Annotated, Any
+
+import typer
+
+from ..pipeline.settings import CopySettings, resolve_settings
+from ..store.reader import ActivationStore
+from .display import LiveProgress, console, quantity
+from .options import Cache, CacheSize, Config, with_settings
+
+
+@with_settings(CopySettings)
+def copy(
+    source: Annotated[str, typer.Argument(help="Store to copy: a folder, or a URL.")],
+    destination: Annotated[
+        str,
+        typer.Argument(help="Where to: a folder, or hf://datasets/team/name, s3://, gs:// or sftp://."),
+    ],
+    options: dict[str, Any],
+    config: Config = None,
+    cache: Cache = None,
+    cache_size: CacheSize = None,
+) -> None:
+    """Copy a store, or a part of it, to a folder or a server, and check every file on arrival.
+
+    Run again with the same words it goes on where it stopped. A part is itself a whole store.
+
+    Example: posae copy https://example.org/pile.zarr pile.zarr --layers 12
+    """
+    settings = resolve_settings(CopySettings, "copy", presets={}, config=config, options=options)
+    from ..pipeline.copy import copy as copy_to
+
+    with LiveProgress() as progress:
+        done = copy_to(ActivationStore.open(source), destination, settings, progress)
+    store = done.store
+    before = "there before, " if done.was_there else ""
+    stored = sum(map(store.stored_bytes, store.layers))
+    console.print(
+        f"{done.place}: {before}{store.manifest.model}, layers {', '.join(map(str, store.layers))}, "
+        f"{store.n_contexts:,} contexts, {quantity(stored)}, sealed as {str(store.identity)[:16]}",
+        soft_wrap=True,
+        markup=False,
+    )

@@ -1,0 +1,357 @@
+"""A whole sealed store brought to another place: to a folder of this machine, or to a server.
+
+Files are moved as they are, several at once, each checked against the seal: what arrives is what was sealed,
+or it is not there. The seal comes last, so what was begun and not finished is no store that looks whole.
+Doing it again goes on: a file that has arrived is not moved again. Nothing that someone else put there is ever
+overwritten, but for a seal whose files are all in the new one: so a store grows by a layer. Costs one pass
+over the bytes, and a few megabytes of memory for each file on its way.
+"""
+
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+
+from .cache import default_folder
+from .errors import StoreDamagedError, StoreError, StoreFormatError, StoreMismatchError, StoreWriteError
+from .files import PARTIAL, StoreFiles, exclusive
+from .reader import ActivationStore
+from .remote import RemoteFolder
+from .seal import (
+    CORPUS_PATH,
+    MAX_METADATA_BYTES,
+    MAX_SEAL_BYTES,
+    ROOT_PATH,
+    SEAL_PATH,
+    Seal,
+    SealedFile,
+    parse_seal,
+    sha256_of,
+)
+
+FILES_AT_ONCE = 8
+_MOST_IN_A_FOLDER = 10_000
+_MOST_ON_THE_HUB = 100_000
+_LARGEST_ON_THE_HUB = 50 * 10**9
+
+Moved = Callable[[int], None]
+"""Told how many bytes arrived since the last call."""
+
+
+def bytes_to_move(store: ActivationStore) -> int:
+    """Bytes of all files of a sealed store, its seal aside."""
+    return sum(entry.n_bytes for entry in _seal(store).files.values())
+
+
+def copy_store(store: ActivationStore, destination: Path, moved: Moved) -> int:
+    """Copy a sealed store, from wherever it lies, into a folder of this machine.
+
+    Args:
+        store: opened; its files are read anew, not from a cache.
+        destination: the folder; made where it is not there.
+        moved: told of the bytes, those that had arrived before too.
+
+    Returns:
+        How many files were moved this time; 0 where the copy was whole before.
+
+    Raises:
+        StoreFormatError: the folder holds something else.
+        StoreMismatchError: the folder holds another store.
+        StoreDamagedError: a file of the source is missing, or not what was sealed.
+        StoreRemoteError: a server refused, or does not answer.
+        StoreWriteError: the disk refused, or has too little room.
+    """
+    seal = _seal(store)
+    files = StoreFiles(destination)
+    files.make_root()
+    with exclusive(destination):
+        old = _seal_there(files, destination)
+        if old is not None and _holds(old, seal, str(destination)):
+            moved(bytes_to_move(store))
+            return 0
+        if old is None:
+            _check_begun_by_the_same(store, files)
+        _check_room(seal, files)
+
+        def bring(path: str) -> bool:
+            return _bring(store, files, path, seal.files[path], moved, old)
+
+        # First the root, which says whose copy this is; the corpus, which says that tokens are there, late.
+        n_moved = int(bring(ROOT_PATH))
+        n_moved += _each(bring, [path for path in seal.files if path not in (ROOT_PATH, CORPUS_PATH)])
+        n_moved += int(bring(CORPUS_PATH))
+        files.write(SEAL_PATH, store.files.read(SEAL_PATH, MAX_SEAL_BYTES))
+    return n_moved + 1
+
+
+def _seal(store: ActivationStore) -> Seal:
+    if store.seal is None:
+        raise StoreFormatError(
+            f"{store.root} is an unfinished harvest, which is not copied; run the harvest again to finish it"
+        )
+    return store.seal
+
+
+def _seal_there(files: StoreFiles, destination: Path) -> Seal | None:
+    try:
+        return parse_seal(files.read(SEAL_PATH, MAX_SEAL_BYTES))
+    except FileNotFoundError:
+        return None
+    except StoreFormatError as error:
+        raise StoreFormatError(f"{destination} holds something else: {error}") from None
+
+
+def _holds(old: Seal, new: Seal, place: str) -> bool:
+    """Whether all of the new store is there already.
+
+    Raises:
+        StoreMismatchError: what is there is neither it, nor what it grew from.
+    """
+    if new.files.items() <= old.files.items():
+        return True
+    if not old.files.items() <= new.files.items():
+        raise StoreMismatchError(
+            f"{place} holds another store, sealed as {old.identity[:16]}; name another place, or remove it"
+        )
+    return False
+
+
+def _check_begun_by_the_same(store: ActivationStore, files: StoreFiles) -> None:
+    """Refuse a folder that holds anything but the beginning of this copy."""
+    try:
+        root = files.read(ROOT_PATH, MAX_METADATA_BYTES)
+    except FileNotFoundError:
+        if all(path.endswith(PARTIAL) for path in files.walk()):
+            return
+        raise StoreFormatError(f"{files.root} is not empty and holds no store; name another folder") from None
+    if root != store.files.read(ROOT_PATH, MAX_METADATA_BYTES):
+        raise StoreMismatchError(
+            f"{files.root} holds the beginning of another store; name another folder, or remove it"
+        )
+
+
+def _check_room(seal: Seal, files: StoreFiles) -> None:
+    missing = sum(entry.n_bytes for path, entry in seal.files.items() if files.size_bytes(path) is None)
+    free = shutil.disk_usage(files.root).free
+    if missing > free:
+        raise StoreWriteError(
+            f"{files.root} has room for {free:,} bytes and {missing:,} are to come; free some space, or copy "
+            "a part: --layers, --fraction"
+        )
+
+
+def _bring(
+    store: ActivationStore, files: StoreFiles, path: str, entry: SealedFile, moved: Moved, old: Seal | None
+) -> bool:
+    """Bring one file, unless it has arrived; whether it was brought."""
+    if (old is not None and path in old.files) or _has_arrived(files, path, entry):
+        moved(entry.n_bytes)
+        return False
+    for again in (False, True):
+        try:
+            files.write_pieces(path, _checked(store, path, entry, moved))
+            return True
+        except StoreDamagedError:
+            # Perhaps it was changed on the way here; the second time it is the source's own damage.
+            if again:
+                raise
+    return True
+
+
+def _has_arrived(files: StoreFiles, path: str, entry: SealedFile) -> bool:
+    # Read, as someone may have changed it since.
+    return files.size_bytes(path) == entry.n_bytes and sha256_of(files, path) == entry
+
+
+def _checked(store: ActivationStore, path: str, entry: SealedFile, moved: Moved) -> Iterator[bytes]:
+    """The bytes of a file of the source; raises at their end unless they are those that were sealed."""
+    digest, n_bytes = hashlib.sha256(), 0
+    try:
+        for piece in store.files.pieces(path):
+            digest.update(piece)
+            n_bytes += len(piece)
+            if n_bytes > entry.n_bytes:
+                break
+            yield piece
+            moved(len(piece))
+    except FileNotFoundError:
+        moved(-n_bytes)
+        raise StoreDamagedError(f"the file is missing in {store.root}", array=path) from None
+    except StoreError:
+        moved(-n_bytes)
+        raise
+    if (n_bytes, digest.hexdigest()) != entry:
+        moved(-min(n_bytes, entry.n_bytes))
+        raise _not_sealed(store, path)
+
+
+def _not_sealed(store: ActivationStore, path: str) -> StoreDamagedError:
+    return StoreDamagedError(f"its bytes in {store.root} are not those that were sealed", array=path)
+
+
+def _each(work: Callable[[str], bool], paths: Iterable[str]) -> int:
+    """Do the work for every path, several at once; how many of them were work."""
+    with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="posae-move") as pool:
+        running = [pool.submit(work, path) for path in paths]
+        try:
+            return sum(future.result() for future in as_completed(running))
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def publish(store: ActivationStore, folder: RemoteFolder, moved: Moved) -> int:
+    """Bring a sealed store to a server.
+
+    Args:
+        store: opened, on this machine or on a server.
+        folder: where it is to lie.
+        moved: told of the bytes, those that had arrived before too.
+
+    Returns:
+        How many files were sent this time; 0 where it was whole before.
+
+    Raises:
+        StoreMismatchError: another store is there, or someone else publishes one there.
+        StoreDamagedError: a file of the source is missing, or not what was sealed.
+        StoreRemoteError: a server refused, or does not answer.
+    """
+    seal = _seal(store)
+    _check_limits(seal, folder.url)
+    try:
+        old = parse_seal(folder.read_small(SEAL_PATH, MAX_SEAL_BYTES))
+    except FileNotFoundError:
+        old = None
+    if old is not None and _holds(old, seal, folder.url):
+        moved(bytes_to_move(store))
+        return 0
+    journal = _Journal(seal.identity, folder.url)
+
+    def send(path: str) -> bool:
+        return _send(store, folder, path, seal.files[path], moved, old, journal)
+
+    n_sent = int(send(ROOT_PATH))
+    n_sent += _each(send, [path for path in seal.files if path != ROOT_PATH])
+    _send_seal(store, folder, old)
+    journal.remove()
+    return n_sent + 1
+
+
+def _send(
+    store: ActivationStore,
+    folder: RemoteFolder,
+    path: str,
+    entry: SealedFile,
+    moved: Moved,
+    old: Seal | None,
+    journal: "_Journal",
+) -> bool:
+    """Send one file, unless it is there; whether it was sent."""
+    sent = False
+    if not (path in journal or (old is not None and path in old.files)):
+        with store.files.local(path) as files:
+            if sha256_of(files, path) != entry:
+                raise StoreDamagedError(
+                    f"its bytes in {store.root} are not those that were sealed", array=path
+                )
+            try:
+                folder.write(path, files.root / path, only_new=True)
+                sent = True
+            except FileExistsError:
+                _check_same(folder, path, entry)
+        journal.add(path)
+    moved(entry.n_bytes)
+    return sent
+
+
+def _check_same(folder: RemoteFolder, path: str, entry: SealedFile) -> None:
+    """Read back what is there already, and refuse it if it is anything else."""
+    digest = hashlib.sha256()
+    try:
+        for start in range(0, entry.n_bytes, 2**23):
+            digest.update(folder.read(path, start, min(entry.n_bytes, start + 2**23), entry.n_bytes))
+        is_same = digest.hexdigest() == entry.sha256
+    except (StoreDamagedError, FileNotFoundError):
+        is_same = False
+    if not is_same:
+        raise StoreMismatchError(
+            f"{folder.url}/{path} is there and is not of this store: someone else may be publishing there; "
+            "name another place, or remove it"
+        )
+
+
+def _send_seal(store: ActivationStore, folder: RemoteFolder, old: Seal | None) -> None:
+    data = store.files.read(SEAL_PATH, MAX_SEAL_BYTES)
+    with suppress(FileExistsError):  # whose it is, is seen below
+        folder.write(SEAL_PATH, data, only_new=old is None)
+    if folder.read_small(SEAL_PATH, MAX_SEAL_BYTES) != data:
+        raise StoreMismatchError(
+            f"someone else published another store at {folder.url} at the same time; theirs is there now: "
+            "name another place"
+        )
+
+
+def _check_limits(seal: Seal, url: str) -> None:
+    """Say before anything is sent what the place cannot take.
+
+    Raises:
+        StoreWriteError: too many files, or too large ones.
+    """
+    folders = Counter(path.rpartition("/")[0] for path in seal.files)
+    name, most = folders.most_common(1)[0]
+    problem = ""
+    if most > _MOST_IN_A_FOLDER:
+        problem = f"{name} would have {most:,} files, and a folder there may have {_MOST_IN_A_FOLDER:,}"
+    if url.startswith("hf:"):
+        if len(seal.files) > _MOST_ON_THE_HUB:
+            problem = (
+                f"the store has {len(seal.files):,} files, and a repository may have {_MOST_ON_THE_HUB:,}"
+            )
+        largest = max(entry.n_bytes for entry in seal.files.values())
+        if largest > _LARGEST_ON_THE_HUB:
+            problem = f"a file of {largest:,} bytes, and the Hub takes {_LARGEST_ON_THE_HUB:,}"
+    if problem:
+        raise StoreWriteError(
+            f"{url} cannot take this store: {problem}; publish fewer --layers or --contexts"
+        )
+
+
+class _Journal:
+    """Which files of a store this machine has sent to a place: they need not be read back to go on.
+
+    A line for each file, in the cache; a line cut short by a kill counts for nothing.
+    """
+
+    def __init__(self, identity: str, url: str) -> None:
+        """Read what an earlier process wrote."""
+        place = hashlib.sha256(url.encode()).hexdigest()
+        self._path = default_folder() / "published" / f"{identity[:16]}-{place[:16]}.txt"
+        self._lock = Lock()
+        try:
+            self._sent = {line for line in self._path.read_text().split("\n")[:-1]}
+        except (OSError, UnicodeDecodeError):
+            self._sent = set[str]()
+
+    def __contains__(self, path: str) -> bool:
+        """Whether it was sent."""
+        return path in self._sent
+
+    def add(self, path: str) -> None:
+        """Note a file that has arrived."""
+        with self._lock:
+            self._sent.add(path)
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("a") as file:
+                    file.write(f"{path}\n")
+            except OSError:
+                pass  # then it is read back the next time
+
+    def remove(self) -> None:
+        """Forget it all, at the end."""
+        with self._lock:
+            self._path.unlink(missing_ok=True)
