@@ -1,8 +1,8 @@
 """A store, or a part of it, brought to another place: a folder, or a server.
 
-All of a store is moved file by file, byte for byte. A part is made in a folder of this machine first, of whole
-shards where they are whole; where it goes to a server that folder lies in the cache, and is removed once it has
-arrived.
+All of a store is moved file by file, byte for byte. A part is made in a folder of this machine first, of
+whole shards where they are whole; where it goes to a server that folder lies in the cache, and is removed
+once it has arrived.
 """
 
 import hashlib

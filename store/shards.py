@@ -141,8 +141,14 @@ class ShardReader:
         return True
 
     def _index(self, shard: int, file: ShardFile) -> NDArray[np.uint64]:
-        tail = file.part(max(0, len(file) - index_bytes(self.spec)), len(file))
-        return parse_index(self.spec, shard, tail, len(file))
+        size = len(file)
+        start = max(0, size - index_bytes(self.spec))
+        try:
+            return parse_index(self.spec, shard, file.part(start, size), size)
+        except StoreDamagedError:
+            if not file.forget(start, size):
+                raise
+        return parse_index(self.spec, shard, file.part(start, size), size)
 
     def check_index(self, shard: int) -> None:
         """Map ``shard`` and check its index.

@@ -2,23 +2,24 @@
 
 Files are moved as they are, several at once, each checked against the seal: what arrives is what was sealed,
 or it is not there. The seal comes last, so what was begun and not finished is no store that looks whole.
-Doing it again goes on: a file that has arrived is not moved again. Nothing that someone else put there is ever
-overwritten, but for a seal whose files are all in the new one: so a store grows by a layer. Costs one pass
-over the bytes, and a few megabytes of memory for each file on its way.
+Doing it again goes on: a file that has arrived is not moved again. Nothing that someone else put there is
+ever overwritten, but for a seal whose files are all in the new one: so a store grows by a layer. Costs one
+pass over the bytes, and a few megabytes of memory for each file on its way.
 """
 
 import hashlib
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 
 from .cache import default_folder
 from .errors import StoreDamagedError, StoreError, StoreFormatError, StoreMismatchError, StoreWriteError
 from .files import PARTIAL, StoreFiles, exclusive
+from .readable import ReadableFiles
 from .reader import ActivationStore
 from .remote import RemoteFolder
 from .seal import (
@@ -167,16 +168,26 @@ def _has_arrived(files: StoreFiles, path: str, entry: SealedFile) -> bool:
     return files.size_bytes(path) == entry.n_bytes and sha256_of(files, path) == entry
 
 
-def _checked(store: ActivationStore, path: str, entry: SealedFile, moved: Moved) -> Iterator[bytes]:
-    """The bytes of a file of the source; raises at their end unless they are those that were sealed."""
+def _checked(
+    store: ActivationStore, path: str, entry: SealedFile, moved: Moved, files: ReadableFiles | None = None
+) -> Iterator[bytes]:
+    """The bytes of a file of the source; raises at their end unless they are those that were sealed.
+
+    Args:
+        store: the source.
+        path: the file.
+        entry: what the seal says of it.
+        moved: told of the bytes; told to take them back where they are not the right ones.
+        files: where the file is read; by default the source's own.
+    """
     digest, n_bytes = hashlib.sha256(), 0
     try:
-        for piece in store.files.pieces(path):
+        for piece in (files or store.files).pieces(path):
             digest.update(piece)
-            n_bytes += len(piece)
-            if n_bytes > entry.n_bytes:
+            if n_bytes + len(piece) > entry.n_bytes:
                 break
             yield piece
+            n_bytes += len(piece)
             moved(len(piece))
     except FileNotFoundError:
         moved(-n_bytes)
@@ -185,12 +196,12 @@ def _checked(store: ActivationStore, path: str, entry: SealedFile, moved: Moved)
         moved(-n_bytes)
         raise
     if (n_bytes, digest.hexdigest()) != entry:
-        moved(-min(n_bytes, entry.n_bytes))
-        raise _not_sealed(store, path)
+        moved(-n_bytes)
+        raise StoreDamagedError(f"its bytes in {store.root} are not those that were sealed", array=path)
 
 
-def _not_sealed(store: ActivationStore, path: str) -> StoreDamagedError:
-    return StoreDamagedError(f"its bytes in {store.root} are not those that were sealed", array=path)
+def _nobody(_: int) -> None:
+    """Told of bytes, and does nothing."""
 
 
 def _each(work: Callable[[str], bool], paths: Iterable[str]) -> int:
@@ -253,11 +264,9 @@ def _send(
     """Send one file, unless it is there; whether it was sent."""
     sent = False
     if not (path in journal or (old is not None and path in old.files)):
-        with store.files.local(path) as files:
-            if sha256_of(files, path) != entry:
-                raise StoreDamagedError(
-                    f"its bytes in {store.root} are not those that were sealed", array=path
-                )
+        with _local(store, path) as files:
+            for _ in _checked(store, path, entry, _nobody, files):
+                pass
             try:
                 folder.write(path, files.root / path, only_new=True)
                 sent = True
@@ -266,6 +275,15 @@ def _send(
         journal.add(path)
     moved(entry.n_bytes)
     return sent
+
+
+@contextmanager
+def _local(store: ActivationStore, path: str) -> Generator[StoreFiles]:
+    try:
+        with store.files.local(path) as files:
+            yield files
+    except FileNotFoundError:
+        raise StoreDamagedError(f"the file is missing in {store.root}", array=path) from None
 
 
 def _check_same(folder: RemoteFolder, path: str, entry: SealedFile) -> None:

@@ -1,0 +1,186 @@
+"""A store read from a server: the same values as from a folder, few requests, and a cache that is bounded."""
+
+import os
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from posae.store import ActivationStore
+from posae.store.cache import PartCache, parse_size
+from posae.store.errors import (
+    SettingsError,
+    StoreDamagedError,
+    StoreIncompleteError,
+    StoreNotFoundError,
+    StoreRemoteError,
+)
+from posae.store.verify import verify
+
+from ..conftest import Made, MakeStore
+from .folder_on_disk import FolderOnDisk
+
+WIDE: dict[str, Any] = {"d_model": 512, "context_length": 32, "n_contexts": 136, "shard_contexts": 128}
+"""Shards above 2 MiB, of which only parts are fetched."""
+
+
+def opened(folder: FolderOnDisk, cache: PartCache, check: bool = True) -> ActivationStore:
+    with patch("posae.store.reader.open_remote", return_value=folder):
+        return ActivationStore.open(folder.url, cache) if check else ActivationStore(folder.url, cache)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> PartCache:
+    return PartCache(tmp_path / "cache")
+
+
+@pytest.fixture
+def wide(make_store: MakeStore, tmp_path: Path) -> Made:
+    return make_store(tmp_path / "wide.zarr", layers=(1, 3), held_out=8, **WIDE)
+
+
+def test_all_that_a_store_tells_is_the_same(wide: Made, cache: PartCache) -> None:
+    local, remote = ActivationStore.open(wide.root), opened(FolderOnDisk(wide.root), cache)
+    assert remote.is_remote
+    assert not local.is_remote
+    assert (remote.root, remote.address) == ("s3://bucket/made.zarr", "s3://bucket/made.zarr")
+    assert remote.identity == local.identity
+    assert (remote.layers, remote.n_contexts) == (local.layers, local.n_contexts)
+    for store in (local, remote):
+        assert (store.read(3) == wide.activations[3]).all()
+        assert (store.read(1, [99, 0, 50], slice(2, 4)) == wide.activations[1][[99, 0, 50], 2:4]).all()
+        assert (store.tokens() == wide.tokens).all()
+        assert (store.documents() == wide.documents).all()
+        assert store.corpus == wide.corpus
+        store.check_layer(1)
+    assert (remote.stats(1).sums == local.stats(1).sums).all()
+    assert (remote.norms(3).mean == local.norms(3).mean).all()
+    assert remote.stored_bytes(1) == local.stored_bytes(1)
+    assert remote.digests(1) == local.digests(1)
+    assert verify(remote) == verify(local)
+
+
+def test_only_what_is_wanted_is_fetched_and_only_once(wide: Made, cache: PartCache) -> None:
+    folder = FolderOnDisk(wide.root)
+    store = opened(folder, cache)
+    folder.asked.clear()
+    store.read(3, slice(8, 16))
+    size = (wide.root / "layer_3/c.0.0.0").stat().st_size
+    assert [path for path, _, _ in folder.asked] == ["layer_3/c.0.0.0"] * 2  # the index, and one chunk
+    assert sum(stop - start for _, start, stop in folder.asked) < size / 4
+    folder.asked.clear()
+    again = opened(folder, cache)
+    again.read(3, slice(8, 16))
+    assert not folder.asked
+
+
+def test_a_part_that_was_spoilt_on_its_way_or_in_the_cache_is_fetched_again(
+    wide: Made, cache: PartCache
+) -> None:
+    folder = FolderOnDisk(wide.root)
+    folder.spoilt = {"layer_1/zarr.json": 1, "tokens/c.0.0": 1}
+    store = opened(folder, cache)
+    assert (store.tokens() == wide.tokens).all()
+    store.read(1)
+    for entry in cache.folder.rglob("*"):
+        if entry.is_file() and "layer_1/c.0" in str(entry):
+            data = bytearray(entry.read_bytes())
+            data[len(data) // 2] ^= 1
+            entry.write_bytes(data)
+    assert (store.read(1) == wide.activations[1]).all()
+    folder.spoilt = {"layer_3/c.1.0.0": 1000}
+    with pytest.raises(StoreDamagedError, match="layer_3, shard 1"):
+        store.read(3)
+
+
+def test_a_file_that_changes_on_the_server_is_an_error(wide: Made, cache: PartCache) -> None:
+    folder = FolderOnDisk(wide.root)
+    store = opened(folder, cache)
+    path = wide.root / "layer_1/c.1.0.0"
+    path.write_bytes(path.read_bytes()[:-1])
+    (wide.root / "layer_3/c.1.0.0").unlink()
+    with pytest.raises(StoreDamagedError, match="another size"):
+        store.read(1)
+    with pytest.raises(StoreDamagedError, match="missing on the server"):
+        store.read(3)
+    found = verify(opened(folder, cache, check=False))
+    assert {(damage.array, damage.shard) for damage in found.damaged} == {("layer_1", 1), ("layer_3", 1)}
+
+
+def test_what_is_no_sealed_store_is_refused(make_store: MakeStore, tmp_path: Path, cache: PartCache) -> None:
+    unfinished = make_store(tmp_path / "unfinished.zarr", seal=False)
+    with pytest.raises(StoreIncompleteError, match="unfinished"):
+        opened(FolderOnDisk(unfinished.root), cache)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StoreNotFoundError, match="no store at s3://bucket"):
+        opened(FolderOnDisk(tmp_path / "empty"), cache)
+
+
+def test_a_server_that_does_not_answer_is_no_damage(wide: Made, cache: PartCache) -> None:
+    folder = FolderOnDisk(wide.root)
+    store = opened(folder, cache, check=False)
+
+    def read(path: str, start: int, stop: int, of: int) -> bytes:
+        raise StoreRemoteError("s3://bucket/made.zarr does not answer")
+
+    with patch.object(folder, "read", read), pytest.raises(StoreRemoteError, match="does not answer"):
+        verify(store)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 400_000), min_size=1, max_size=30),
+    limit=st.integers(1_000_000, 3_000_000),
+)
+def test_the_cache_stays_below_its_limit(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], limit: int
+) -> None:
+    folder = tmp_path_factory.mktemp("cache")
+    two = [PartCache(folder, limit), PartCache(folder, limit)]
+    for number, size in enumerate(sizes):
+        data = number.to_bytes(1, "little") * size
+        two[number % 2].put(f"store/{number}", data)
+        kept = two[0].get(f"store/{number}")
+        assert kept == data
+        total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        # Each of the two may have written its sixteenth since it looked.
+        assert total <= limit * (1 + 1 / 16)
+    assert two[0].get("store/never") is None
+
+
+def test_what_was_used_last_is_kept(tmp_path: Path) -> None:
+    cache = PartCache(tmp_path, 1_000_000)
+    cache.put("old", bytes(300_000))
+    cache.put("used", bytes(300_000))
+    for name, seconds in (("old", 1), ("used", 2)):
+        os.utime(tmp_path / name, (seconds, seconds))
+    assert cache.get("old") is not None  # and so is used again
+    cache.put("new", bytes(400_000))
+    assert [cache.get(name) is not None for name in ("old", "used", "new")] == [True, False, True]
+
+
+def test_a_cache_that_cannot_be_written_only_keeps_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    cache = PartCache(tmp_path / "file" / "cache")
+    cache.put("a", b"1")
+    assert cache.get("a") is None
+    cache.put("huge", bytes(10))
+    cache.forget("huge")
+
+
+@pytest.mark.parametrize("text", ["", "much", "5XB", "-1GB", "1kb", "1e9"])
+def test_sizes_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match="cache size"):
+        parse_size(text)
+
+
+def test_sizes() -> None:
+    assert np.array([parse_size(text) for text in ("1MB", "50 GB", "2000000", "0.5tb")]).tolist() == [
+        10**6,
+        50 * 10**9,
+        2 * 10**6,
+        5 * 10**11,
+    ]

@@ -1,0 +1,270 @@
+"""Whole stores moved: every byte checked, no half store that looks whole, nothing of others overwritten."""
+
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn
+from unittest.mock import patch
+
+import pytest
+
+from posae.store import ActivationStore
+from posae.store import transfer as transfer_module
+from posae.store.cache import PartCache
+from posae.store.errors import (
+    StoreDamagedError,
+    StoreFormatError,
+    StoreMismatchError,
+    StoreRemoteError,
+    StoreWriteError,
+)
+from posae.store.files import StoreFiles
+from posae.store.transfer import bytes_to_move, copy_store, publish
+from posae.store.verify import verify
+
+from ..conftest import Made, MakeStore
+from .folder_on_disk import FolderOnDisk
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+class Moved:
+    """Counts the bytes that it is told of."""
+
+    total = 0
+
+    def __call__(self, n_bytes: int) -> None:
+        self.total += n_bytes
+
+
+@pytest.fixture
+def made(make_store: MakeStore, tmp_path: Path) -> Made:
+    return make_store(tmp_path / "made.zarr", layers=(1, 3), n_contexts=40, shard_contexts=16, held_out=8)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSAE_CACHE", str(tmp_path / "cache"))
+
+
+def remote(folder: FolderOnDisk) -> ActivationStore:
+    with patch("posae.store.reader.open_remote", return_value=folder):
+        return ActivationStore.open(folder.url, PartCache())
+
+
+@pytest.mark.parametrize("where", ["local", "server"])
+def test_a_copy_is_the_store_byte_for_byte(where: str, made: Made, tmp_path: Path) -> None:
+    source = ActivationStore.open(made.root) if where == "local" else remote(FolderOnDisk(made.root))
+    moved, again = Moved(), Moved()
+    assert copy_store(source, tmp_path / "copy", moved) == len(tree(made.root))
+    assert tree(tmp_path / "copy") == tree(made.root)
+    assert moved.total == bytes_to_move(source)
+    assert copy_store(source, tmp_path / "copy", again) == 0
+    assert again.total == bytes_to_move(source)
+
+
+@pytest.mark.parametrize("where", ["local", "server"])
+def test_what_is_published_is_the_store_byte_for_byte(where: str, made: Made, tmp_path: Path) -> None:
+    source = ActivationStore.open(made.root) if where == "local" else remote(FolderOnDisk(made.root))
+    target = FolderOnDisk(tmp_path / "target")
+    moved = Moved()
+    assert publish(source, target, moved) == len(tree(made.root))
+    assert tree(target.root) == tree(made.root)
+    assert (target.written[0], target.written[-1]) == ("zarr.json", "seal.json")
+    assert moved.total == bytes_to_move(source)
+    assert publish(source, target, Moved()) == 0
+    assert not (tmp_path / "cache" / "published").exists() or not tree(tmp_path / "cache" / "published")
+
+
+def copy_and_die(source: ActivationStore, target: Path, after: int) -> NoReturn:
+    """Copy, and be killed once so many files were written."""
+    write, written = StoreFiles.write_pieces, list[str]()
+
+    def dying(files: StoreFiles, path: str, pieces: Iterable[bytes]) -> None:
+        write(files, path, pieces)
+        written.append(path)
+        if len(written) == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        with patch.object(StoreFiles, "write_pieces", dying):
+            copy_store(source, target, Moved())
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def test_a_killed_copy_goes_on_and_moves_nothing_twice(made: Made, tmp_path: Path) -> None:
+    whole = tree(made.root)
+    folder = FolderOnDisk(made.root)
+    source = remote(folder)
+    target = tmp_path / "copy"
+    kills = 0
+    while not (target / "seal.json").exists():
+        child = os.fork()
+        if child == 0:
+            copy_and_die(source, target, 5)
+        kills += os.waitpid(child, 0)[1] == signal.SIGKILL
+        if not (target / "seal.json").exists():
+            there = ActivationStore(target)
+            assert not there.is_sealed
+            assert there.n_contexts == 0
+        folder.asked.clear()
+    assert kills > 3
+    assert tree(target) == whole
+    assert not verify(ActivationStore.open(target)).damaged
+
+
+def test_a_publisher_that_was_stopped_goes_on_and_sends_nothing_twice(made: Made, tmp_path: Path) -> None:
+    source = ActivationStore.open(made.root)
+    target = FolderOnDisk(tmp_path / "target")
+    n_files = len(tree(made.root))
+    for limit in range(4, n_files, 7):
+        target.refuse_after = limit
+        with pytest.raises(StoreRemoteError, match="no more room"):
+            publish(source, target, Moved())
+        assert not (target.root / "seal.json").exists()
+    target.refuse_after = None
+    publish(source, target, Moved())
+    assert tree(target.root) == tree(made.root)
+    assert Counter(target.written).most_common(1)[0][1] == 1
+    assert not target.asked, "nothing that this machine sent is read back"
+
+
+def test_what_others_sent_is_read_back_and_used_if_it_is_the_same(made: Made, tmp_path: Path) -> None:
+    source = ActivationStore.open(made.root)
+    target = FolderOnDisk(tmp_path / "target")
+    shutil.copytree(made.root, target.root)
+    (target.root / "seal.json").unlink()
+    publish(source, target, Moved())
+    assert target.written == ["seal.json"]
+    assert {path for path, _, _ in target.asked} == tree(made.root).keys() - {"seal.json"}
+
+
+@pytest.mark.parametrize("path", ["zarr.json", "layer_3/c.1.0.0", "tokens/c.0.0"])
+def test_what_others_publish_to_the_same_place_is_not_overwritten(
+    path: str, made: Made, tmp_path: Path
+) -> None:
+    source = ActivationStore.open(made.root)
+    target = FolderOnDisk(tmp_path / "target")
+    theirs = target.root / path
+    theirs.parent.mkdir(parents=True)
+    for other in (b"x", bytes(byte ^ 1 for byte in (made.root / path).read_bytes())):
+        theirs.write_bytes(other)
+        with pytest.raises(StoreMismatchError, match=f"{path} is there and is not of this store"):
+            publish(source, target, Moved())
+        assert theirs.read_bytes() == other
+        assert not (target.root / "seal.json").exists()
+
+
+def test_of_two_publishers_one_is_told(made: Made, make_store: MakeStore, tmp_path: Path) -> None:
+    other = make_store(tmp_path / "other.zarr", layers=(1, 3), n_contexts=40, shard_contexts=16, seed=1)
+    target = FolderOnDisk(tmp_path / "target")
+    send = transfer_module.publish
+    publish(ActivationStore.open(other.root), target, Moved())
+    for source, place in ((made, target), (other, FolderOnDisk(made.root))):
+        with pytest.raises(StoreMismatchError, match="holds another store, sealed as"):
+            send(ActivationStore.open(source.root), place, Moved())
+    assert tree(target.root) == tree(other.root)
+
+
+@pytest.mark.parametrize("to", ["folder", "server"])
+def test_a_copy_grows_by_a_layer(to: str, made: Made, tmp_path: Path) -> None:
+    source = ActivationStore.open(made.root)
+    target = tmp_path / "target"
+    folder = FolderOnDisk(target)
+
+    def bring(store: ActivationStore) -> int:
+        return copy_store(store, target, Moved()) if to == "folder" else publish(store, folder, Moved())
+
+    bring(source)
+    reading = ActivationStore.open(target)
+    made.activations[5] = made.activations[3][::-1].copy()
+    made.write((5,))
+    n_moved = bring(ActivationStore.open(made.root))
+    assert tree(target) == tree(made.root)
+    assert n_moved == 1 + sum("layer_5/" in path for path in tree(made.root))
+    assert reading.layers == (1, 3)
+    assert (reading.read(3) == made.activations[3]).all()
+    # An older copy has nothing to say to a newer one.
+    assert bring(source) == 0
+
+
+@pytest.mark.parametrize("damage", ["changed", "short", "long", "missing"])
+@pytest.mark.parametrize("to", ["folder", "server"])
+def test_a_damaged_source_is_not_passed_on(damage: str, to: str, made: Made, tmp_path: Path) -> None:
+    source = ActivationStore.open(made.root)
+    path = made.root / "layer_3/c.1.0.0"
+    data = path.read_bytes()
+    changed = {"changed": data[:50] + b"x" + data[51:], "short": data[:-1], "long": data + b"x"}
+    path.write_bytes(changed[damage]) if damage in changed else path.unlink()
+    target = tmp_path / "target"
+    moved = Moved()
+    with pytest.raises(StoreDamagedError, match=r"layer_3/c\.1\.0\.0: .*(sealed|missing)"):
+        copy_store(source, target, moved) if to == "folder" else publish(source, FolderOnDisk(target), moved)
+    assert not (target / "seal.json").exists()
+    assert not (target / "layer_3/c.1.0.0").exists()
+
+
+def test_bytes_that_were_changed_on_the_way_are_fetched_again(made: Made, tmp_path: Path) -> None:
+    folder = FolderOnDisk(made.root)
+    source = remote(folder)
+    folder.spoilt = dict.fromkeys(tree(made.root), 1)
+    moved = Moved()
+    copy_store(source, tmp_path / "copy", moved)
+    assert tree(tmp_path / "copy") == tree(made.root)
+    assert moved.total == bytes_to_move(source)
+
+
+def test_folders_that_hold_something_else_are_left_alone(
+    made: Made, make_store: MakeStore, tmp_path: Path
+) -> None:
+    source = ActivationStore.open(made.root)
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "todo.txt").write_text("mine")
+    with pytest.raises(StoreFormatError, match="is not empty and holds no store"):
+        copy_store(source, notes, Moved())
+    assert tree(notes) == {"todo.txt": b"mine"}
+    begun = make_store(tmp_path / "begun.zarr", seal=False)
+    other = make_store(tmp_path / "other.zarr", seed=3)
+    for place, words in ((begun, "the beginning of another store"), (other, "another store, sealed as")):
+        before = tree(place.root)
+        with pytest.raises(StoreMismatchError, match=words):
+            copy_store(source, place.root, Moved())
+        assert tree(place.root) == before
+    with pytest.raises(StoreFormatError, match="an unfinished harvest, which is not copied"):
+        copy_store(ActivationStore.open(begun.root), tmp_path / "new", Moved())
+
+
+def test_too_little_room_is_told_before_anything_is_moved(made: Made, tmp_path: Path) -> None:
+    source = ActivationStore.open(made.root)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    with (
+        patch("shutil.disk_usage", return_value=usage),
+        pytest.raises(StoreWriteError, match=r"has room for 1,000 bytes and .* are to come"),
+    ):
+        copy_store(source, tmp_path / "copy", Moved())
+    assert not tree(tmp_path / "copy")
+
+
+def test_what_a_place_cannot_take_is_told_before_anything_is_sent(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ActivationStore.open(made.root)
+    target = FolderOnDisk(tmp_path / "target", "hf://datasets/team/made")
+    for name, most, words in (
+        ("_MOST_IN_A_FOLDER", 3, "a folder there may have 3"),
+        ("_MOST_ON_THE_HUB", 20, "a repository may have 20"),
+        ("_LARGEST_ON_THE_HUB", 100, "the Hub takes 100"),
+    ):
+        with monkeypatch.context() as limits:
+            limits.setattr(transfer_module, name, most)
+            with pytest.raises(StoreWriteError, match=words):
+                publish(source, target, Moved())
+    assert not target.written
