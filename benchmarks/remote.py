@@ -4,9 +4,9 @@
     python benchmarks/remote.py demo.zarr [--delay 0.05] [--steps 480] [--rounds 3]
 
 Serves the store by HTTP from another process, which waits `--delay` seconds before it answers each request.
-Trains from it with an empty cache, and in turn from the folder. Told is, by preset, how fast the steps went from
-the server, as a share of the local speed (median of rounds), and how long it took to open and check the store.
-The weights must be the same: ends with 1 where they are not, or where a share is below 0.9.
+Trains from it with an empty cache, and in turn from the folder. Told is, by preset, how fast the steps went
+from the server, as a share of the local speed (median of rounds), and how long it took to open and check the
+store. The weights must be the same: ends with 1 where they are not, or where a share is below 0.9.
 
 Costs about 30 s of two cores a training; two architectures, two trainings a round.
 """
