@@ -13,7 +13,8 @@ from typing import NamedTuple
 from ..store.cache import default_folder
 from ..store.errors import SettingsError, StoreIncompleteError
 from ..store.reader import ActivationStore
-from ..store.remote import is_url, open_remote, shown
+from ..store.remote import is_url, shown
+from ..store.servers import open_remote
 from ..store.transfer import bytes_to_move, copy_store, publish
 from .assembling import copy_part, first_part
 from .progress import Progress, Silent

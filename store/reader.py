@@ -30,7 +30,7 @@ from .files import StoreFiles
 from .layout import ArraySpec, Json
 from .manifest import Manifest, layer_path, layer_spec, parse_corpus, parse_manifest, token_specs
 from .readable import ReadableFiles
-from .remote import is_url, open_remote
+from .remote import is_url
 from .remote_files import READING_THREADS, RemoteFiles
 from .seal import (
     CORPUS_PATH,
@@ -42,6 +42,7 @@ from .seal import (
     parse_json,
     read_seal,
 )
+from .servers import open_remote
 from .shards import ShardReader
 from .stats import (
     LayerStats,

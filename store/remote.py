@@ -1,24 +1,24 @@
 """A store's folder on a server: what reading, copying and publishing need of it.
 
-One class for web servers (``http.py``) and one for everything that fsspec knows (``object_stores.py``). They
-move bytes and nothing else: what a file must hold is the seal's to say, and the caller checks it. Both try
-again what may pass (a connection cut, a server that is busy), and show no credentials in anything they say.
+One class for each kind of server (``http.py``, ``s3.py``, ``gs.py``, ``sftp.py``, ``hub.py``), picked by
+the URL (``servers.py``). They move bytes and nothing else: what a file must hold is the seal's to say,
+and the caller checks it. All try again what may pass (a connection cut, a server that is busy;
+``retries.py``), and show no credentials in anything they say.
 """
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
-SCHEMES = {
-    "http": "http",
-    "https": "http",
-    "s3": "s3",
-    "gs": "gs",
-    "sftp": "sftp",
-    "hf": "hf",
-}
-"""What a URL may begin with, and the extra of posae that brings what it needs."""
+from .errors import StoreDamagedError, StoreRemoteError
+
+SCHEMES = {"http": None, "https": None, "s3": "s3", "gs": "gs", "sftp": "sftp", "hf": None}
+"""What a URL may begin with, and the extra of posae that brings what it needs; None: posae itself."""
+
+PIECE_BYTES = 1 << 24
+"""What is held in memory of a file that is written or read back."""
 
 
 class RemoteFolder(Protocol):
@@ -112,6 +112,65 @@ def shown(url: str) -> str:
     return urlunsplit((parts.scheme, f"{user}{at}{host}" if user else host, parts.path.rstrip("/"), "", ""))
 
 
+<<<<<<< HEAD
 def open_remote(url: str) -> RemoteFolder:
     """PLACEHOLDER until merged."""
     raise NotImplementedError(url)
+=======
+def inside(path: str, folder: str) -> str:
+    """``path``, where it names a file inside the folder; what a stranger lists or seals need not.
+
+    Args:
+        path: with ``/``.
+        folder: for the error, as it may be shown.
+
+    Raises:
+        StoreRemoteError: it is absolute, climbs, or has backslashes or control characters.
+
+    >>> inside("layer_5/c.0.0.0", "s3://bucket/pile.zarr")
+    'layer_5/c.0.0.0'
+    """
+    if "\\" in path or not path.isprintable() or not {"", ".", ".."}.isdisjoint(path.split("/")):
+        raise StoreRemoteError(f"{folder}: names {path!r}, which is no file inside the folder; do not use it")
+    return path
+
+
+def changed(path: str, n_bytes: int | None, of: int) -> StoreDamagedError:
+    """The error for a file that has ``n_bytes`` on the server (None: more) and should have ``of``."""
+    has = f"more than {of:,} bytes" if n_bytes is None else f"{n_bytes:,} bytes, not {of:,}"
+    return StoreDamagedError(
+        f"it changed on the server, where it has {has}",
+        array=path,
+        remedy="open the store again, or take another copy of it",
+    )
+
+
+def too_large(path: str, limit_bytes: int) -> StoreDamagedError:
+    """The error for a small file that is not small."""
+    return StoreDamagedError(f"larger than the {limit_bytes:,} bytes allowed here", array=path)
+
+
+def opened(source: Path | bytes) -> BinaryIO:
+    """What is to be written, as a file at its beginning."""
+    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+
+
+def same(folder: RemoteFolder, path: str, source: Path | bytes) -> bool:
+    """Whether a file there is byte for byte ``source``; reads it back, 16 MiB at a time.
+
+    Raises:
+        StoreRemoteError: as for ``RemoteFolder.read``.
+    """
+    with opened(source) as file:
+        n_bytes = file.seek(0, io.SEEK_END)
+        if folder.size_bytes(path) != n_bytes:
+            return False
+        file.seek(0)
+        try:
+            for start in range(0, n_bytes, PIECE_BYTES):
+                stop = min(start + PIECE_BYTES, n_bytes)
+                if folder.read(path, start, stop, n_bytes) != file.read(stop - start):
+                    return False
+        except (FileNotFoundError, StoreDamagedError):
+            return False
+    return True

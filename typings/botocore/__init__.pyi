@@ -1,0 +1,2 @@
+# The part of botocore that posae uses.
+UNSIGNED: object
