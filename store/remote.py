@@ -112,11 +112,6 @@ def shown(url: str) -> str:
     return urlunsplit((parts.scheme, f"{user}{at}{host}" if user else host, parts.path.rstrip("/"), "", ""))
 
 
-<<<<<<< HEAD
-def open_remote(url: str) -> RemoteFolder:
-    """PLACEHOLDER until merged."""
-    raise NotImplementedError(url)
-=======
 def inside(path: str, folder: str) -> str:
     """``path``, where it names a file inside the folder; what a stranger lists or seals need not.
 
