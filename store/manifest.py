@@ -20,12 +20,13 @@ _ADDED = {"mantissa_bits": None, "byte_counts": False, "planted": None, "origin"
 
 MAX_TEXT = 4096
 MAX_LAYERS = 2**16
+MAX_PIECES = 8192
 
 # No control characters: people see these strings on their terminals.
 Text = Annotated[str, Field(max_length=MAX_TEXT, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 Count = Annotated[int, Field(ge=0, lt=2**48, strict=True)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
-Interval = Annotated[str, Field(pattern=r"^[0-9]{1,15}:[0-9]{1,15}$")]
+Interval = Annotated[str, Field(pattern=r"^[0-9]{1,14}:[0-9]{1,14}$")]
 
 
 class Origin(BaseModel):
@@ -33,13 +34,13 @@ class Origin(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
-    stores: Annotated[tuple[Text, ...], Field(max_length=8192)]
+    stores: Annotated[tuple[Text, ...], Field(min_length=1, max_length=MAX_PIECES)]
     """Identity of the store that each piece was taken from."""
 
-    contexts: Annotated[tuple[Interval, ...], Field(max_length=8192)]
+    contexts: Annotated[tuple[Interval, ...], Field(min_length=1, max_length=MAX_PIECES)]
     """Contexts of that store which each piece is, as ``0:512``."""
 
-    corpus: Annotated[tuple[Interval, ...], Field(max_length=8192)]
+    corpus: Annotated[tuple[Interval, ...], Field(min_length=1, max_length=MAX_PIECES)]
     """Contexts of the corpus that the pieces' stores were harvested from, in rising order."""
 
 

@@ -20,7 +20,7 @@ MAY_USE = {
     "cli": {"store", "pipeline", "typer", "rich"},
 }
 ONLY_IN = {"scipy": "pipeline/results/verdicts.py", "plotly": "pipeline/results/page.py"}
-STAGES = {"harvest", "train", "evaluate", "report", "sweep", "plant"}
+STAGES = {"harvest", "train", "evaluate", "report", "sweep", "plant", "merge"}
 SPOKEN_BY_ALL = {"progress"}  # a protocol: how a stage, or a part that works for one, says what it does
 FILES = sorted(path.relative_to(ROOT) for folder in MAY_USE for path in (ROOT / folder).rglob("*.py"))
 

@@ -1,5 +1,7 @@
 """A store of pieces holds what they held, in the bytes that encoding all of it anew would give."""
 
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -25,10 +27,14 @@ from posae.store.corpus import count_duplicates
 from posae.store.errors import (
     SettingsError,
     StoreDamagedError,
+    StoreFormatError,
     StoreIncompleteError,
     StoreMismatchError,
 )
-from posae.store.shards import ShardWriter
+from posae.store.files import StoreFiles
+from posae.store.manifest import parse_manifest
+from posae.store.seal import SealedFile, seal_bytes
+from posae.store.shards import ShardWriter, write_shard
 from posae.store.stats import stats_specs
 from posae.store.verify import verify
 
@@ -296,6 +302,66 @@ def test_damage_is_told_with_the_name_of_its_store(
     ):
         assemble(tmp_path / "new.zarr", pieces)
     assert not ActivationStore.open(tmp_path / "new.zarr").is_sealed
+
+
+def test_a_digest_among_the_statistics_that_was_not_sealed_is_not_passed_on(
+    sources: list["Made"], tmp_path: Path
+) -> None:
+    own = tmp_path / "own.zarr"
+    shutil.copytree(sources[0].root, own)
+    (own / "seal.json").unlink()
+    spec = stats_specs(sources[0].manifest, 3)["sha256"]
+    write_shard(StoreFiles(own), spec, 1, np.zeros((1, 32), np.uint8))
+    lying = {str(p.relative_to(own)): p for p in own.rglob("*") if p.is_file()}
+    digests = {
+        path: SealedFile(p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest())
+        for path, p in lying.items()
+    }
+    (own / "seal.json").write_bytes(seal_bytes(digests))
+    with pytest.raises(StoreDamagedError, match="not the digest that was sealed"):
+        assemble(tmp_path / "new.zarr", [Piece(ActivationStore.open(own), 0, 28)])
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        {},
+        {"stores": ["a"], "contexts": ["0:4"], "corpus": []},
+        {"stores": ["a"], "contexts": ["0:4"], "corpus": ["0:999999999999999"]},
+        {"stores": ["a"], "contexts": ["-1:4"], "corpus": ["0:4"]},
+        {"stores": ["a\n"], "contexts": ["0:4"], "corpus": ["0:4"]},
+        ["0:4"],
+    ],
+)
+def test_an_origin_that_says_nothing_sensible_is_refused(sources: list["Made"], origin: Any) -> None:
+    root = json.loads((sources[0].root / "zarr.json").read_bytes())
+    root["attributes"]["posae"]["origin"] = origin
+    with pytest.raises(StoreFormatError, match="not whole: origin"):
+        parse_manifest(root)
+
+
+def test_a_link_in_a_source_is_not_taken(sources: list["Made"], tmp_path: Path) -> None:
+    own = tmp_path / "own.zarr"
+    shutil.copytree(sources[0].root, own)
+    (own / "layer_0/c.1.0.0").unlink()
+    (own / "layer_0/c.1.0.0").symlink_to(sources[0].root / "layer_0/c.1.0.0")
+    with pytest.raises(StoreDamagedError, match="not a regular file"):
+        assemble(tmp_path / "new.zarr", [Piece(ActivationStore.open(own), 0, 28)])
+    assert not any(path.is_symlink() for path in (tmp_path / "new.zarr").rglob("*"))
+
+
+def test_a_changed_byte_that_was_linked_is_found_in_the_new_store_too(
+    sources: list["Made"], tmp_path: Path
+) -> None:
+    own = tmp_path / "own.zarr"
+    shutil.copytree(sources[0].root, own)
+    with (own / "layer_3/c.2.0.0").open("r+b") as file:
+        file.seek(20)
+        byte = file.read(1)[0]
+        file.seek(20)
+        file.write(bytes([byte ^ 1]))
+    store = assemble(tmp_path / "new.zarr", [Piece(ActivationStore.open(own), 0, 28)])
+    assert [damage[:3] for damage in verify(store).damaged] == [("layer_3", 2, 0)]
 
 
 def test_a_copied_shard_with_sound_chunks_that_were_not_sealed_is_damage(
