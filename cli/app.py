@@ -23,6 +23,7 @@ from .display import errors, show_error
 from .evaluate import evaluate
 from .harvest import harvest
 from .inspect_store import inspect_store
+from .merge import merge
 from .plant import plant
 from .report import report
 from .train import train
@@ -41,6 +42,7 @@ app.command("evaluate")(evaluate)
 app.command("report")(report)
 app.command("copy")(copy)
 app.command("plant")(plant)
+app.command("merge")(merge)
 
 
 def _version(wanted: bool) -> None:

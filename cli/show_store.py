@@ -56,6 +56,9 @@ def show_store(store: ActivationStore, facts: dict[str, Any]) -> None:
         "chunks": f"{manifest.chunk_contexts} contexts to a chunk, {manifest.shard_contexts} to a shard; "
         f"codec {manifest.codec}",
     }
+    if manifest.origin:
+        pieces = zip(manifest.origin.contexts, manifest.origin.stores, strict=False)
+        rows["made of"] = ", ".join(f"{contexts} of {store[:16]}" for contexts, store in pieces)
     if corpus:
         rows["corpus"] = (
             f"{corpus['documents']:,} documents ({corpus['documents_left_out']:,} left out), "

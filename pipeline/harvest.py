@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from ..store.corpus import corpus_counts
 from ..store.errors import ModelError
 from ..store.layout import CHUNK_CONTEXTS, shard_contexts
 from ..store.manifest import Manifest, token_specs
@@ -40,7 +41,6 @@ from .progress import Progress, Silent
 from .settings import HarvestSettings
 from .text.contexts import (
     Contexts,
-    count_duplicates,
     held_out_contexts,
     permute_contexts,
     special_tokens,
@@ -203,7 +203,13 @@ class Harvest:
         with writer.lock():
             if not writer.has_tokens:
                 contexts = self._take_contexts(progress)
-                writer.write_tokens(contexts.tokens, contexts.documents, self._counts(contexts))
+                counts = corpus_counts(
+                    contexts.tokens,
+                    self.manifest.special_token_ids,
+                    n_documents=contexts.n_documents,
+                    n_left_out=contexts.n_left_out,
+                )
+                writer.write_tokens(contexts.tokens, contexts.documents, counts)
             layers = writer.begin_layers(self.layers)
         n_tokens = self._fill(writer, layers, progress) if layers else 0
         with writer.lock():
@@ -232,20 +238,6 @@ class Harvest:
         progress.end()
         held_out = self.manifest.held_out
         return permute_contexts(contexts, seed=s.seed, held_out=held_out[1] - held_out[0])
-
-    def _counts(self, contexts: Contexts) -> dict[str, object]:
-        ids, counts = np.unique(contexts.tokens, return_counts=True)
-        special = set(self.manifest.special_token_ids)
-        return {
-            "documents": contexts.n_documents,
-            "documents_left_out": contexts.n_left_out,
-            "duplicate_contexts": count_duplicates(contexts.tokens),
-            "special_tokens": {
-                str(token): int(count)
-                for token, count in zip(ids.tolist(), counts.tolist(), strict=True)
-                if token in special
-            },
-        }
 
     def _fill(self, writer: StoreWriter, layers: Sequence[int], progress: Progress) -> int:
         """Commit every shard of ``layers``: first those that are free, then what others leave."""

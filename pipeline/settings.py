@@ -397,6 +397,19 @@ class PlantSettings(Settings):
         return self
 
 
+class MergeSettings(Settings):
+    """Settings of ``posae merge``: several stores made one."""
+
+    layers: tuple[int, ...] | None = None
+    """Layers to take, as 5,12,19; by default all, and then every store must have the same."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            raise ValueError("layers are whole numbers from 0, at least one")
+        return self
+
+
 PILE = {"dataset": "monology/pile-uncopyrighted", "attention": "eager"}
 
 HARVEST_PRESETS: dict[str, dict[str, Any]] = {
@@ -549,7 +562,7 @@ def read_config(path: Path, table: str) -> dict[str, Any]:
     Raises:
         SettingsError: no such file, no TOML, or tables that posae does not have.
     """
-    tables = ("harvest", "train", "evaluate", "plant")
+    tables = ("harvest", "train", "evaluate", "plant", "merge")
     parsed = read_toml(path)
     for name in parsed:
         if name not in tables:

@@ -129,6 +129,28 @@ class StoreFiles:
         finally:
             os.close(file)
 
+    def link(self, path: str, folder: int, name: str) -> bool:
+        """Give a file one more name, ``name`` in the folder with the descriptor ``folder``.
+
+        Returns:
+            Whether it has that name now: another file system, or a file of somebody else, may refuse.
+
+        Raises:
+            FileNotFoundError: no such file.
+            StoreDamagedError: not a regular file.
+        """
+        file = self.open(path)
+        try:
+            os.fsync(file)  # whoever put it here may not have
+            with self.folder_of(path) as own:
+                own_name = path.rpartition("/")[2]
+                os.link(own_name, name, src_dir_fd=own, dst_dir_fd=folder, follow_symlinks=False)
+        except OSError:
+            return False
+        finally:
+            os.close(file)
+        return True
+
     def size_bytes(self, path: str) -> int | None:
         """The size of a regular file, or None where there is no such file."""
         try:

@@ -15,16 +15,33 @@ from .errors import StoreFormatError
 from .layout import FORMAT, MAX_SHARDS, ArraySpec, Json, refuse_newer
 from .rounding import MANTISSA_BITS
 
-_ADDED = {"mantissa_bits": None, "byte_counts": False, "planted": None}
+_ADDED = {"mantissa_bits": None, "byte_counts": False, "planted": None, "origin": None}
 """Keys that the first stores lack, each with what its absence means; so written they are left out."""
 
 MAX_TEXT = 4096
 MAX_LAYERS = 2**16
+MAX_PIECES = 8192
 
 # No control characters: people see these strings on their terminals.
 Text = Annotated[str, Field(max_length=MAX_TEXT, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 Count = Annotated[int, Field(ge=0, lt=2**48, strict=True)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Interval = Annotated[str, Field(pattern=r"^[0-9]{1,14}:[0-9]{1,14}$")]
+
+
+class Origin(BaseModel):
+    """Which pieces of other stores a store is made of; they follow each other along axis 0."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    stores: Annotated[tuple[Text, ...], Field(min_length=1, max_length=MAX_PIECES)]
+    """Identity of the store that each piece was taken from."""
+
+    contexts: Annotated[tuple[Interval, ...], Field(min_length=1, max_length=MAX_PIECES)]
+    """Contexts of that store which each piece is, as ``0:512``."""
+
+    corpus: Annotated[tuple[Interval, ...], Field(min_length=1, max_length=MAX_PIECES)]
+    """Contexts of the corpus that the pieces' stores were harvested from, in rising order."""
 
 
 class Manifest(BaseModel):
@@ -127,6 +144,9 @@ class Manifest(BaseModel):
     ) = None
     """What was planted into the activations of a harvest, which then ``model`` says too; None: nothing."""
 
+    origin: Origin | None = None
+    """Which pieces of other stores this one is made of; None: none, it was harvested."""
+
     chunk_contexts: Annotated[int, Field(ge=1, lt=2**20, strict=True)]
     """Contexts to a chunk."""
 
@@ -151,6 +171,13 @@ class Manifest(BaseModel):
     def language_model(self) -> str:
         """The model that the tokens went through: ``model``, less what was planted."""
         return (self.planted or {}).get("model", self.model)
+
+    @property
+    def corpus_contexts(self) -> list[range]:
+        """The contexts of the corpus among which those of the store are: as many, unless it is a part."""
+        if self.origin is None:
+            return [range(self.skip_contexts, self.skip_contexts + self.n_contexts)]
+        return [range(*map(int, interval.split(":"))) for interval in self.origin.corpus]
 
     @property
     def n_shards(self) -> int:

@@ -257,6 +257,16 @@ class ShardReader:
         with self._payload(chunk) as payload:
             self.spec.codec.decode(payload, out)
 
+    def encoded(self, chunk: int) -> bytes:
+        """A chunk as it lies in its file, its checksum last; checked, not decoded.
+
+        Raises:
+            StoreDamagedError: the chunk is missing or not what was written.
+        """
+        with self._payload(chunk) as payload:
+            data = bytes(payload)
+        return data + checksum(data)
+
     def _read_part(self, chunk: int, part: Any) -> NDArray[Any]:
         """Some entries of a chunk, by an index into it; bits. No more of it is kept."""
         shape, dtype = self.spec.chunk_shape, self.spec.dtype
@@ -361,6 +371,7 @@ class ShardWriter:
         self._digest = hashlib.sha256()
         self._n_chunks = 0
         self._n_bytes = 0
+        self._linked = ""
 
     @classmethod
     def try_lock(
@@ -444,23 +455,64 @@ class ShardWriter:
             os.fsync(self._file.fileno())
         return ShardDigest(self._n_bytes, self._digest.digest())
 
+    def adopt(self, source: ShardReader, shard: int) -> None:
+        """Be a whole shard of a sealed store, in place of ``append`` and ``finish``; nothing is decoded.
+
+        The file gets one more name where the file system can do that, and only its size and its index are
+        looked at. Else its chunks are copied, and all of their bytes checked.
+
+        Args:
+            source: the same layer, with the same codec and shards, of the other store.
+            shard: which of its shards.
+
+        Raises:
+            StoreDamagedError: the file is missing or not what was sealed.
+            StoreWriteError: the disk refused.
+        """
+        source.check_index(shard)
+        path = source.spec.shard_path(shard)
+        # Not the temporary name: that is the lock, and whoever gets it next empties the file.
+        linked = partial_name(f"{self._path}.linked")
+        with writing(self._target), self._files.folder_of(self._path) as folder:
+            with suppress(FileNotFoundError):
+                os.unlink(linked, dir_fd=folder)
+            if source.files.link(path, folder, linked):
+                self._linked = linked
+                return
+        first = shard * source.spec.chunks_per_shard
+        for chunk in range(first, first + source.spec.chunks_in(shard)):
+            self.append(source.encoded(chunk))
+        found = self.finish()
+        if source.sealed is None or source.sealed.get(path) != (found.n_bytes, found.sha256.hex()):
+            raise StoreDamagedError(
+                "its bytes are not those that were sealed", array=source.spec.path, shard=shard
+            )
+
     def commit(self) -> None:
         """Rename the finished file: the commit record.
 
         Raises:
             StoreWriteError: the disk refused.
         """
-        name = self._path.rpartition("/")[2]
+        name, partial = self._path.rpartition("/")[2], partial_name(self._path)
         with writing(self._target), self._files.folder_of(self._path) as folder:
-            os.rename(partial_name(self._path), name, src_dir_fd=folder, dst_dir_fd=folder)
+            os.rename(self._linked or partial, name, src_dir_fd=folder, dst_dir_fd=folder)
             sync_folder(folder)
+            if self._linked:
+                self._remove_temporary(folder)
         self._file.close()
+
+    def _remove_temporary(self, folder: int) -> None:
+        # Of a linked file both may be there: renaming one name of a file to another does nothing.
+        for name in filter(None, (self._linked, partial_name(self._path))):
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder)
 
     def abandon(self) -> None:
         """Remove the file, unless it is committed, and free the lock."""
         if not self._file.closed:
             with suppress(OSError), self._files.folder_of(self._path) as folder:
-                os.unlink(partial_name(self._path), dir_fd=folder)
+                self._remove_temporary(folder)
             self._file.close()
 
 
@@ -487,15 +539,34 @@ def encode_chunks(spec: ArraySpec, rows: NDArray[Any]) -> list[bytes]:
     return chunks
 
 
-def write_array(files: StoreFiles, spec: ArraySpec, rows: NDArray[Any]) -> None:
+def write_array(
+    files: StoreFiles,
+    spec: ArraySpec,
+    rows: NDArray[Any],
+    existing: Callable[[int], bytes | None] = lambda _shard: None,
+) -> None:
     """Write every shard of a small array, durably.
+
+    Args:
+        files: the store.
+        spec: the array.
+        rows: all of its entries.
+        existing: the file of a shard, where there is one to be taken as it is.
 
     Raises:
         StoreWriteError: the disk refused.
     """
     for shard in range(spec.n_shards):
-        start = shard * spec.shard_rows
-        write_shard(files, spec, shard, rows[start : start + spec.shard_rows])
+        if data := existing(shard):
+            files.write(spec.shard_path(shard), data)
+        else:
+            start = shard * spec.shard_rows
+            write_shard(files, spec, shard, rows[start : start + spec.shard_rows])
+
+
+def most_bytes(spec: ArraySpec) -> int:
+    """The most that a shard's file can be long."""
+    return spec.chunks_per_shard * (spec.chunk_bytes + HEADER_BYTES + CHECKSUM_BYTES) + index_bytes(spec)
 
 
 def write_shard(files: StoreFiles, spec: ArraySpec, shard: int, rows: NDArray[Any]) -> None:
@@ -504,10 +575,15 @@ def write_shard(files: StoreFiles, spec: ArraySpec, shard: int, rows: NDArray[An
     Raises:
         StoreWriteError: the disk refused.
     """
+    files.write(spec.shard_path(shard), shard_bytes(spec, rows))
+
+
+def shard_bytes(spec: ArraySpec, rows: NDArray[Any]) -> bytes:
+    """The file of a shard that holds ``rows``."""
     index = np.full((spec.chunks_per_shard, 2), _ABSENT, "<u8")
     data = bytearray()
     for number, encoded in enumerate(encode_chunks(spec, rows)):
         index[number] = (len(data), len(encoded))
         data += encoded
     raw = index.tobytes()
-    files.write(spec.shard_path(shard), bytes(data + raw + checksum(raw)))
+    return bytes(data + raw + checksum(raw))

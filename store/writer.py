@@ -7,7 +7,7 @@ same bytes. Many processes may write one store: a shard belongs to whoever holds
 """
 
 import hashlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from functools import partial
@@ -32,7 +32,7 @@ from .seal import (
     seal_bytes,
     sha256_of,
 )
-from .shards import ShardReader, ShardWriter, encode_chunks, write_array, write_shard
+from .shards import ShardReader, ShardWriter, encode_chunks, shard_bytes, write_array
 from .stats import ChunkStats, stats_specs
 
 README_PATH = "README.md"
@@ -108,13 +108,20 @@ class StoreWriter:
         with exclusive(self.root):
             yield
 
-    def write_tokens(self, tokens: NDArray[np.int32], documents: NDArray[np.int64], corpus: Json) -> None:
+    def write_tokens(
+        self,
+        tokens: NDArray[np.int32],
+        documents: NDArray[np.int64],
+        corpus: Json,
+        existing: Callable[[str, int], bytes | None] = lambda _array, _shard: None,
+    ) -> None:
         """Commit the tokens; call under ``lock``.
 
         Args:
             tokens: int32 [contexts, positions].
             documents: int64 [contexts, positions].
             corpus: counts for people: documents, duplicates, special tokens.
+            existing: the file of a shard of ``tokens`` or ``document``, where there is one to be taken so.
 
         Raises:
             StoreWriteError: the disk refused.
@@ -128,7 +135,7 @@ class StoreWriter:
             # Before the commit other settings may have left theirs here.
             self._remove_shards_past(spec)
             self.files.write(spec.metadata_path, pretty_json(spec.to_json()))
-            write_array(self.files, spec, values[name])
+            write_array(self.files, spec, values[name], partial(existing, name))
         self.files.write(CORPUS_PATH, pretty_json(group_json({"posae": corpus})))
 
     def _remove_leftovers(self, spec: ArraySpec) -> None:
@@ -311,6 +318,8 @@ class ShardOfLayers:
         self._store = store
         self._writers = writers
         self._stats: dict[int, ChunkStats] = {}
+        self._rounding: dict[int, NDArray[np.float64]] = {}
+        self._adopted: dict[int, Mapping[str, bytes]] = {}
         self._waiting: list[tuple[int, Future[tuple[list[bytes], ChunkStats]]]] = []
         self._taken = dict.fromkeys(writers, 0)
 
@@ -330,7 +339,12 @@ class ShardOfLayers:
         _abandon(self._writers.values())
 
     def append(
-        self, layer: int, bits: NDArray[np.uint16], ordinary: NDArray[np.bool_], pool: Executor
+        self,
+        layer: int,
+        bits: NDArray[np.uint16],
+        ordinary: NDArray[np.bool_],
+        pool: Executor,
+        encoded: Sequence[bytes | None] = (),
     ) -> None:
         """Take the next contexts of one layer, a whole number of chunks unless the shard ends.
 
@@ -339,6 +353,7 @@ class ShardOfLayers:
             bits: bfloat16 bits [contexts, positions, d_model]; not to be changed afterwards.
             ordinary: bool [contexts, positions]: tokens that the position means are over.
             pool: threads to encode in.
+            encoded: of each chunk the bytes that encode it, where they are known; those are written.
 
         Raises:
             ValueError: part of a chunk before the shard's end, or contexts past it.
@@ -352,12 +367,38 @@ class ShardOfLayers:
         left = len(self.contexts) - self._taken[layer]
         if left < 0 or (left and len(bits) % step):
             raise ValueError(f"{len(bits)} contexts are not whole chunks of {step} up to the shard's end")
-        for start in range(0, len(bits), step):
+        for number, start in enumerate(range(0, len(bits), step)):
             part, mask = bits[start : start + step], ordinary[start : start + step]
-            future = pool.submit(_encode_and_count, spec, part, mask, manifest.mantissa_bits)
+            known = encoded[number] if encoded else None
+            future = pool.submit(_encode_and_count, spec, part, mask, manifest.mantissa_bits, known)
             self._waiting.append((layer, future))
         # Bounded: two batches of every layer may wait for the pool, no more.
         self._drain(2 * len(self._writers) * max(1, len(bits) // step))
+
+    def adopt(self, layer: int, source: ShardReader, shard: int, statistics: Mapping[str, bytes]) -> None:
+        """Take a whole shard of a sealed store for one layer, in place of ``append``.
+
+        Args:
+            layer: one of ``layers``.
+            source: the layer in the other store, with the same codec and sizes.
+            shard: which of its shards; it has as many contexts as this one.
+            statistics: files of its entries, by short name.
+
+        Raises:
+            StoreDamagedError: the shard is missing or not what was sealed.
+            StoreWriteError: the disk refused.
+        """
+        self._writers[layer].adopt(source, shard)
+        self._adopted[layer] = statistics
+
+    def set_rounding(self, layer: int, rounding: NDArray[np.float64]) -> None:
+        """Say what rounding had cost before ``append`` got the values.
+
+        Args:
+            layer: one of ``layers``.
+            rounding: the entry of that name, float64 [measures, positions].
+        """
+        self._rounding[layer] = rounding
 
     def _drain(self, keep: int) -> None:
         while len(self._waiting) > keep:
@@ -379,16 +420,29 @@ class ShardOfLayers:
         """
         self._drain(0)
         for layer, writer in self._writers.items():
-            digest = writer.finish()
-            entries = self._stats[layer].arrays(digest.sha256)
+            statistics = self._adopted.get(layer) or self._statistics(layer, writer.finish().sha256)
             for name, spec in stats_specs(self._store.manifest, layer).items():
-                write_shard(self._store.files, spec, self.shard, entries[name][np.newaxis])
+                self._store.files.write(spec.shard_path(self.shard), statistics[name])
             writer.commit()
+
+    def _statistics(self, layer: int, sha256: bytes) -> dict[str, bytes]:
+        """The files of the shard's entries, by short name."""
+        entries = self._stats[layer].arrays(sha256)
+        if layer in self._rounding:
+            entries["rounding"] = self._rounding[layer]
+        specs = stats_specs(self._store.manifest, layer)
+        return {name: shard_bytes(spec, entries[name][np.newaxis]) for name, spec in specs.items()}
 
 
 def _encode_and_count(
-    spec: ArraySpec, bits: NDArray[np.uint16], ordinary: NDArray[np.bool_], mantissa_bits: int | None
+    spec: ArraySpec,
+    bits: NDArray[np.uint16],
+    ordinary: NDArray[np.bool_],
+    mantissa_bits: int | None,
+    encoded: bytes | None,
 ) -> tuple[list[bytes], ChunkStats]:
+    if encoded is not None:
+        return [encoded], ChunkStats.of(bits, ordinary)
     if mantissa_bits is None:
         return encode_chunks(spec, bits), ChunkStats.of(bits, ordinary)
     rounded = round_mantissas(bits, mantissa_bits)
@@ -405,9 +459,10 @@ def _check_same(root: Path, found: Manifest, wanted: Manifest) -> None:
     # Within a format every posae writes the same bytes; of other libraries nobody can say that.
     for manifest in (before, now):
         manifest["versions"].pop("posae", None)
-        # Of what was planted, what differs is told key by key.
-        planted: dict[str, str] = manifest.pop("planted") or {}
-        manifest |= {f"planted {key}": value for key, value in planted.items()}
+        # Of what was planted, and of pieces of other stores, what differs is told key by key.
+        for name in ("planted", "origin"):
+            inner: Json = manifest.pop(name) or {}
+            manifest |= {f"{name} {key}": value for key, value in inner.items()}
     differ = [
         f"{key} is {before.get(key)!r} there and {now.get(key)!r} now"
         for key in {**before, **now}

@@ -312,13 +312,3 @@ def held_out_contexts(n_contexts: int, fraction: float, chunk_contexts: int = 8)
     most_chunks = (n_contexts - 1) // chunk_contexts
     chunks = round(n_contexts * (1 - fraction) / chunk_contexts)
     return n_contexts - chunk_contexts * min(max(chunks, 1), most_chunks)
-
-
-def count_duplicates(tokens: NDArray[np.int32]) -> int:
-    """How many contexts repeat an earlier one exactly.
-
-    Args:
-        tokens: int32 [contexts, positions].
-    """
-    # A digest stands for each context: about 100 bytes of memory instead of a sorted copy.
-    return len(tokens) - len({hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in tokens})

@@ -19,7 +19,6 @@ from transformers import (
 from posae.pipeline.text import contexts as module
 from posae.pipeline.text.contexts import (
     Contexts,
-    count_duplicates,
     held_out_contexts,
     permute_contexts,
     special_tokens,
@@ -27,6 +26,7 @@ from posae.pipeline.text.contexts import (
     tokenizer_hash,
 )
 from posae.pipeline.text.stdlib import stdlib_documents
+from posae.store.corpus import count_duplicates
 from posae.store.errors import CorpusError, SettingsError
 
 SPECIAL = {"bos": "<s>", "eos": "</s>", "cls": "[CLS]", "sep": "[SEP]"}

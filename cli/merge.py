@@ -1,0 +1,45 @@
+"""``posae merge``: several harvests of one corpus made one store."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from ..pipeline.settings import MergeSettings, resolve_settings
+from ..store.reader import ActivationStore
+from .display import LiveProgress, console
+from .options import Config, with_settings
+
+
+@with_settings(MergeSettings)
+def merge(
+    stores: Annotated[list[Path], typer.Argument(help="Stores to merge, two or more; they are not changed.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new store.")],
+    options: dict[str, Any],
+    config: Config = None,
+) -> None:
+    """Make one store of harvests with the same settings and different contexts of the corpus.
+
+    On one file system whole shards are shared with the stores, as further names of the same files, and take
+    no space; the new store stays whole when the others are deleted. Run again with the same words it goes on
+    where it stopped.
+
+    Example: posae merge first.zarr second.zarr --out both.zarr
+    """
+    settings = resolve_settings(MergeSettings, "merge", presets={}, config=config, options=options)
+    from ..pipeline.merge import Merge
+
+    work = Merge([ActivationStore.open(store) for store in stores], out, settings)
+    with LiveProgress() as progress:
+        done = work.run(progress)
+    before = "" if done.n_tokens else "finished before, "
+    told = (
+        f"{out}: {before}{done.store.n_contexts:,} contexts of {len(stores)} stores in layers "
+        f"{', '.join(map(str, done.store.layers))}, sealed as {str(done.store.identity)[:16]}"
+    )
+    console.print(Text(told), soft_wrap=True)
+    if done.n_repeated:
+        console.print(
+            f"{done.n_repeated:,} contexts repeat the tokens of a context of another store", soft_wrap=True
+        )

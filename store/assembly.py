@@ -1,0 +1,402 @@
+"""A new store made of pieces of sealed ones, with as few bytes encoded, or even written, as can be.
+
+Each shard of each layer is made in one of three ways. One that is exactly a whole shard of another store, in
+the same codec, becomes one more name of that file (a hard link), or a copy of it where the file system
+cannot do that. Of any other shard, chunks that are whole chunks of another store are written as they lie,
+and only decoded to sum up statistics. What is left is decoded and encoded. The bytes are the same
+whichever way is taken, as all is written by the same rules.
+
+It may be killed and goes on, and many processes may do it, as with a harvest. Linking costs ten small files
+a shard, however large it is; re-packing costs decoding and statistics, about half a second of CPU time for
+100 MB of activations; encoding comes on top. Memory: all tokens, and a few batches.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .corpus import corpus_counts
+from .errors import SettingsError, StoreDamagedError, StoreIncompleteError
+from .layout import MAX_SHARDS, ArraySpec, Json
+from .manifest import Manifest, Origin, layer_path, layer_spec, token_specs
+from .reader import ActivationStore
+from .seal import check_sealed_bytes
+from .shards import ShardReader, most_bytes
+from .stats import ordinary_tokens, stats_specs
+from .writer import ShardOfLayers, StoreWriter
+
+VERSIONS_OF_BYTES = ("posae", "numpy", "numcodecs")
+"""Libraries that encode and sum up, and change no activation."""
+
+_BATCH_CHUNKS = 4
+_ENCODING_THREADS = 4
+
+
+class Piece(NamedTuple):
+    """Contexts [start, stop) of a store."""
+
+    store: ActivationStore
+    start: int
+    stop: int
+
+    @property
+    def n_training(self) -> int:
+        """How many of them are of the store's training part."""
+        return max(0, min(self.stop, self.store.manifest.held_out[0]) - self.start)
+
+    def number(self, size: int) -> int | None:
+        """Which shard (or chunk) of ``size`` contexts of its store the piece is exactly; None if none."""
+        number, rest = divmod(self.start, size)
+        whole = self.stop == min(self.start + size, self.store.manifest.n_contexts)
+        return number if whole and not rest else None
+
+
+def assembled_manifest(pieces: Sequence[Piece], codec: str | None = None) -> Manifest:
+    """The manifest of a store made of ``pieces``; what it does not change is that of the first one's store.
+
+    Args:
+        pieces: in their order along axis 0, of the training parts first, then of those held out.
+        codec: of the layers; by default that of the first one's store.
+
+    Raises:
+        StoreIncompleteError: a store is not sealed.
+        SettingsError: all contexts are held out.
+        ValueError: a context that is held out before one that is not.
+    """
+    for store in {id(piece.store): piece.store for piece in pieces}.values():
+        if store.identity is None:
+            raise StoreIncompleteError(f"{store.root} is an unfinished harvest; finish it first")
+    sources = [piece.store.manifest for piece in pieces]
+    n_contexts = sum(piece.stop - piece.start for piece in pieces)
+    n_training = sum(piece.n_training for piece in pieces)
+    if not n_training:
+        raise SettingsError(
+            f"all {n_contexts} contexts are held out, and a store needs some to train on; "
+            f"take some before {sources[0].held_out[0]} too"
+        )
+    _check_order(pieces, n_training)
+    corpus = union(interval for source in sources for interval in source.corpus_contexts)
+    shard_contexts = max(source.shard_contexts for source in sources)
+    while -(-n_contexts // shard_contexts) > MAX_SHARDS:
+        shard_contexts *= 2
+    changed = {
+        "n_contexts": n_contexts,
+        "skip_contexts": corpus[0].start,
+        "held_out": (n_training, n_contexts),
+        "codec": codec or sources[0].codec,
+        "byte_counts": all(source.byte_counts for source in sources),
+        "origin": Origin(
+            stores=tuple(str(piece.store.identity) for piece in pieces),
+            contexts=tuple(f"{piece.start}:{piece.stop}" for piece in pieces),
+            corpus=tuple(f"{interval.start}:{interval.stop}" for interval in corpus),
+        ),
+        "shard_contexts": shard_contexts,
+        "versions": {**sources[0].versions, **{name: version(name) for name in VERSIONS_OF_BYTES}},
+    }
+    return Manifest.model_validate(sources[0].model_dump() | changed)
+
+
+def _check_order(pieces: Sequence[Piece], n_training: int) -> None:
+    first = 0
+    for piece in pieces:
+        if piece.n_training and first + piece.n_training > n_training:
+            raise ValueError("pieces of the training parts come first")
+        first += piece.stop - piece.start
+
+
+def union(intervals: Iterable[range]) -> list[range]:
+    """Intervals as few as can be that cover the same numbers, in rising order.
+
+    >>> union([range(4, 6), range(0, 2), range(2, 3)])
+    [range(0, 3), range(4, 6)]
+    """
+    found: list[range] = []
+    for interval in sorted(intervals, key=lambda interval: interval.start):
+        if found and interval.start <= found[-1].stop:
+            found[-1] = range(found[-1].start, max(found[-1].stop, interval.stop))
+        else:
+            found.append(interval)
+    return found
+
+
+class Assembly:
+    """A store about to be made of pieces: ``begin``, ``fill``, ``finish``; after a kill the same again."""
+
+    def __init__(self, root: Path, pieces: Sequence[Piece], manifest: Manifest) -> None:
+        """Plan a store in ``root``; nothing is read or written yet.
+
+        Args:
+            root: folder of the new store.
+            pieces: what it is made of; their stores agree in all that makes activations what they are.
+            manifest: of the new store, by ``assembled_manifest``.
+        """
+        self.root = root
+        self.pieces = pieces
+        self.manifest = manifest
+        self._starts = np.cumsum([0, *(piece.stop - piece.start for piece in pieces)]).tolist()
+
+    def begin(self, layers: Sequence[int]) -> int:
+        """Commit the tokens, begin ``layers``, and return how many contexts are still to be written.
+
+        Raises:
+            StoreIncompleteError: a store lacks one of the layers.
+            StoreDamagedError: a store is not what was sealed.
+            StoreMismatchError: something else was begun in this folder.
+            StoreWriteError: the disk refused.
+        """
+        for store in {id(piece.store): piece.store for piece in self.pieces}.values():
+            for layer in set(layers) - set(store.layers):
+                store.check_layer(layer)
+        self._writer = StoreWriter.begin(self.root, self.manifest)
+        with self._writer.lock():
+            if not self._writer.has_tokens:
+                self._write_tokens()
+            self._layers = self._writer.begin_layers(layers)
+        self._missing = self._writer.missing_shards(self._layers)
+        return sum(len(self.manifest.contexts_of(shard)) for shard in self._missing)
+
+    def fill(self, advance: Callable[[int], None]) -> None:
+        """Commit every shard that is missing.
+
+        Args:
+            advance: told how many more contexts are written.
+
+        Raises:
+            StoreDamagedError: a store is not what was sealed.
+            StoreWriteError: the disk refused.
+        """
+        with ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="posae-encode") as pool:
+            for shard in self._writer.lock_each(self._layers, self._missing):
+                with shard:
+                    if not self._adopt(shard, advance):
+                        self._append(shard, pool, advance)
+                    shard.commit()
+
+    def finish(self) -> ActivationStore:
+        """Seal the store, and open it.
+
+        Raises:
+            StoreDamagedError: a file that was committed is missing or not what was written.
+            StoreWriteError: the disk refused.
+        """
+        with self._writer.lock():
+            self._writer.finish(self._layers)
+        return ActivationStore.open(self.root)
+
+    def _write_tokens(self) -> None:
+        tokens: list[NDArray[np.int32]] = []
+        documents: list[NDArray[np.int64]] = []
+        for piece in self.pieces:
+            with _named(piece.store):
+                tokens.append(piece.store.tokens(slice(piece.start, piece.stop)))
+                documents.append(piece.store.documents(slice(piece.start, piece.stop)))
+        all_tokens = np.concatenate(tokens)
+        self._writer.write_tokens(
+            all_tokens, np.concatenate(documents), self._counts(all_tokens), self._existing
+        )
+
+    def _counts(self, tokens: NDArray[np.int32]) -> Json:
+        corpora = [piece.store.corpus for piece in self.pieces]
+        if not all(corpora):
+            return {}
+        # All are counted from the corpus's beginning: whoever read furthest read what the others did.
+        return corpus_counts(
+            tokens,
+            self.manifest.special_token_ids,
+            n_documents=max(corpus["documents"] for corpus in corpora),
+            n_left_out=max(corpus["documents_left_out"] for corpus in corpora),
+        )
+
+    def _existing(self, array: str, shard: int) -> bytes | None:
+        """The file of a shard of tokens or documents, where a store has it already."""
+        if array == "position":
+            return None
+        found = self._whole(self.manifest.contexts_of(shard), _shard_contexts)
+        if found is None:
+            return None
+        store, number = found
+        with _named(store):
+            return _sealed_file(store, token_specs(store.manifest)[array], number)
+
+    def _parts(self, contexts: range) -> list[Piece]:
+        """The pieces, cut, that some contexts of the new store are."""
+        found: list[Piece] = []
+        for piece, first in zip(self.pieces, self._starts[:-1], strict=True):
+            start = piece.start + max(0, contexts.start - first)
+            stop = min(piece.stop, piece.start + contexts.stop - first)
+            if start < stop:
+                found.append(Piece(piece.store, start, stop))
+        return found
+
+    def _whole(self, contexts: range, size: Callable[[Manifest], int]) -> tuple[ActivationStore, int] | None:
+        """The store, and the number of its shard (or chunk), that these contexts are exactly; else None.
+
+        Args:
+            contexts: of a shard (or chunk) of the new store.
+            size: how many contexts one has, by a manifest.
+        """
+        part, *others = self._parts(contexts)
+        number = part.number(size(self.manifest))
+        if others or number is None or size(part.store.manifest) != size(self.manifest):
+            return None
+        return part.store, number
+
+    def _adopt(self, shard: ShardOfLayers, advance: Callable[[int], None]) -> bool:
+        """Take a whole shard of another store as it is, if this shard is one.
+
+        What is held out there is held out here, and so the statistics are the same too.
+        """
+        found = self._whole(shard.contexts, _shard_contexts)
+        if found is None or found[0].manifest.codec != self.manifest.codec:
+            return False
+        store, number = found
+        for layer in shard.layers:
+            specs = stats_specs(store.manifest, layer)
+            wanted = stats_specs(self.manifest, layer)
+            with _named(store):
+                statistics = {name: _sealed_file(store, specs[name], number) for name in wanted}
+                _check_digest(store, layer, number)
+                shard.adopt(layer, _reader(store, layer_path(layer)), number, statistics)
+        advance(len(shard.contexts))
+        return True
+
+    def _append(self, shard: ShardOfLayers, pool: ThreadPoolExecutor, advance: Callable[[int], None]) -> None:
+        """Fill a shard with chunks as they lie, and with chunks encoded anew."""
+        tokens = ShardReader(self._writer.files, token_specs(self.manifest)["tokens"])
+        ordinary = ordinary_tokens(self.manifest, tokens.read_rows(np.array(shard.contexts)), shard.contexts)
+        step = self.manifest.chunk_contexts * _BATCH_CHUNKS
+        for start in range(0, len(shard.contexts), step):
+            contexts = shard.contexts[start : start + step]
+            for layer in shard.layers:
+                encoded = self._encoded(layer, contexts)
+                bits = self._read(layer, contexts)
+                shard.append(layer, bits, ordinary[start : start + step], pool, encoded)
+            advance(len(contexts))
+        if self.manifest.mantissa_bits is not None:
+            for layer in shard.layers:
+                shard.set_rounding(layer, self._rounding(layer, shard.contexts, ordinary))
+
+    def _encoded(self, layer: int, contexts: range) -> list[bytes | None]:
+        """Of each chunk the bytes that it has in another store, where it is one there."""
+        size = self.manifest.chunk_contexts
+        encoded: list[bytes | None] = []
+        for start in range(0, len(contexts), size):
+            found = self._whole(contexts[start : start + size], _chunk_contexts)
+            if found is None or found[0].manifest.codec != self.manifest.codec:
+                encoded.append(None)
+                continue
+            store, chunk = found
+            with _named(store):
+                encoded.append(store.array(layer_path(layer)).encoded(chunk))
+        return encoded
+
+    def _read(self, layer: int, contexts: range) -> NDArray[np.uint16]:
+        """Activations of the new store; bfloat16 bits [contexts, positions, d_model]."""
+        rows: list[NDArray[np.uint16]] = []
+        for part in self._parts(contexts):
+            with _named(part.store):
+                rows.append(part.store.read(layer, slice(part.start, part.stop)))
+                if not _is_finite(rows[-1]):
+                    problem = (
+                        f"activations that are not finite among contexts {part.start} to {part.stop - 1}"
+                    )
+                    raise StoreDamagedError(problem, array=layer_path(layer))
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+    def _rounding(self, layer: int, contexts: range, ordinary: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """What rounding had cost these contexts, by their share in the shards that they come from.
+
+        Relative errors are shared out by contexts, squared errors by ordinary tokens at the position, so that
+        the sums of a whole store are again its sums. float64 [measures, positions].
+        """
+        total = np.zeros((2, self.manifest.context_length))
+        done = 0
+        for part in self._parts(contexts):
+            manifest, at = part.store.manifest, part.start
+            specs = stats_specs(manifest, layer)
+            while at < part.stop:
+                shard = at // manifest.shard_contexts
+                there = manifest.contexts_of(shard)
+                stop = min(part.stop, there.stop)
+                with _named(part.store):
+                    errors = _entry(part.store, specs["rounding"], shard)
+                    counts = _entry(part.store, specs["counts"], shard)
+                n_ordinary = ordinary[done : done + stop - at].sum(axis=0)
+                share = np.divide(n_ordinary, counts, out=np.zeros(len(counts)), where=counts > 0)
+                total += errors * np.stack([np.full_like(share, (stop - at) / len(there)), share])
+                done, at = done + stop - at, stop
+        return total
+
+
+def _shard_contexts(manifest: Manifest) -> int:
+    return manifest.shard_contexts
+
+
+def _chunk_contexts(manifest: Manifest) -> int:
+    return manifest.chunk_contexts
+
+
+def _reader(store: ActivationStore, path: str) -> ShardReader:
+    """A reader for one use: thousands of maps need not stay open."""
+    array = store.array(path)
+    return ShardReader(array.files, array.spec, array.sealed)
+
+
+def _entry(store: ActivationStore, spec: ArraySpec, shard: int) -> NDArray[Any]:
+    """An entry of statistics.
+
+    Raises:
+        StoreDamagedError: it is not what was written, or no harvest writes it.
+    """
+    entry = _reader(store, spec.path).read_rows(np.array([shard]))[0]
+    if problem := store.impossible(spec, entry):
+        raise StoreDamagedError(problem, array=spec.path, shard=shard)
+    return entry
+
+
+def _sealed_file(store: ActivationStore, spec: ArraySpec, shard: int) -> bytes:
+    """The file of a shard of a small array, sound and as it was sealed.
+
+    Raises:
+        StoreDamagedError: it is not.
+    """
+    if spec.path.startswith("stats/"):
+        _entry(store, spec, shard)
+    path = spec.shard_path(shard)
+    try:
+        data = store.files.read(path, most_bytes(spec))
+    except FileNotFoundError:
+        raise StoreDamagedError("the file is missing", array=path) from None
+    check_sealed_bytes(store.seal, path, data)
+    return data
+
+
+def _check_digest(store: ActivationStore, layer: int, shard: int) -> None:
+    """Refuse a digest among the statistics, which the new seal would repeat, that is not the seal's."""
+    spec = stats_specs(store.manifest, layer)["sha256"]
+    path = layer_spec(store.manifest, layer).shard_path(shard)
+    sealed = store.seal.files.get(path) if store.seal else None
+    if sealed is None or _entry(store, spec, shard).tobytes().hex() != sealed.sha256:
+        raise StoreDamagedError("it is not the digest that was sealed", array=spec.path, shard=shard)
+
+
+def _is_finite(bits: NDArray[np.uint16]) -> bool:
+    exponent = np.uint16(0x7F80)
+    return not ((bits & exponent) == exponent).any()
+
+
+@contextmanager
+def _named(store: ActivationStore) -> Generator[None]:
+    """Say of which store it is that something is damaged."""
+    try:
+        yield
+    except StoreDamagedError as error:
+        raise StoreDamagedError(
+            error.problem, array=f"{store.root}/{error.array}", shard=error.shard, chunk=error.chunk
+        ) from None
