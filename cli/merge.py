@@ -9,15 +9,19 @@ from rich.text import Text
 from ..pipeline.settings import MergeSettings, resolve_settings
 from ..store.reader import ActivationStore
 from .display import LiveProgress, console
-from .options import Config, with_settings
+from .options import Cache, CacheSize, Config, with_settings
 
 
 @with_settings(MergeSettings)
 def merge(
-    stores: Annotated[list[Path], typer.Argument(help="Stores to merge, two or more; they are not changed.")],
+    stores: Annotated[
+        list[str], typer.Argument(help="Stores to merge, folders or URLs, two or more; they are not changed.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new store.")],
     options: dict[str, Any],
     config: Config = None,
+    cache: Cache = None,
+    cache_size: CacheSize = None,
 ) -> None:
     """Make one store of harvests with the same settings and different contexts of the corpus.
 

@@ -51,7 +51,7 @@ def assemble(
     """
     progress = progress or Silent()
     for piece in pieces:
-        if path.absolute() == Path(piece.store.root).absolute():
+        if str(path.absolute()) == piece.store.address:
             raise SettingsError(f"{path} is a store to take from; name another folder for the new one")
     manifest = assembled_manifest(pieces, codec)
     length = manifest.context_length
@@ -74,7 +74,7 @@ def copy_part(
     contexts: tuple[int, int] | None = None,
     codec: str | None = None,
     progress: Progress | None = None,
-) -> ActivationStore:
+) -> Assembled:
     """Copy some layers, some contexts, or into another codec; run again, it goes on where it stopped.
 
     Contexts that are held out stay so. A part without any names none, and training then leaves out its last
@@ -108,7 +108,7 @@ def copy_part(
         raise StoreIncompleteError(f"{source.root} holds no layer, so there is nothing to copy")
     return assemble(
         destination, [Piece(source, start, stop)], chosen, "copying", codec=codec, progress=progress
-    ).store
+    )
 
 
 def first_part(manifest: Manifest, fraction: float) -> tuple[int, int]:

@@ -274,8 +274,8 @@ class Assembly:
         for start in range(0, len(shard.contexts), step):
             contexts = shard.contexts[start : start + step]
             for layer in shard.layers:
-                encoded = self._encoded(layer, contexts)
                 bits = self._read(layer, contexts)
+                encoded = self._encoded(layer, contexts)
                 shard.append(layer, bits, ordinary[start : start + step], pool, encoded)
             advance(len(contexts))
         if self.manifest.mantissa_bits is not None:

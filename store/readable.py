@@ -126,6 +126,10 @@ class ReadableFiles(Protocol):
         """Every file below the root."""
         ...
 
+    def link(self, path: str, folder: int, name: str) -> bool:
+        """Give a file one more name in a folder of this machine; whether that could be done."""
+        ...
+
     def local(self, path: str) -> AbstractContextManager["StoreFiles"]:
         """Files of this machine, among them the whole of the one at ``path``, for as long as it is needed.
 

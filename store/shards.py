@@ -459,7 +459,7 @@ class ShardWriter:
         """Be a whole shard of a sealed store, in place of ``append`` and ``finish``; nothing is decoded.
 
         The file gets one more name where the file system can do that, and only its size and its index are
-        looked at. Else its chunks are copied, and all of their bytes checked.
+        looked at. Else it is copied, and all of its bytes checked.
 
         Args:
             source: the same layer, with the same codec and shards, of the other store.
@@ -479,11 +479,12 @@ class ShardWriter:
             if source.files.link(path, folder, linked):
                 self._linked = linked
                 return
-        first = shard * source.spec.chunks_per_shard
-        for chunk in range(first, first + source.spec.chunks_in(shard)):
-            self.append(source.encoded(chunk))
-        found = self.finish()
-        if source.sealed is None or source.sealed.get(path) != (found.n_bytes, found.sha256.hex()):
+        for piece in source.files.pieces(path):
+            self._write(piece)
+        with writing(self._target):
+            os.fsync(self._file.fileno())
+        found = (self._n_bytes, self._digest.hexdigest())
+        if source.sealed is None or source.sealed.get(path) != found:
             raise StoreDamagedError(
                 "its bytes are not those that were sealed", array=source.spec.path, shard=shard
             )

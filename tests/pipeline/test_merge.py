@@ -82,7 +82,7 @@ def test_training_parts_come_first_and_whole_shards_before_all(
         np.testing.assert_array_equal(store.read(layer), wanted)
     wanted = np.concatenate([made.documents[start:stop] for made, start, stop in order])
     np.testing.assert_array_equal(store.documents(), wanted)
-    links = [(store.root / f"layer_0/c.{shard}.0.0").stat().st_nlink for shard in range(7)]
+    links = [(Path(store.root) / f"layer_0/c.{shard}.0.0").stat().st_nlink for shard in range(7)]
     assert [n > 1 for n in links] == [True] * 3 + [False] * 4
     assert verify(store)[:2] == ([], [])
     assert merge(tmp_path / "both.zarr", first, second).n_tokens == 0
@@ -123,13 +123,13 @@ def test_a_merge_is_merged_with_what_follows(
 
 def test_parts_of_one_store_make_it_whole_again_unless_they_overlap(first: "Made", tmp_path: Path) -> None:
     source = ActivationStore.open(first.root)
-    one = copy_part(source, tmp_path / "one.zarr", contexts=(0, 18))
-    two = copy_part(source, tmp_path / "two.zarr", contexts=(18, 33))
+    one = copy_part(source, tmp_path / "one.zarr", contexts=(0, 18)).store
+    two = copy_part(source, tmp_path / "two.zarr", contexts=(18, 33)).store
     assert (one.manifest.held_out, two.manifest.held_out) == ((18, 18), (2, 15))
     store = merge(tmp_path / "whole.zarr", one, two).store
     np.testing.assert_array_equal(store.read(3), source.read(3))
     assert store.manifest.held_out == source.manifest.held_out
-    three = copy_part(source, tmp_path / "three.zarr", contexts=(16, 33))
+    three = copy_part(source, tmp_path / "three.zarr", contexts=(16, 33)).store
     with pytest.raises(StoreMismatchError, match="both hold 2 contexts of the corpus, the same tokens"):
         merge(tmp_path / "none.zarr", one, three)
 
@@ -219,11 +219,11 @@ def test_what_cannot_be_merged_is_refused(
 
 def test_a_part_keeps_layers_contexts_and_codec_as_asked(first: "Made", tmp_path: Path) -> None:
     source = ActivationStore.open(first.root)
-    part = copy_part(source, tmp_path / "a.zarr", layers=[3], contexts=(8, 24), codec="raw")
+    part = copy_part(source, tmp_path / "a.zarr", layers=[3], contexts=(8, 24), codec="raw").store
     assert (part.layers, part.n_contexts, part.manifest.codec) == ((3,), 16, "raw")
     assert (part.manifest.held_out, part.training_contexts(3)) == ((12, 16), 12)
     np.testing.assert_array_equal(part.read(3), first.activations[3][8:24])
-    training = copy_part(source, tmp_path / "b.zarr", contexts=(0, 16))
+    training = copy_part(source, tmp_path / "b.zarr", contexts=(0, 16)).store
     assert (training.manifest.held_out, training.training_contexts(0)) == ((16, 16), 12)
     refused: list[tuple[str, dict[str, Any]]] = [
         ("has 0:33", {"contexts": (8, 34)}),
