@@ -146,29 +146,29 @@ def test_a_store_of_any_pieces_has_the_bytes_of_one_written_anew(
             activations={3: activations},
             corpus=store.corpus,
         ).write((3,))
-        assert tree(store.root) == tree(anew)
+        assert tree(Path(store.root)) == tree(anew)
 
 
 def test_whole_shards_get_one_more_name_and_outlive_the_others(sources: list["Made"], tmp_path: Path) -> None:
     own = tmp_path / "own.zarr"
     shutil.copytree(sources[0].root, own)
     store = assemble(tmp_path / "new.zarr", [Piece(ActivationStore.open(own), 0, 28)])
-    assert n_links(store.root) == [2] * 8
-    assert not any(path.is_symlink() for path in store.root.rglob("*"))
+    assert n_links(Path(store.root)) == [2] * 8
+    assert not any(path.is_symlink() for path in Path(store.root).rglob("*"))
     shutil.rmtree(own)
-    assert n_links(store.root) == [1] * 8
+    assert n_links(Path(store.root)) == [1] * 8
     assert verify(ActivationStore.open(store.root))[:2] == ([], [])
 
 
 def test_layers_alone_leave_every_other_file_as_it_is(sources: list["Made"], tmp_path: Path) -> None:
     source = ActivationStore.open(sources[1].root)
     store = assemble(tmp_path / "new.zarr", [Piece(source, 0, 31)], layers=(3,))
-    before, after = tree(sources[1].root), tree(store.root)
+    before, after = tree(sources[1].root), tree(Path(store.root))
     assert {name for name in before if "layer_0" in name} == before.keys() - after.keys()
     assert {name for name in after if before[name] != after[name]} == {"zarr.json", "seal.json"}
     assert store.digests(3) == source.digests(3)
     assert assemble(tmp_path / "new.zarr", [Piece(source, 0, 31)], layers=(0,)).layers == (0, 3)
-    assert tree(store.root).keys() == before.keys()
+    assert tree(Path(store.root)).keys() == before.keys()
 
 
 def kill_this_process(_: object) -> None:
@@ -192,9 +192,9 @@ def test_each_way_gives_the_same_bytes(sources: list["Made"], tmp_path: Path, wa
             monkeypatch.setattr(Assembly, "_whole", Mock(return_value=None))
         store = assemble(tmp_path / "new.zarr", pieces_of(sources, *parts))
     # Shards of 8: all of the training parts are whole ones of a source; of the 11 held out, none.
-    is_linked = [n > 1 for n in n_links(store.root)]
+    is_linked = [n > 1 for n in n_links(Path(store.root))]
     assert is_linked == [way == "linked"] * 6 + [False] * 2 + [way == "linked"] * 6 + [False] * 2
-    assert tree(store.root) == whole
+    assert tree(Path(store.root)) == whole
 
 
 def test_chunks_in_another_place_are_not_encoded_again(sources: list["Made"], tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ def test_killed_at_every_third_durable_call_it_goes_on_to_the_same_bytes(
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         store = assemble(root, pieces_of(sources, *parts), (0,))
-        assert tree(store.root) == whole
+        assert tree(Path(store.root)) == whole
         assert n_links(root)[0] > 1
         shutil.rmtree(root)
     assert [tree(made.root) for made in sources] == before
