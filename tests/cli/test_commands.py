@@ -268,7 +268,7 @@ def test_train_scores_the_paper_on_the_held_out_part(posae: Posae, store: Path, 
     config = json.loads((trained / "config.json").read_text())["settings"]
     assert (config["layer"], config["warmup_steps"], config["ramp_steps"]) == (2, 4, 36)
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [10, 20, 30, 40]
+    assert [line["step"] for line in lines] == [4, 10, 20, 30, 40]  # also where the base phase ends
     assert lines[-1]["alpha"] == 1.0
 
 
