@@ -4,7 +4,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 
 from rich.console import Console
 from rich.progress import (
@@ -19,30 +18,18 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from ..store.plain_text import plot, quantity
+
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 _PLAIN_SECONDS = 10.0
-_BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def show_error(error: Exception) -> None:
     """One line in red."""
     text = " ".join(str(error).split())
     errors.print(Text(f"error: {text}", style="bold red"), soft_wrap=True)
-
-
-def quantity(n_bytes: float) -> str:
-    """Bytes for people.
-
-    >>> quantity(1536), quantity(2.5e12)
-    ('1.54 kB', '2.50 TB')
-    """
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if n_bytes < 1000 or unit == "TB":
-            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.2f} {unit}"
-        n_bytes /= 1000
-    raise AssertionError
 
 
 def duration(seconds: float) -> str:
@@ -59,24 +46,6 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def plot(values: Sequence[float], width: int = 64, height: int = 4) -> list[str]:
-    """Bars from 0 to the greatest value, top line first; a bar over several values shows the greatest.
-
-    >>> plot([4, 2, 1, 1], width=4, height=1)
-    ['█▄▂▂']
-    """
-    finite = [value if math.isfinite(value) else 0.0 for value in values]
-    n_bars = min(width, len(finite))
-    edges = [len(finite) * i // n_bars for i in range(n_bars + 1)]
-    bars = [max(finite[a:b]) for a, b in pairwise(edges)]
-    top = max(bars, default=0.0) or 1.0
-    levels = [round(bar / top * 8 * height) for bar in bars]
-    return [
-        "".join(_BLOCKS[min(8, max(0, level - 8 * row))] for level in levels)
-        for row in reversed(range(height))
-    ]
 
 
 def show_by_position(values: Sequence[float], digits: int = 1) -> None:

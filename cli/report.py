@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ..pipeline.report import Report
     from ..pipeline.results.tables import Table as Words
 
+_ANY_WIDTH = 10_000
+
 _COLOURS = {
     **dict.fromkeys(("holds", "helped"), "bold green"),
     **dict.fromkeys(("does not hold", "did not help"), "bold red"),
@@ -80,6 +82,11 @@ def _rich(words: "Words") -> Table:
         )
     for row in words.rows:
         table.add_row(*_cells(row, answers))
+    has_figures = words.n_left < len(words.columns)
+    wanted = console.measure(table, options=console.options.update(max_width=_ANY_WIDTH)).maximum
+    if has_figures and wanted > console.width:
+        # Closer together, before a run's name is cut in two.
+        table.padding = 0
     return table
 
 

@@ -37,6 +37,8 @@ def _told(found: Evaluation) -> dict[str, str]:
             f", without {outliers.n_rows:,} norm outliers (above {outliers.threshold:.1f}) "
             f"{_number(found.fvu_without_outliers)}"
         )
+    if found.store.get("trained_from") is False:
+        told["store"] = f"{found.store['path']}, which the run was not trained from"
     if found.fvu_base is not None:
         told["base code"] = f"FVU {_number(found.fvu_base)} alone; retention {_number(found.retention, 3)}"
     if drift:

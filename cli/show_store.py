@@ -37,9 +37,9 @@ def show_brief(store: ActivationStore, facts: dict[str, Any]) -> None:
 def show_store(store: ActivationStore, facts: dict[str, Any]) -> None:
     """All that ``describe`` and ``--verify`` say, with a plot of norms by position for each layer."""
     manifest = store.manifest
-    state = f"sealed as {facts['identity'][:16]}" if store.is_sealed else "unfinished"
+    state = "sealed"
     if not store.is_sealed:
-        state += f", last written {duration(facts['seconds_since_written'])} ago"
+        state = f"unfinished, last written {duration(facts['seconds_since_written'])} ago"
     revision = f" @ {manifest.dataset_revision}" if manifest.dataset_revision else ""
     split = f" ({manifest.dataset_split})" if manifest.dataset_split else ""
     percent = facts["contexts"] / manifest.n_contexts
@@ -47,6 +47,7 @@ def show_store(store: ActivationStore, facts: dict[str, Any]) -> None:
     corpus = facts["corpus"]
     rows = {
         "store": f"{store.root}, format {manifest.format}, {state}",
+        **({"identity": store.identity} if store.identity else {}),
         "model": f"{manifest.model} @ {manifest.model_revision}, {manifest.hook_point}, {manifest.dtype}, "
         f"{manifest.attention} attention on {manifest.device}",
         "text": f"{manifest.dataset}{split}{revision}",

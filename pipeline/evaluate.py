@@ -67,7 +67,8 @@ def evaluate(folder: Path, settings: EvaluateSettings, progress: Progress | None
     Raises:
         RunNotFoundError: there is no finished run.
         RunError: a file of the run is damaged.
-        RunMismatchError: the store is not the one that the run was trained from.
+        RunMismatchError: the store is not the one that the run was trained from, and no other was named; or
+            what was named has activations of another size.
         StoreIncompleteError: the store holds nothing out.
         ModelError: the language model is not the store's, or predicts no next token.
     """
@@ -87,10 +88,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, progress: Progress | None
         **score.found(),
         **_kept(held_out),
         "contexts": [held_out.start, held_out.stop],
-        "store": {
-            "path": held_out.store.address,
-            "read": held_out.store.digests(held_out.layer),
-        },
+        "store": _about_store(held_out),
     }
     if model is not None:
         found["ce_loss"] = _ce_loss(held_out, model, settings.ce_contexts, progress).model_dump()
@@ -125,9 +123,13 @@ class _HeldOut(NamedTuple):
         store = ActivationStore.open(settings.store or config["store"]["path"])
         layer: int = config["settings"]["layer"]
         store.check_layer(layer)
-        _check_same(run, store, config)
+        differ = run.unlike(store.digests(layer))
+        if settings.store is None:
+            run.check_read(store.root, store.digests(layer), "name the right one with --store")
+        _check_fits(store, config)
         start, stop = store.held_out_part(layer)
-        start = max(start, int(config["store"]["training_contexts"]))
+        if "tokens" not in differ:
+            start = max(start, int(config["store"]["training_contexts"]))
         if start >= stop:
             raise StoreIncompleteError(
                 f"{store.root} holds no contexts out of training, so nothing can be scored; harvest at least "
@@ -296,11 +298,25 @@ def _about_run(held_out: _HeldOut) -> dict[str, Any]:
     }
 
 
+def _about_store(held_out: _HeldOut) -> dict[str, Any]:
+    """Which store is scored on; whether the run was trained from it is null where nobody can tell."""
+    store, read = held_out.store, held_out.store.digests(held_out.layer)
+    can_tell = bool(read and held_out.config["store"].get("read"))
+    return {
+        "path": str(store.root.absolute()),
+        "identity": store.identity,
+        "read": read,
+        "trained_from": not held_out.run.unlike(read) if can_tell else None,
+    }
+
+
 def _kept(held_out: _HeldOut) -> dict[str, Any]:
-    """What an earlier evaluation measured that this one may not."""
+    """What an earlier evaluation measured on the same store that this one may not."""
     try:
         before = parse_evaluation(held_out.run.evaluation, held_out.run.folder)
     except RunError:  # there is none, or none worth keeping
+        return {}
+    if before.store.get("read") != held_out.store.digests(held_out.layer):
         return {}
     return before.model_dump(include={"ce_loss", "probing"})
 
@@ -451,16 +467,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _check_same(run: Run, store: ActivationStore, config: dict[str, Any]) -> None:
-    read, now = config["store"].get("read"), store.digests(config["settings"]["layer"])
-    if read and now and read != now:
-        differ = ", ".join(name for name in now if now[name] != read.get(name))
-        raise RunMismatchError(
-            f"{store.root} is not the store that {run.folder} was trained from: {differ} differ; "
-            "name the right one with --store"
-        )
-    if store.d_model != config["store"]["d_model"]:
-        raise RunMismatchError(
-            f"{store.root} has d_model {store.d_model}, and the run {config['store']['d_model']}; "
-            "name the store that it was trained from with --store"
-        )
+def _check_fits(store: ActivationStore, config: dict[str, Any]) -> None:
+    for name, now in (("d_model", store.d_model), ("context_length", store.context_length)):
+        trained: int = config["store"].get(name, now)
+        if trained != now:
+            raise RunMismatchError(
+                f"{store.root} has {name} {now}, and the run {trained}; "
+                "name the store that it was trained from with --store"
+            )

@@ -221,4 +221,6 @@ def write(report: Report, path: Path) -> None:
         raise SettingsError(
             f"{path} is neither a page (.html) nor Markdown (.md); give it one of these endings"
         )
-    StoreFiles(path.parent).write(path.name, text.encode())
+    files = StoreFiles(path.parent)
+    files.make_root()
+    files.write(path.name, text.encode())

@@ -110,6 +110,30 @@ class Run:
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise RunError(f"{self.folder} is there already and is no run; give another folder")
 
+    def unlike(self, read: Mapping[str, str]) -> list[str]:
+        """What of a store is not what the run read: some of tokens, activations, statistics.
+
+        Empty also where nobody can tell, as the store has no seal yet or had none when the run was begun.
+
+        Args:
+            read: the digests of the store, as ``ActivationStore.digests`` gives them.
+        """
+        before: dict[str, str] = self.config.get("store", {}).get("read") or {}
+        words = {"tokens": "tokens", "stats": "statistics"}
+        return [words.get(key, "activations") for key in read if before and before.get(key) != read[key]]
+
+    def check_read(self, store: Path, read: Mapping[str, str], remedy: str) -> None:
+        """Refuse a store that holds other bytes than the run read.
+
+        Raises:
+            RunMismatchError: says which of tokens, activations, statistics differ.
+        """
+        if differ := self.unlike(read):
+            raise RunMismatchError(
+                f"{store} is not the store that {self.folder} was trained from: other {', '.join(differ)}; "
+                + remedy
+            )
+
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write one of the JSON files.
 

@@ -316,7 +316,8 @@ class EvaluateSettings(Settings):
     """Settings of ``posae evaluate``: scores on the held-out part of a store."""
 
     store: str | None = None
-    """Store to score on, a folder or a URL; by default the one that the run was trained from."""
+    """Store to score on, a folder or a URL: the run's own in another place, or another one, which
+    evaluation.json then says; by default the one that the run was trained from."""
 
     contexts: int | None = Field(default=None, ge=1)
     """How many held-out contexts to read; by default all."""

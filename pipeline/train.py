@@ -187,10 +187,12 @@ class Training:
             for name in config["settings"].keys() - settings.keys():
                 if config["settings"][name] == fields[name].default:
                     del config["settings"][name]
-            # Where the store lies may change, what it holds may not; the digests say.
-            config["store"]["path"] = begun.get("store", {}).get("path")
-            if not begun.get("store", {}).get("read") or not config["store"]["read"]:
-                config["store"]["read"] = begun.get("store", {}).get("read")
+            # Where the store lies may change, what it holds may not; the digests say. Of another layer than
+            # the run's they say nothing: that is another setting.
+            if settings.get("layer") == self.layer:
+                self.run.check_read(self.store.root, config["store"]["read"], "give that one to go on")
+            for key in ("path", "read"):
+                config["store"][key] = begun.get("store", {}).get(key)
         return config
 
     def _loop(self, state: "_State", batches: ShuffledBatches, start: int, progress: Progress) -> None:

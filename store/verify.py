@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from .card import CARD_PATH
 from .errors import StoreDamagedError, StoreError, StoreFormatError, StoreRemoteError
 from .files import PARTIAL
 from .manifest import layer_path, layer_spec, token_specs
@@ -27,7 +28,6 @@ from .reader import ActivationStore
 from .seal import CORPUS_PATH, ROOT_PATH, SEAL_PATH, SealedFile, sha256_of
 from .shards import ShardReader
 from .stats import stats_specs
-from .writer import README_PATH
 
 MOST_DAMAGED = 1000
 """So many damaged parts are told of; with more than that, reading back stops."""
@@ -98,7 +98,7 @@ def verify(
             if len(damaged) >= MOST_DAMAGED:
                 damaged.append(Damage(ROOT_PATH, None, None, "and so much more that the rest was not read"))
                 break
-    known = {*plain, *covered, *expected, SEAL_PATH, README_PATH}
+    known = {*plain, *covered, *expected, SEAL_PATH, CARD_PATH}
     foreign = [path for path in store.files.walk() if path not in known and not _may_be_ours(store, path)]
     return Verification(damaged, foreign, n_bytes)
 

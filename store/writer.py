@@ -2,8 +2,9 @@
 
 The order is the protocol (docs/format.md): root ``zarr.json``; tokens, documents, positions and
 last their counts; per layer its metadata; per shard its statistics and then, by a rename, the shard
-itself; ``seal.json`` when all is there. Any of it may be killed; doing it again finishes it, with the
-same bytes. Many processes may write one store: a shard belongs to whoever holds its lock.
+itself; ``seal.json`` when all is there, and last the card. Any of it may be killed; doing it again
+finishes it, with the same bytes. Many processes may write one store: a shard belongs to whoever holds its
+lock.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .card import write_card
 from .errors import StoreDamagedError, StoreFormatError, StoreMismatchError, StoreNotFoundError
 from .files import PARTIAL, StoreFiles, exclusive
 from .layout import ArraySpec, Json
@@ -34,9 +36,6 @@ from .seal import (
 )
 from .shards import ShardReader, ShardWriter, encode_chunks, shard_bytes, write_array
 from .stats import ChunkStats, stats_specs
-
-README_PATH = "README.md"
-"""The store's card: may be edited, and so is never sealed."""
 
 
 def committed_manifest(root: Path) -> Manifest | None:
@@ -240,19 +239,27 @@ class StoreWriter:
         return None
 
     def finish(self, layers: Sequence[int]) -> str:
-        """Seal the store unless its seal names ``layers`` already; its identity. Call under ``lock``.
+        """Seal the store unless its seal names ``layers`` already, and see to its card; call under ``lock``.
+
+        The card comes last: a kill, or a disk that refuses it, leaves a finished store, and doing the
+        same again writes it.
+
+        Returns:
+            The store's identity.
 
         Raises:
             StoreDamagedError: a file that was committed is missing or not what was written.
             StoreWriteError: the disk refused.
         """
         store = ActivationStore.open(self.root)
-        if store.identity is None or set(layers) - set(store.layers):
-            return self.seal()
-        return store.identity
+        if not store.is_sealed or set(layers) - set(store.layers):
+            self.seal()
+            store = ActivationStore.open(self.root)
+        write_card(store)
+        return str(store.identity)
 
     def seal(self) -> str:
-        """Name every file of the finished store, and return its identity; call under ``lock``.
+        """Name every file of the finished store, and return its identity; ``finish`` does it where needed.
 
         Files that a seal named already keep their entry; digests of shards were taken while they
         were written.

@@ -80,6 +80,12 @@ class Measured:
                 found.append(Line(int(step), tokens or 0.0, value))
         return found
 
+    @property
+    def is_of_another_store(self) -> bool:
+        """Whether it was scored on a store that it was not trained from, as far as that is known."""
+        store: Any = self.evaluation.get("store")
+        return isinstance(store, dict) and cast("dict[str, Any]", store).get("trained_from") is False
+
     # Size
 
     @property

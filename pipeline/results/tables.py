@@ -58,13 +58,17 @@ POSITION_ANSWERS = {
 
 
 def series_of_runs(runs: Iterable[Measured]) -> list[Series]:
-    """Each run with scores for itself, called by its folder's name, and by its layer where these differ."""
+    """Each run with scores for itself, called by its folder's name, and by its layer where these differ.
+
+    A run that was scored on another store than it was trained from says so.
+    """
     scored = [run for run in runs if run.missing is None]
     layers = {run.score("layer") for run in scored}
     return [
         Series(
             PurePath(run.folder).name
-            + ("" if len(layers) == 1 else f", layer {run.score('layer') or 0:.0f}"),
+            + ("" if len(layers) == 1 else f", layer {run.score('layer') or 0:.0f}")
+            + (", on another store" if run.is_of_another_store else ""),
             [run],
         )
         for run in scored

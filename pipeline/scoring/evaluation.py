@@ -222,7 +222,8 @@ class Evaluation(_Part):
     contexts: tuple[int, int]
     """Contexts scored: the first, and one past the last."""
     store: dict[str, Any]
-    """Where the store lay, and the digests of what was read."""
+    """Where the store lay, its identity, the digests of what was read, and whether the run was trained from
+    it: `trained_from`, null where the one or the other had no seal."""
 
 
 def parse_evaluation(content: Mapping[str, Any], folder: Path) -> Evaluation:

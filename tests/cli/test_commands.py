@@ -136,6 +136,7 @@ def test_inspect_store_draws_norms_by_position(posae: Posae, store: Path) -> Non
     assert "layer 4" in ended.out
     assert "█" in ended.out
     assert "stdlib" in ended.out
+    assert f"identity  {ActivationStore.open(store).identity}" in ended.out
 
 
 def test_inspect_store_shows_the_text_of_a_context(posae: Posae, store: Path) -> None:
@@ -179,9 +180,8 @@ def test_a_further_layer_joins_the_others(posae: Posae, tmp_path: Path) -> None:
     before = tree(later)
     assert posae("harvest", later, *SMALL, "--layers", "0").code == 0
     after = tree(later)
-    assert {name: after[name] for name in before if name != "seal.json"} == {
-        name: data for name, data in before.items() if name != "seal.json"
-    }
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {"seal.json", "README.md"}
     assert after == tree(both)
 
 
@@ -269,7 +269,7 @@ def test_train_scores_the_paper_on_the_held_out_part(posae: Posae, store: Path, 
     config = json.loads((trained / "config.json").read_text())["settings"]
     assert (config["layer"], config["warmup_steps"], config["ramp_steps"]) == (2, 4, 36)
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [10, 20, 30, 40]
+    assert [line["step"] for line in lines] == [4, 10, 20, 30, 40]  # also where the base phase ends
     assert lines[-1]["alpha"] == 1.0
 
 

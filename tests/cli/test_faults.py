@@ -20,7 +20,7 @@ from posae.store import ActivationStore
 from posae.store.files import StoreFiles
 from posae.store.verify import verify
 
-from .conftest import call
+from .conftest import Posae, call
 
 if TYPE_CHECKING:
     from ..conftest import MakeStore
@@ -169,29 +169,72 @@ def small_disk(folder: Path, size: str) -> Generator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def is_refused_for_space(posae: Posae, *words: object) -> None:
+    ended = posae(*words)
+    (line,) = (line for line in ended.err.splitlines() if line.startswith("error: "))
+    assert (ended.code, "no space left on the disk" in line) == (1, True)
+    assert "Traceback" not in ended.err
+
+
+def fill(disk: Path, left: int) -> Path:
+    """A file that leaves so many bytes free."""
+    ballast = disk / "ballast"
+    ballast.write_bytes(bytes(shutil.disk_usage(disk).free - left))
+    return ballast
+
+
 def test_a_full_disk_stops_harvest_and_training_with_one_line_and_both_go_on(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    posae: Posae, whole: Path, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
     store, run = disk / "a.zarr", disk / "run"
     with small_disk(disk, "500k"):
-
-        def is_refused(*words: object) -> None:
-            capsys.readouterr()
-            assert call(*words) == 1
-            lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-            assert len(lines) == 1
-            assert "no space left on the disk" in lines[0]
-
-        is_refused("harvest", store, *SMALL)
+        is_refused_for_space(posae, "harvest", store, *SMALL)
         assert verify(ActivationStore.open(store)).damaged == []
         subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)
         assert call("harvest", store, *SMALL) == 0
         assert tree(store) == tree(whole)
-        (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 8192))
-        is_refused("train", store, run, *QUICK)
-        (disk / "ballast").unlink()
+        ballast = fill(disk, 8192)
+        is_refused_for_space(posae, "train", store, run, *QUICK)
+        ballast.unlink()
         assert call("train", store, run, *QUICK) == 0
+
+
+def test_a_full_disk_stops_planting_with_one_line_and_it_goes_on(
+    posae: Posae, whole: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    words = ("--effect", "rotation", "--rank", "2", "--ranges", "2")
+    assert call("plant", whole, tmp_path / "planted.zarr", *words) == 0
+    with small_disk(disk, "16k"):
+        for size in ("16k", "100k", "500k"):
+            subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+            is_refused_for_space(posae, "plant", whole, disk / "a.zarr", *words)
+            assert list(disk.rglob("*.partial")) == []
+            assert verify(ActivationStore.open(disk / "a.zarr")).damaged == []
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        assert call("plant", whole, disk / "a.zarr", *words) == 0
+        assert tree(disk / "a.zarr") == tree(tmp_path / "planted.zarr")
+
+
+@pytest.mark.parametrize("name", ["page.html", "report.md"])
+def test_a_full_disk_stops_a_report_with_one_line_and_leaves_the_old_one(
+    posae: Posae, whole: Path, tmp_path: Path, name: str
+) -> None:
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    assert call("train", whole, run, *QUICK) == 0
+    with small_disk(disk, "16m"):
+        page = disk / name
+        fill(disk, 0)
+        is_refused_for_space(posae, "report", run, "--out", page)
+        assert [file.name for file in disk.iterdir()] == ["ballast"]
+        (disk / "ballast").unlink()
+        assert call("report", run, "--out", page) == 0
+        old = page.read_bytes()
+        fill(disk, 0)
+        is_refused_for_space(posae, "report", run, "--out", page)
+        assert tree(disk).keys() == {"ballast", name}
+        assert page.read_bytes() == old
 
 
 @pytest.fixture

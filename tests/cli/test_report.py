@@ -1,6 +1,7 @@
 """``posae report`` by real invocations, on real trainings of a few steps."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,36 @@ def test_another_ending_is_an_error_in_one_line(posae: Posae, sweep: Path, tmp_p
     assert code == 1
     assert "neither a page (.html) nor Markdown (.md)" in err
     assert not (tmp_path / "page.pdf").exists()
+
+
+def test_no_name_is_cut_at_80_columns_by_figures_as_large_as_gemmas(
+    posae: Posae, sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posae.cli.report.console.width", 80)
+    for name, time in (("hierarchical", 987), ("baseline", 9)):
+        run = shutil.copytree(sweep / "paper" / "seed-0", tmp_path / name)
+        scores = json.loads((run / "evaluation.json").read_text())
+        scores |= {
+            "dictionary_size": 2304,
+            "n_parameters": 32_186_880,
+            "n_base_parameters": 10_621_440,
+            "training_seconds": time,
+        }
+        (run / "evaluation.json").write_text(json.dumps(scores))
+    code, out, _ = posae("report", tmp_path / "hierarchical", tmp_path / "baseline")
+    assert code == 0
+    lines = [line.strip() for line in out.splitlines()]
+    assert max(map(len, lines)) <= 80
+    (first,) = (line for line in lines if line.startswith("hierarchical hierarchical "))
+    assert first.split()[2:5] == ["2,304", "32,186,880", "(+203%)"]
+    assert first.endswith(" 987 s")
+    assert any(line.startswith("baseline ") and line.endswith(" 9 s") for line in lines)
+
+
+def test_a_report_goes_into_a_folder_that_is_not_there_yet(posae: Posae, sweep: Path, tmp_path: Path) -> None:
+    page = tmp_path / "for" / "people" / "report.md"
+    assert posae("report", sweep, "--out", page)[0] == 0
+    assert page.read_text().startswith("#")
 
 
 def test_an_unscored_run_is_named_beside_the_others(posae: Posae, sweep: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from posae.store import ActivationStore
+from posae.store.card import CARD_PATH, write_card
 from posae.store.errors import (
     StoreDamagedError,
     StoreError,
@@ -38,11 +39,18 @@ LAYERS = (0, 3)
 DURABLE_CALLS = ("fsync", "rename", "replace")
 
 
+def with_card(make_store: "MakeStore", root: Path, **settings: Any) -> "Made":
+    made = make_store(root, **settings)
+    write_card(ActivationStore.open(root))
+    return made
+
+
 @pytest.fixture(scope="module")
 def whole(make_store: "MakeStore", tmp_path_factory: pytest.TempPathFactory) -> "Made":
     """What an undisturbed harvest leaves: two layers, three shards."""
     root = tmp_path_factory.mktemp("whole") / "a.zarr"
-    return make_store(
+    return with_card(
+        make_store,
         root,
         n_contexts=20,
         context_length=3,
@@ -59,8 +67,15 @@ def whole(make_store: "MakeStore", tmp_path_factory: pytest.TempPathFactory) -> 
 def tiny(make_store: "MakeStore", tmp_path_factory: pytest.TempPathFactory) -> "Made":
     """One layer, two shards: few enough calls to fail at each of them."""
     root = tmp_path_factory.mktemp("tiny") / "a.zarr"
-    return make_store(
-        root, n_contexts=9, context_length=2, d_model=3, layers=(0,), shard_contexts=8, model_layers=1
+    return with_card(
+        make_store,
+        root,
+        n_contexts=9,
+        context_length=2,
+        d_model=3,
+        layers=(0,),
+        shard_contexts=8,
+        model_layers=1,
     )
 
 
@@ -87,13 +102,7 @@ def harvest(root: Path, made: "Made", layers: Sequence[int] = ()) -> None:
                     locked.commit()
                 missing.remove(shard)
     with writer.lock():
-        if set(layers) - set(sealed_layers(root)):
-            writer.seal()
-
-
-def sealed_layers(root: Path) -> tuple[int, ...]:
-    store = ActivationStore.open(root)
-    return store.layers if store.is_sealed else ()
+        writer.finish(layers)
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -448,8 +457,9 @@ def test_an_added_layer_is_unseen_until_the_new_seal_and_leaves_old_files_alone(
     with patch("os.fsync"):
         harvest(root, whole, LAYERS[1:])
     assert tree(root) == tree(whole.root)
-    assert {path: tree(root)[path] for path in before if path != "seal.json"} == {
-        path: data for path, data in before.items() if path != "seal.json"
+    renewed = ("seal.json", CARD_PATH)
+    assert {path: tree(root)[path] for path in before if path not in renewed} == {
+        path: data for path, data in before.items() if path not in renewed
     }
     assert early.layers == (0,)
     np.testing.assert_array_equal(early.read(0), whole.activations[0])

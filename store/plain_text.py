@@ -1,0 +1,44 @@
+"""Amounts and curves in plain text, for a terminal and for a store's card."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def quantity(n_bytes: float) -> str:
+    """Bytes for people.
+
+    >>> quantity(1536), quantity(2.5e12)
+    ('1.54 kB', '2.50 TB')
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n_bytes < 1000 or unit == "TB":
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.2f} {unit}"
+        n_bytes /= 1000
+    raise AssertionError
+
+
+def plot(values: Sequence[float], width: int = 64, height: int = 4, *, top: float | None = None) -> list[str]:
+    """Bars from 0 to ``top``, top line first; a bar over several values shows the greatest.
+
+    Args:
+        values: numbers from 0 on; what is not finite is drawn as 0.
+        width: bars at most.
+        height: lines, each of eight levels.
+        top: what fills all lines; the greatest value where it is not given.
+
+    >>> plot([4, 2, 1, 1], width=4, height=1)
+    ['█▄▂▂']
+    """
+    finite = [value if math.isfinite(value) else 0.0 for value in values]
+    n_bars = min(width, len(finite))
+    edges = [len(finite) * i // n_bars for i in range(n_bars + 1)]
+    bars = [max(finite[a:b]) for a, b in pairwise(edges)]
+    full = top or max(bars, default=0.0) or 1.0
+    levels = [round(bar / full * 8 * height) for bar in bars]
+    return [
+        "".join(_BLOCKS[min(8, max(0, level - 8 * row))] for level in levels)
+        for row in reversed(range(height))
+    ]
