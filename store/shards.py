@@ -31,8 +31,8 @@ from .readable import ReadableFiles, ShardFile
 from .seal import SealedFile
 
 _ABSENT = 2**64 - 1
-# A map keeps its file open; a process may often open no more than 1,024.
-_MAPS_KEPT = min(4096, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
+# A map keeps its file open; a process may often open no more than 1,024. Of all readers together.
+_MAPS_KEPT = min(4096, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
 # Pages of a map that were read count as the process's memory until let go. Having them back costs a tenth of
 # the decoding, so small stores keep theirs.
 _PAGES_KEPT_BYTES = 2**31
@@ -164,11 +164,23 @@ class ShardReader:
             if mapped is None:
                 mapped = self._open(shard)
                 self._mapped[shard] = mapped
-                if len(self._mapped) > _MAPS_KEPT:
-                    self._mapped.popitem(last=False)
             else:
                 self._mapped.move_to_end(shard)
-            return mapped
+                return mapped
+        self._close_some()
+        return mapped
+
+    @classmethod
+    def _close_some(cls) -> None:
+        """Keep the maps of all readers together within what a process may open."""
+        while True:
+            readers = [reader for ref in cls._all.valuerefs() if (reader := ref()) is not None]
+            if sum(len(reader._mapped) for reader in readers) <= _MAPS_KEPT:
+                return
+            most = max(readers, key=lambda reader: len(reader._mapped))
+            with most._lock:
+                if most._mapped:
+                    most._mapped.popitem(last=False)
 
     def _open(self, shard: int) -> _OpenShard:
         path = self.spec.shard_path(shard)
