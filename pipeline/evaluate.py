@@ -303,7 +303,7 @@ def _about_store(held_out: _HeldOut) -> dict[str, Any]:
     store, read = held_out.store, held_out.store.digests(held_out.layer)
     can_tell = bool(read and held_out.config["store"].get("read"))
     return {
-        "path": str(store.root.absolute()),
+        "path": store.address,
         "identity": store.identity,
         "read": read,
         "trained_from": not held_out.run.unlike(read) if can_tell else None,

@@ -122,7 +122,7 @@ class Run:
         words = {"tokens": "tokens", "stats": "statistics"}
         return [words.get(key, "activations") for key in read if before and before.get(key) != read[key]]
 
-    def check_read(self, store: Path, read: Mapping[str, str], remedy: str) -> None:
+    def check_read(self, store: Path | str, read: Mapping[str, str], remedy: str) -> None:
         """Refuse a store that holds other bytes than the run read.
 
         Raises:

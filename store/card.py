@@ -17,15 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import StoreDamagedError
+from .files import StoreFiles
 from .manifest import Manifest
 from .plain_text import plot, quantity
+from .readable import ReadableFiles
 from .reader import ActivationStore
+from .seal import CARD_PATH
 from .stats import NormStats
 
-CARD_PATH = "README.md"
-"""May be edited, and so is never sealed."""
-
-_MAX_BYTES = 1 << 20
+MAX_CARD_BYTES = 1 << 20
 _MOST_IDS = 16
 _CATEGORIES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 
@@ -43,13 +43,25 @@ def write_card(store: ActivationStore) -> None:
         StoreWriteError: the disk refused.
     """
     try:
-        found = store.files.read(CARD_PATH, _MAX_BYTES)
-    except FileNotFoundError:
-        found = None
+        found = read_card(store.files)
     except StoreDamagedError:
         return  # a link, a folder, or longer than any card: somebody's
     if found is None or (is_ours(found) and str(store.identity).encode() not in found):
+        assert isinstance(store.files, StoreFiles)
         store.files.write(CARD_PATH, card(store).encode())
+
+
+def read_card(files: ReadableFiles) -> bytes | None:
+    """The card that lies in a store; None where there is none.
+
+    Raises:
+        StoreDamagedError: something else stands there, or it is longer than any card.
+        StoreRemoteError: the server refused, or does not answer.
+    """
+    try:
+        return files.read(CARD_PATH, MAX_CARD_BYTES)
+    except FileNotFoundError:
+        return None
 
 
 def is_ours(data: bytes) -> bool:

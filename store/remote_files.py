@@ -17,7 +17,7 @@ from .cache import PartCache
 from .errors import StoreDamagedError, StoreIncompleteError, StoreNotFoundError
 from .files import StoreFiles
 from .remote import RemoteFolder
-from .seal import MAX_SEAL_BYTES, ROOT_PATH, SEAL_PATH, SealedFile, parse_seal
+from .seal import CARD_PATH, MAX_SEAL_BYTES, ROOT_PATH, SEAL_PATH, SealedFile, parse_seal
 
 READING_THREADS = 32
 """Parts that are asked for at once: at 50 ms to a request, 640 of them a second."""
@@ -72,7 +72,7 @@ class RemoteFiles:
         return entry
 
     def read(self, path: str, limit_bytes: int) -> bytes:
-        """The bytes of a small file, those that were sealed.
+        """The bytes of a small file, those that were sealed; of the card, which is not, those that are there.
 
         Raises:
             FileNotFoundError: the seal does not name it.
@@ -81,6 +81,8 @@ class RemoteFiles:
         """
         if path == SEAL_PATH:
             return self._seal_bytes
+        if path == CARD_PATH:
+            return self.folder.read_small(path, limit_bytes)
         entry = self._entry(path)
         if entry.n_bytes > limit_bytes:
             raise StoreDamagedError(f"larger than the {limit_bytes:,} bytes allowed here", array=path)

@@ -23,6 +23,9 @@ ROOT_PATH = "zarr.json"
 CORPUS_PATH = "stats/zarr.json"
 """Holds the counts of the corpus; written last of the tokens, and so their commit record."""
 
+CARD_PATH = "README.md"
+"""The card. May be edited, and so is never sealed."""
+
 MAX_PATH = 255
 MAX_METADATA_BYTES = 1 << 20
 MAX_SEAL_BYTES = 1 << 26

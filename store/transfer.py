@@ -17,12 +17,14 @@ from pathlib import Path
 from threading import Lock
 
 from .cache import default_folder
+from .card import MAX_CARD_BYTES, card, is_ours, read_card, write_card
 from .errors import StoreDamagedError, StoreError, StoreFormatError, StoreMismatchError, StoreWriteError
 from .files import PARTIAL, StoreFiles, exclusive
 from .readable import ReadableFiles
 from .reader import ActivationStore
 from .remote import RemoteFolder
 from .seal import (
+    CARD_PATH,
     CORPUS_PATH,
     MAX_METADATA_BYTES,
     MAX_SEAL_BYTES,
@@ -73,6 +75,7 @@ def copy_store(store: ActivationStore, destination: Path, moved: Moved) -> int:
         old = _seal_there(files, destination)
         if old is not None and _holds(old, seal, str(destination)):
             moved(bytes_to_move(store))
+            _bring_card(store, files)
             return 0
         if old is None:
             _check_begun_by_the_same(store, files)
@@ -86,7 +89,18 @@ def copy_store(store: ActivationStore, destination: Path, moved: Moved) -> int:
         n_moved += _each(bring, [path for path in seal.files if path not in (ROOT_PATH, CORPUS_PATH)])
         n_moved += int(bring(CORPUS_PATH))
         files.write(SEAL_PATH, store.files.read(SEAL_PATH, MAX_SEAL_BYTES))
+        _bring_card(store, files)
     return n_moved + 1
+
+
+def _bring_card(store: ActivationStore, files: StoreFiles) -> None:
+    """The card that the source's owner wrote, where the copy has none of its own; else posae's."""
+    theirs = read_card(store.files)
+    if theirs is not None and not is_ours(theirs):
+        here = read_card(files)
+        if here is None or is_ours(here):
+            files.write(CARD_PATH, theirs)
+    write_card(ActivationStore.open(files.root))
 
 
 def _seal(store: ActivationStore) -> Seal:
@@ -239,6 +253,8 @@ def publish(store: ActivationStore, folder: RemoteFolder, moved: Moved) -> int:
         old = None
     if old is not None and _holds(old, seal, folder.url):
         moved(bytes_to_move(store))
+        if old.identity == seal.identity:  # else it has grown since, and its card tells of more
+            _send_card(store, folder)
         return 0
     journal = _Journal(seal.identity, folder.url)
 
@@ -248,6 +264,7 @@ def publish(store: ActivationStore, folder: RemoteFolder, moved: Moved) -> int:
     n_sent = int(send(ROOT_PATH))
     n_sent += _each(send, [path for path in seal.files if path != ROOT_PATH])
     _send_seal(store, folder, old)
+    _send_card(store, folder)
     journal.remove()
     return n_sent + 1
 
@@ -311,6 +328,17 @@ def _send_seal(store: ActivationStore, folder: RemoteFolder, old: Seal | None) -
             f"someone else published another store at {folder.url} at the same time; theirs is there now: "
             "name another place"
         )
+
+
+def _send_card(store: ActivationStore, folder: RemoteFolder) -> None:
+    """Send the card, unless there is one that somebody edited."""
+    data = read_card(store.files) or card(store).encode()
+    try:
+        folder.write(CARD_PATH, data, only_new=True)
+    except FileExistsError:
+        there = folder.read_small(CARD_PATH, MAX_CARD_BYTES)
+        if there != data and is_ours(there):
+            folder.write(CARD_PATH, data)
 
 
 def _check_limits(seal: Seal, url: str) -> None:

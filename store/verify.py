@@ -20,12 +20,11 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from .card import CARD_PATH
 from .errors import StoreDamagedError, StoreError, StoreFormatError, StoreRemoteError
 from .files import PARTIAL
 from .manifest import layer_path, layer_spec, token_specs
 from .reader import ActivationStore
-from .seal import CORPUS_PATH, ROOT_PATH, SEAL_PATH, SealedFile, sha256_of
+from .seal import CARD_PATH, CORPUS_PATH, ROOT_PATH, SEAL_PATH, SealedFile, sha256_of
 from .shards import ShardReader
 from .stats import stats_specs
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from posae.pipeline.plant import Additive, Planting, Rotation
 from posae.pipeline.settings import PlantSettings, build
-from posae.store.card import CARD_PATH, write_card
+from posae.store.card import write_card
 from posae.store.errors import (
     SettingsError,
     StoreFormatError,
@@ -23,6 +23,7 @@ from posae.store.errors import (
 )
 from posae.store.ranges import parse_ranges
 from posae.store.reader import ActivationStore
+from posae.store.seal import CARD_PATH
 from posae.store.stats import LayerStats
 from posae.store.verify import verify
 from posae.store.writer import ShardOfLayers, StoreWriter

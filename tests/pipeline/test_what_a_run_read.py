@@ -106,7 +106,7 @@ def test_another_layer_beside_its_own_changes_nothing(
     store = more.root if is_moved else trained.store.root
     assert ActivationStore.open(store).identity != before
     train(store, trained.run)
-    found = evaluate(trained.run, EvaluateSettings(store=store if is_moved else None))
+    found = evaluate(trained.run, EvaluateSettings(store=str(store) if is_moved else None))
     assert (found["store"]["trained_from"], found["contexts"]) == (True, [32, 48])
 
 
@@ -151,7 +151,7 @@ def test_another_store_that_is_named_is_scored_and_the_scores_say_so(
 ) -> None:
     _, changed = OTHERS[name]
     other = ActivationStore.open(trained.another(tmp_path / "other.zarr", **changed).root)
-    found = evaluate(trained.run, EvaluateSettings(store=other.root))
+    found = evaluate(trained.run, EvaluateSettings(store=str(other.root)))
     assert found == json.loads((trained.run / "evaluation.json").read_text())
     assert found["store"] == {
         "path": str(other.root),
@@ -165,16 +165,16 @@ def test_another_store_that_is_named_is_scored_and_the_scores_say_so(
 
 def test_of_equal_tokens_those_that_were_trained_on_are_not_scored(trained: Trained, tmp_path: Path) -> None:
     same = trained.another(tmp_path / "same.zarr", held_out=40, bits=ONES)
-    assert evaluate(trained.run, EvaluateSettings(store=same.root))["contexts"] == [32, 48]
+    assert evaluate(trained.run, EvaluateSettings(store=str(same.root)))["contexts"] == [32, 48]
     other = trained.another(tmp_path / "other.zarr", held_out=40, seed=1)
-    assert evaluate(trained.run, EvaluateSettings(store=other.root))["contexts"] == [8, 48]
+    assert evaluate(trained.run, EvaluateSettings(store=str(other.root)))["contexts"] == [8, 48]
 
 
 def test_a_store_of_another_size_is_refused(trained: Trained, tmp_path: Path) -> None:
     for name, size in (("d_model", 8), ("context_length", 5)):
         other = trained.another(tmp_path / f"{name}.zarr", **{name: size})
         with pytest.raises(RunMismatchError, match=f"has {name} {size}, and the run "):
-            evaluate(trained.run, EvaluateSettings(store=other.root))
+            evaluate(trained.run, EvaluateSettings(store=str(other.root)))
 
 
 def test_what_was_measured_on_another_store_is_not_kept(trained: Trained, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_what_was_measured_on_another_store_is_not_kept(trained: Trained, tmp_pa
     path.write_text(json.dumps(probed))
     assert evaluate(trained.run, EvaluateSettings())["probing"] == {"source": "made up"}
     other = trained.another(tmp_path / "other.zarr", seed=1)
-    assert evaluate(trained.run, EvaluateSettings(store=other.root))["probing"] is None
+    assert evaluate(trained.run, EvaluateSettings(store=str(other.root)))["probing"] is None
 
 
 def test_a_run_of_an_unfinished_harvest_goes_on_when_that_is_finished(

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from posae.store import ActivationStore
-from posae.store.card import CARD_PATH, card, is_ours, write_card
+from posae.store.card import card, is_ours, write_card
 from posae.store.errors import StoreWriteError
 from posae.store.files import StoreFiles
+from posae.store.seal import CARD_PATH
 from posae.store.shards import write_array
 from posae.store.stats import stats_specs
 from posae.store.verify import verify

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from posae.store import ActivationStore
-from posae.store.card import CARD_PATH, write_card
+from posae.store.card import write_card
 from posae.store.errors import (
     StoreDamagedError,
     StoreError,
@@ -29,6 +29,7 @@ from posae.store.errors import (
     StoreWriteError,
 )
 from posae.store.files import exclusive
+from posae.store.seal import CARD_PATH
 from posae.store.verify import verify
 from posae.store.writer import StoreWriter
 

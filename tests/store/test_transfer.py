@@ -14,6 +14,7 @@ import pytest
 from posae.store import ActivationStore
 from posae.store import transfer as transfer_module
 from posae.store.cache import PartCache
+from posae.store.card import write_card
 from posae.store.errors import (
     StoreDamagedError,
     StoreFormatError,
@@ -22,6 +23,7 @@ from posae.store.errors import (
     StoreWriteError,
 )
 from posae.store.files import StoreFiles
+from posae.store.seal import CARD_PATH
 from posae.store.transfer import bytes_to_move, copy_store, publish
 from posae.store.verify import verify
 
@@ -44,7 +46,9 @@ class Moved:
 
 @pytest.fixture
 def made(make_store: MakeStore, tmp_path: Path) -> Made:
-    return make_store(tmp_path / "made.zarr", layers=(1, 3), n_contexts=40, shard_contexts=16, held_out=8)
+    made = make_store(tmp_path / "made.zarr", layers=(1, 3), n_contexts=40, shard_contexts=16, held_out=8)
+    write_card(ActivationStore.open(made.root))
+    return made
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +65,7 @@ def remote(folder: FolderOnDisk) -> ActivationStore:
 def test_a_copy_is_the_store_byte_for_byte(where: str, made: Made, tmp_path: Path) -> None:
     source = ActivationStore.open(made.root) if where == "local" else remote(FolderOnDisk(made.root))
     moved, again = Moved(), Moved()
-    assert copy_store(source, tmp_path / "copy", moved) == len(tree(made.root))
+    assert copy_store(source, tmp_path / "copy", moved) == len(tree(made.root)) - 1
     assert tree(tmp_path / "copy") == tree(made.root)
     assert moved.total == bytes_to_move(source)
     assert copy_store(source, tmp_path / "copy", again) == 0
@@ -73,9 +77,9 @@ def test_what_is_published_is_the_store_byte_for_byte(where: str, made: Made, tm
     source = ActivationStore.open(made.root) if where == "local" else remote(FolderOnDisk(made.root))
     target = FolderOnDisk(tmp_path / "target")
     moved = Moved()
-    assert publish(source, target, moved) == len(tree(made.root))
+    assert publish(source, target, moved) == len(tree(made.root)) - 1
     assert tree(target.root) == tree(made.root)
-    assert (target.written[0], target.written[-1]) == ("zarr.json", "seal.json")
+    assert (target.written[0], target.written[-2:]) == ("zarr.json", ["seal.json", CARD_PATH])
     assert moved.total == bytes_to_move(source)
     assert publish(source, target, Moved()) == 0
     assert not (tmp_path / "cache" / "published").exists() or not tree(tmp_path / "cache" / "published")
@@ -143,7 +147,7 @@ def test_what_others_sent_is_read_back_and_used_if_it_is_the_same(made: Made, tm
     (target.root / "seal.json").unlink()
     publish(source, target, Moved())
     assert target.written == ["seal.json"]
-    assert {path for path, _, _ in target.asked} == tree(made.root).keys() - {"seal.json"}
+    assert {path for path, _, _ in target.asked} == tree(made.root).keys() - {"seal.json", CARD_PATH}
 
 
 @pytest.mark.parametrize("path", ["zarr.json", "layer_3/c.1.0.0", "tokens/c.0.0"])
@@ -165,12 +169,11 @@ def test_what_others_publish_to_the_same_place_is_not_overwritten(
 def test_of_two_publishers_one_is_told(made: Made, make_store: MakeStore, tmp_path: Path) -> None:
     other = make_store(tmp_path / "other.zarr", layers=(1, 3), n_contexts=40, shard_contexts=16, seed=1)
     target = FolderOnDisk(tmp_path / "target")
-    send = transfer_module.publish
     publish(ActivationStore.open(other.root), target, Moved())
     for source, place in ((made, target), (other, FolderOnDisk(made.root))):
         with pytest.raises(StoreMismatchError, match="holds another store, sealed as"):
-            send(ActivationStore.open(source.root), place, Moved())
-    assert tree(target.root) == tree(other.root)
+            publish(ActivationStore.open(source.root), place, Moved())
+    assert tree(target.root).keys() - tree(other.root).keys() == {CARD_PATH}
 
 
 @pytest.mark.parametrize("to", ["folder", "server"])
@@ -186,6 +189,7 @@ def test_a_copy_grows_by_a_layer(to: str, made: Made, tmp_path: Path) -> None:
     reading = ActivationStore.open(target)
     made.activations[5] = made.activations[3][::-1].copy()
     made.write((5,))
+    write_card(ActivationStore.open(made.root))
     n_moved = bring(ActivationStore.open(made.root))
     assert tree(target) == tree(made.root)
     assert n_moved == 1 + sum("layer_5/" in path for path in tree(made.root))
@@ -268,3 +272,21 @@ def test_what_a_place_cannot_take_is_told_before_anything_is_sent(
             with pytest.raises(StoreWriteError, match=words):
                 publish(source, target, Moved())
     assert not target.written
+
+
+@pytest.mark.parametrize("to", ["folder", "server"])
+def test_a_card_that_somebody_wrote_is_kept_and_passed_on(to: str, made: Made, tmp_path: Path) -> None:
+    source = ActivationStore.open(made.root)
+    target = tmp_path / "target"
+    folder = FolderOnDisk(target)
+
+    def bring() -> str:
+        copy_store(source, target, Moved()) if to == "folder" else publish(source, folder, Moved())
+        return (target / CARD_PATH).read_text()
+
+    assert bring() == (made.root / CARD_PATH).read_text()
+    (made.root / CARD_PATH).write_text("from the source's owner")
+    assert bring() == "from the source's owner"
+    (target / CARD_PATH).write_text("from the copy's owner")
+    assert bring() == "from the copy's owner"
+    assert not verify(ActivationStore.open(target)).damaged
