@@ -95,6 +95,31 @@ def test_two_harvests_killed_leave_a_store_that_is_inspected_trained_from_and_fi
     assert tree(store) == tree(whole)
 
 
+def test_a_layer_is_added_while_others_read_the_store(whole: Path, tmp_path: Path) -> None:
+    store = tmp_path / "a.zarr"
+    shutil.copytree(whole, store)
+    held = ActivationStore.open(store)
+    activations, tokens = held.read(0), held.tokens()
+    adding = begin("harvest", store, *SMALL[:-1], "0,1")
+    wait_for(store / "layer_1/zarr.json", adding)
+    assert call("inspect-store", store, "--verify") == 0
+    old = 0
+    while adding.poll() is None:
+        now = ActivationStore.open(store)
+        old += now.layers == (0,)
+        assert now.layers == ((0,) if now.identity == held.identity else (0, 1))
+        for reader in (now, held):
+            np.testing.assert_array_equal(reader.read(0), activations)
+            np.testing.assert_array_equal(reader.tokens(), tokens)
+        time.sleep(0.01)
+    _, err = adding.communicate()
+    assert (adding.returncode, old > 0) == (0, True), err
+    assert ActivationStore.open(store).layers == (0, 1)
+    assert held.layers == (0,)
+    np.testing.assert_array_equal(held.read(0), activations)
+    assert call("inspect-store", store, "--verify") == 0
+
+
 @pytest.mark.parametrize("n_contexts", [7, 8, 511, 513])
 def test_any_number_of_contexts_of_one_document_is_harvested_inspected_and_trained_from(
     tmp_path: Path, n_contexts: int

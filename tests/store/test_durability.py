@@ -24,6 +24,7 @@ from posae.store.errors import (
     StoreDamagedError,
     StoreError,
     StoreFormatError,
+    StoreIncompleteError,
     StoreMismatchError,
     StoreNotFoundError,
     StoreWriteError,
@@ -150,20 +151,31 @@ def ended(child: int) -> int:
 
 
 @contextmanager
-def at_call(number: int, fault: Callable[[], object]) -> Generator[list[int]]:
-    """Run ``fault`` before the ``number``-th durable call, counted over all of them; fsync does nothing."""
-    calls = [0]
+def at_each_call(before: Callable[[], object]) -> Generator[None]:
+    """Do something before each durable call; fsync does nothing."""
 
     def wrapped(real: Callable[..., Any] | None) -> Callable[..., Any]:
         def call(*args: Any, **keywords: Any) -> Any:
-            calls[0] += 1
-            if calls[0] == number:
-                fault()
+            before()
             return real(*args, **keywords) if real else None
 
         return call
 
     with patch.multiple("os", fsync=wrapped(None), rename=wrapped(os.rename), replace=wrapped(os.replace)):
+        yield
+
+
+@contextmanager
+def at_call(number: int, fault: Callable[[], object]) -> Generator[list[int]]:
+    """Run ``fault`` before the ``number``-th durable call, counted over all of them; fsync does nothing."""
+    calls = [0]
+
+    def count() -> None:
+        calls[0] += 1
+        if calls[0] == number:
+            fault()
+
+    with at_each_call(count):
         yield calls
 
 
@@ -465,6 +477,51 @@ def test_an_added_layer_is_unseen_until_the_new_seal_and_leaves_old_files_alone(
     assert early.layers == (0,)
     np.testing.assert_array_equal(early.read(0), whole.activations[0])
     np.testing.assert_array_equal(ActivationStore.open(root).read(3), whole.activations[3])
+
+
+def test_readers_see_the_old_layers_whole_at_every_moment_until_the_new_seal(
+    whole: "Made", tmp_path: Path
+) -> None:
+    root = tmp_path / "a.zarr"
+    harvest(root, whole, LAYERS[:1])
+    held = ActivationStore.open(root)
+    told, tell = os.pipe()
+    allowed, allow = os.pipe()
+
+    def ask() -> None:
+        os.write(tell, b"?")
+        os.read(allowed, 1)
+
+    def add() -> None:
+        with at_each_call(ask):
+            harvest(root, whole, LAYERS[1:])
+
+    child = forked(add)
+    os.close(tell)
+    seen: list[tuple[int, ...]] = []
+    while os.read(told, 1):
+        now = ActivationStore.open(root)
+        seen.append(now.layers)
+        is_old = now.identity == held.identity
+        assert now.layers == (LAYERS[:1] if is_old else LAYERS)
+        assert verify(now).damaged == verify(held).damaged == []
+        for store in (now, held):
+            for layer in store.layers:
+                np.testing.assert_array_equal(store.read(layer), whole.activations[layer])
+            np.testing.assert_array_equal(store.tokens(), whole.tokens)
+        if is_old:
+            with pytest.raises(StoreIncompleteError, match="has no layer 3"):
+                now.read(3)
+        os.write(allow, b"!")
+    for end in (told, allowed, allow):
+        os.close(end)
+    assert ended(child) == 0
+    # Old ones to the last, which is about the new seal; then, while it and the card are synced, new ones.
+    assert seen == sorted(seen, key=len)
+    assert seen.count(LAYERS[:1]) > 50
+    assert 0 < seen.count(LAYERS) < 10
+    assert held.layers == LAYERS[:1]
+    assert tree(root) == tree(whole.root)
 
 
 def test_other_settings_are_taken_before_the_tokens_are_committed(
