@@ -7,7 +7,6 @@ pooled client serves all threads. A read costs one request; a body that was cut 
 httpx and not fsspec's own HTTP, which reads a body of any length into memory.
 """
 
-import http
 import logging
 import netrc
 import os
@@ -232,9 +231,7 @@ class HttpReader:
         status = answer.status_code
         if status in (404, 410):
             raise FileNotFoundError(f"{self.url}/{path}: no such file")
-        words = f"the server answers {status}"
-        if status in http.HTTPStatus:
-            words += f" ({http.HTTPStatus(status).phrase})"
+        words = f"the server answers {status} ({httpx2.codes.get_reason_phrase(status) or 'no known status'})"
         if status in BUSY:
             raise PassingError(words, retry_after_seconds(answer.headers.get("Retry-After")))
         if status in (401, 403, 407):

@@ -183,6 +183,8 @@ class HubFolder(HttpReader):
             raise StoreRemoteError(f"{self.url}: the hub would not take it: {problem}") from None
         except (OSError, RuntimeError) as error:
             # What its uploaders raise has no type of its own.
+            if isinstance(error.__cause__, HfHubHTTPError):
+                self._explain_status(error.__cause__)
             raise PassingError(f"the upload failed ({type(error).__name__})") from None
 
     def _explain_status(self, error: HfHubHTTPError) -> NoReturn:

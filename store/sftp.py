@@ -236,14 +236,15 @@ class _Line:
             session = self._take()
             try:
                 yield session
-            except (paramiko.SSHException, EOFError, TimeoutError, ConnectionError, PassingError) as error:
-                if isinstance(error, StoreError):
-                    self._idle.append(session)
-                else:
-                    session.close()
+            except Exception as error:
+                cut = isinstance(error, paramiko.SSHException | EOFError | TimeoutError)
+                if cut or session.get_channel().closed:
+                    self.close()
+                    raise PassingError("the connection was cut, or the server does not answer") from None
+                self._idle.append(session)
                 raise
             except BaseException:
-                self._idle.append(session)
+                session.close()  # in the middle of an answer
                 raise
             self._idle.append(session)
 
@@ -255,7 +256,11 @@ class _Line:
                 self._client = self._connect()
             elif self._idle:
                 return self._idle.pop()
-            session = self._client.open_sftp()
+            try:
+                session = self._client.open_sftp()
+            except (paramiko.SSHException, EOFError, OSError):
+                self._close()
+                raise PassingError("the server opens no session") from None
             session.get_channel().settimeout(_ANSWER_SECONDS)
             return session
 
@@ -317,13 +322,15 @@ class _Line:
         match error:
             case paramiko.BadHostKeyException():
                 raise StoreRemoteError(
-                    f"{self.url}: its key is not the one in known_hosts; ask who runs it"
+                    f"{self.url}: its key is not that in known_hosts; ask who runs it"
                 ) from None
-            case paramiko.AuthenticationException():
+            case paramiko.SSHException() if isinstance(error, paramiko.AuthenticationException) or (
+                "authentication" in str(error)  # no key at all is no error of its own
+            ):
                 raise StoreRemoteError(f"{self.url}: it lets us not in; looked in {_CREDENTIALS}") from None
             case paramiko.SSHException() if "not found in known_hosts" in str(error):
                 raise StoreRemoteError(
-                    f"{self.url}: an unknown host; connect once with ssh, which asks and adds it to known_hosts"
+                    f"{self.url}: an unknown host; connect once with ssh, which adds it to known_hosts"
                 ) from None
             case socket.gaierror() if error.errno == socket.EAI_NONAME:
                 raise StoreRemoteError(f"{self.url}: there is no such host; check the URL") from None

@@ -15,6 +15,8 @@ from posae.store.layout import shard_contexts
 from posae.store.manifest import Manifest
 from posae.store.writer import StoreWriter
 
+pytest_plugins = ("servers",)
+
 BOS, EOS, VOCABULARY = 2, 1, 1000
 
 MANIFEST: dict[str, Any] = {

@@ -10,7 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MAY_USE = {
-    "store": {"numpy", "zarr", "numcodecs", "pydantic", "awscrt", "fsspec"},
+    "store": {
+        *("numpy", "zarr", "numcodecs", "pydantic", "awscrt", "fsspec"),
+        "httpx2",  # the web: fsspec's own HTTP reads a body of any length
+        "huggingface_hub",  # the hub's commits, revisions and token
+        *("boto3", "botocore", "urllib3"),  # S3, and the errors that boto3 lets through; an extra
+        *("google", "paramiko"),  # Google's credentials, SSH; each an extra
+    },
     "pipeline": {
         *("store", "numpy", "torch", "transformers", "datasets", "safetensors", "pydantic"),
         "sklearn",  # SAEBench's probes are its logistic regression
@@ -19,7 +25,13 @@ MAY_USE = {
     },
     "cli": {"store", "pipeline", "typer", "rich"},
 }
-ONLY_IN = {"scipy": "pipeline/results/verdicts.py", "plotly": "pipeline/results/page.py"}
+ONLY_IN = {
+    "scipy": "pipeline/results/verdicts.py",
+    "plotly": "pipeline/results/page.py",
+    **dict.fromkeys(("boto3", "botocore", "urllib3"), "store/s3.py"),
+    "google": "store/gs.py",
+    "paramiko": "store/sftp.py",
+}
 STAGES = {"harvest", "train", "evaluate", "report", "sweep", "plant"}
 FILES = sorted(path.relative_to(ROOT) for folder in MAY_USE for path in (ROOT / folder).rglob("*.py"))
 

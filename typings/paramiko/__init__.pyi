@@ -32,6 +32,7 @@ class SFTPFile:
     def set_pipelined(self, pipelined: bool = ...) -> None: ...
 
 class Channel:
+    closed: bool
     def settimeout(self, timeout: float) -> None: ...
 
 class SFTPClient:
