@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from .errors import SettingsError, StoreError, StoreRemoteError
 from .http import HttpReader
@@ -120,15 +121,16 @@ class HubFolder(HttpReader):
             before = self._head()
             if only_new and (found := self._digests(files, before)):
                 raise FileExistsError(f"{self.url}: {min(found)} is there already")
-            self._api.create_commit(
-                self._repository,
-                [CommitOperationAdd(path, source) for path, source in files.items()],
-                commit_message=f"Add {min(files)}"
-                + (f" and {len(files) - 1} more" if len(files) > 1 else ""),
-                repo_type="dataset",
-                revision=self._revision,
-                parent_commit=before if only_new else None,
-            )
+            with _without_progress_bars():
+                self._api.create_commit(
+                    self._repository,
+                    [CommitOperationAdd(path, source) for path, source in files.items()],
+                    commit_message=f"Add {min(files)}"
+                    + (f" and {len(files) - 1} more" if len(files) > 1 else ""),
+                    repo_type="dataset",
+                    revision=self._revision,
+                    parent_commit=before if only_new else None,
+                )
         if not self._arrived(files):
             raise StoreRemoteError(f"{self.url}: {min(files)} did not arrive as it was sent; try again")
 
@@ -212,6 +214,18 @@ def _digests_of(source: Path | bytes) -> tuple[str, str]:
             sha256.update(data)
             sha1.update(data)
     return sha256.hexdigest(), sha1.hexdigest()
+
+
+@contextmanager
+def _without_progress_bars() -> Generator[None]:
+    """Those of huggingface_hub: who copies many files shows one of its own."""
+    shown_before = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown_before:
+            enable_progress_bars()
 
 
 class _Token(httpx2.Auth):

@@ -32,6 +32,7 @@ from .retries import PassingError, tried, tried_once
 
 _MAX_SESSIONS = 8  # OpenSSH's own limit is 10 a connection
 _MAX_PATH_CHARACTERS = 4096
+_KNOWN_HOSTS = ("/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2")
 _CONNECT_SECONDS, _ANSWER_SECONDS = 15.0, 60.0
 _CREDENTIALS = "~/.ssh/config, the keys in ~/.ssh, the agent"
 _T = TypeVar("_T")
@@ -219,12 +220,21 @@ class _ThereError(Exception):
     """Something stands where only something new may."""
 
 
+class _Proxy(paramiko.ProxyCommand):
+    """A command that leads to the host; closed more than once, and not left as a zombie."""
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
 class _Line:
     """One connection with several sessions, each used by one thread at a time: paramiko's are not shared."""
 
     def __init__(self, url: str, host: str, port: int | None, user: str) -> None:
         self.url, self._host, self._port, self._user = url, host, port, user
         self._client: paramiko.SSHClient | None = None
+        self._proxy: _Proxy | None = None
         self._idle: list[paramiko.SFTPClient] = []
         self._places = threading.BoundedSemaphore(_MAX_SESSIONS)
         self._lock = threading.Lock()
@@ -274,6 +284,10 @@ class _Line:
         if self._client is not None:
             self._client.close()
             self._client = None
+        if self._proxy is not None:
+            with self._proxy.process:  # its pipes, which nobody reads any more
+                self._proxy.close()
+            self._proxy = None
 
     def _connect(self) -> paramiko.SSHClient:
         """A connection, as the ssh command would make it.
@@ -283,15 +297,21 @@ class _Line:
             PassingError: out of reach.
         """
         known = self._configured()
+        if known.get("proxyjump", "none") != "none":
+            raise StoreRemoteError(
+                f"{self.url}: posae does not know ProxyJump; in ~/.ssh/config write ProxyCommand ssh -W "
+                f"%h:%p {known['proxyjump']}"
+            )
         host = str(known.get("hostname", self._host))
         port = self._port or int(known.get("port", 22))
         client = paramiko.SSHClient()
         try:
-            client.load_system_host_keys()
-            for name in str(known.get("userknownhostsfile", "")).split():
-                client.load_system_host_keys(str(Path(name).expanduser()))
+            if "proxycommand" in known:
+                self._proxy = _Proxy(known["proxycommand"])
+            for name in ("~/.ssh/known_hosts", *_KNOWN_HOSTS, *known.get("userknownhostsfile", "").split()):
+                with suppress(OSError):
+                    client.load_system_host_keys(str(Path(name).expanduser()))
             client.set_missing_host_key_policy(paramiko.RejectPolicy())
-            proxy = known.get("proxycommand")
             client.connect(
                 host,
                 port,
@@ -300,10 +320,11 @@ class _Line:
                 timeout=_CONNECT_SECONDS,
                 banner_timeout=_CONNECT_SECONDS,
                 auth_timeout=_CONNECT_SECONDS,
-                sock=paramiko.ProxyCommand(str(proxy)) if proxy else None,
+                sock=self._proxy,
             )
         except BaseException as error:
             client.close()
+            self._close()
             self._explain(error)
         return client
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posae.store import http, retries
@@ -145,11 +145,11 @@ class TestCuts:
         assert HttpFolder(raw.url).read("c", 0, 1, 1024) == DATA[:1]
 
     def test_drips_are_not_waited_for(self, raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
-        def drip(connection: socket.socket, _: str) -> None:
-            connection.sendall(
-                b"HTTP/1.1 206 OK\r\nContent-Range: bytes 0-99/1024\r\nContent-Length: 100\r\n\r\n"
-            )
-            for i in range(100):
+        def drip(connection: socket.socket, request: str) -> None:
+            start = int(request.lower().partition("bytes=")[2].partition("-")[0])
+            there = f"bytes {start}-999/1024"
+            answer("206 OK", length=1000 - start, Content_Range=there)(connection, request)
+            for i in range(start, 1000):
                 time.sleep(0.02)
                 connection.sendall(DATA[i : i + 1])
 
@@ -271,6 +271,7 @@ class TestLies:
         with pytest.raises(StoreRemoteError, match="does not say how large it is"):
             HttpFolder(raw.url).size_bytes("c")
 
+    @settings(max_examples=50, deadline=None)
     @given(head=st.binary(max_size=200))
     def test_whatever_comes_is_one_error(self, head: bytes) -> None:
         raw = Raw()
@@ -313,14 +314,15 @@ class TestCredentials:
     def test_errors_and_logs_do_not_show_them(self, raw: Raw, caplog: pytest.LogCaptureFixture) -> None:
         url = raw.url.replace("//", "//me:secret@") + "?token=secret"
         caplog.set_level("INFO")
-        for script in (
+        scripts: list[Line] = [
             answer("404 No"),
             answer("403 No"),
             answer("503 No"),
             answer("302 No", Location="http://me:secret@127.0.0.2/?token=secret"),
             part(0, 3),
             lambda connection, _: connection.close(),
-        ):
+        ]
+        for script in scripts:
             raw.script = [script]
             with pytest.raises((StoreRemoteError, FileNotFoundError)) as error:
                 HttpFolder(url).read("c", 0, 4, 1024)

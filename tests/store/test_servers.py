@@ -1,10 +1,15 @@
 """What every kind of folder on a server does, and what each does of its own."""
 
+import base64
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +18,7 @@ import pytest
 from posae.store import remote, retries
 from posae.store.errors import SettingsError, StoreDamagedError, StoreRemoteError
 from posae.store.remote import RemoteFolder, inside, is_url, same, shown
+from posae.store.retries import PassingError
 from posae.store.servers import open_remote
 
 if TYPE_CHECKING:
@@ -35,6 +41,12 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waited: list[float] = []
     monkeypatch.setattr(retries, "sleep", waited.append)
     return waited
+
+
+def other(path: str) -> list[Any]:
+    from huggingface_hub import CommitOperationAdd
+
+    return [CommitOperationAdd(path, b"other")]
 
 
 @pytest.fixture
@@ -90,15 +102,14 @@ class TestReading:
         with pytest.raises(FileNotFoundError, match=r"pile\.zarr/seal\.json: no such file"):
             filled.read_small("seal.json", 10)
 
-    @pytest.mark.parametrize("path", ["../zarr.json", "/etc/passwd", "a//b", "a/./b", "a\\b", "a\nb", ""])
-    def test_no_path_leads_outside(self, filled: RemoteFolder, path: str) -> None:
-        for ask in (
-            lambda: filled.read(path, 0, 1, 1),
-            lambda: filled.read_small(path, 1),
-            lambda: filled.size_bytes(path),
-        ):
+    def test_no_path_leads_outside(self, filled: RemoteFolder) -> None:
+        for path in ("../zarr.json", "/etc/passwd", "a//b", "a/./b", "a\\b", "a\nb", ""):
             with pytest.raises(StoreRemoteError, match="no file inside the folder"):
-                ask()
+                filled.read(path, 0, 1, 1)
+            with pytest.raises(StoreRemoteError, match="no file inside the folder"):
+                filled.read_small(path, 1)
+            with pytest.raises(StoreRemoteError, match="no file inside the folder"):
+                filled.size_bytes(path)
 
     def test_walk(self, server: "Server", filled: RemoteFolder) -> None:
         server.put("pile.zarr.backup/zarr.json", b"beside it")
@@ -267,6 +278,62 @@ class TestSsh:
             open_remote("sftp://127.0.0.1:1/anything").size_bytes("a")
         assert len(waits) == 6
 
+    def test_proxy_jump_is_told(self, start_server: "StartServer", sshd: "Sshd", tmp_path: Path) -> None:
+        start_server("sftp")
+        (tmp_path / ".ssh").mkdir()
+        (tmp_path / ".ssh/config").write_text("Host far\n  ProxyJump near\n")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HOME", str(tmp_path))
+            with pytest.raises(StoreRemoteError, match="write ProxyCommand ssh -W %h:%p near"):
+                open_remote("sftp://far/anything").size_bytes("a")
+
+    def test_proxy_command(self, start_server: "StartServer", sshd: "Sshd", tmp_path: Path) -> None:
+        server = start_server("sftp")
+        server.put("a", b"1")
+        shutil.copytree(sshd.home / ".ssh", tmp_path / ".ssh")
+        code = (
+            "import socket, sys, threading, os\n"
+            "s = socket.create_connection(('127.0.0.1', int(sys.argv[1])))\n"
+            "def up():\n    while data := os.read(0, 65536): s.sendall(data)\n"
+            "threading.Thread(target=up, daemon=True).start()\n"
+            "while data := s.recv(65536): os.write(1, data)\n"
+        )
+        (tmp_path / "proxy.py").write_text(code)
+        with (tmp_path / ".ssh/config").open("a") as config:
+            config.write(f"  ProxyCommand {sys.executable} {tmp_path}/proxy.py %p\n")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HOME", str(tmp_path))
+            assert open_remote(server.url()).read_small("a", 9) == b"1"
+
+    def test_a_file_that_is_cut_while_it_is_read(
+        self, start_server: "StartServer", monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        server = start_server("sftp")
+        server.put("a", b"1" * 100_000)
+        folder = cast(Any, open_remote(server.url()))
+
+        def a_moment_ago(*_: Any) -> int:
+            return 1_000_000
+
+        monkeypatch.setattr(folder, "_size", a_moment_ago)
+        with pytest.raises(StoreRemoteError, match="cut while it was read, 7 times"):
+            folder.read("a", 50_000, 1_000_000, 1_000_000)
+
+    def test_what_arrives_changed_is_not_kept(
+        self, start_server: "StartServer", monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        server = start_server("sftp")
+        folder = cast(Any, open_remote(server.url()))
+        send = folder._send
+
+        def wrong(*words: Any) -> None:
+            send(*words[:3], b"other")
+
+        monkeypatch.setattr(folder, "_send", wrong)
+        with pytest.raises(StoreRemoteError, match="did not arrive as it was sent"):
+            folder.write("a", b"these")
+        assert server.files() == {}
+
     def test_a_cut_line_is_made_anew(self, start_server: "StartServer", waits: list[float]) -> None:
         server = start_server("sftp")
         server.put("a", b"12")
@@ -285,7 +352,103 @@ class TestSsh:
         assert server.files() == {"seal.json/in": b"a folder"}
 
 
+class TestStorage:
+    """What Google's storage checks is what its fake checks: this is about what posae makes of it."""
+
+    def test_lost_answer_to_what_was_new(
+        self, start_server: "StartServer", monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        server = start_server("gs")
+        folder = cast(Any, open_remote(server.url()))
+        answer = folder.answer
+        asked: list[str] = []
+
+        @contextmanager
+        def lost(method: str, *words: Any) -> Generator[Any]:
+            with answer(method, *words) as found:
+                asked.append(method)
+                if asked == ["PUT"]:
+                    raise PassingError("the answer was lost")
+                yield found
+
+        monkeypatch.setattr(folder, "answer", lost)
+        folder.write("claim", b"mine", only_new=True)
+        assert server.files() == {"claim": b"mine"}
+        assert asked.count("PUT") == 1
+
+    def test_missing_bucket(self, start_server: "StartServer") -> None:
+        start_server("gs")
+        with pytest.raises(StoreRemoteError, match="there is no such bucket"):
+            open_remote("gs://none/a").write("b", b"")
+
+    def test_credentials_are_renewed_and_sent(
+        self, start_server: "StartServer", monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Credentials:
+            renewed = 0
+            valid = False
+
+            def refresh(self, _: object) -> None:
+                self.renewed += 1
+                self.valid = True
+
+            def apply(self, headers: Any) -> None:
+                headers["Authorization"] = f"Bearer {self.renewed}"
+
+        start_server("gs")
+        monkeypatch.delenv("STORAGE_EMULATOR_HOST")
+
+        def default(scopes: list[str]) -> tuple[Credentials, None]:
+            return Credentials(), None
+
+        monkeypatch.setattr("google.auth.default", default)
+        folder = cast(Any, open_remote("gs://bucket/a"))
+        request = folder._client.build_request("GET", "http://host/")
+        for _ in range(2):
+            next(folder._auth.auth_flow(request))
+            assert request.headers["Authorization"] == "Bearer 1"
+
+
 class TestS3:
+    def test_every_body_goes_with_its_md5(
+        self, start_server: "StartServer", monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # S3 refuses a body that is not that of its Content-MD5; moto does not look.
+        monkeypatch.setattr("posae.store.s3.PIECE_BYTES", 5 << 20)
+        folder = cast(Any, open_remote(start_server("s3").url()))
+        sent: list[tuple[bytes, str]] = []
+
+        def look(request: Any, **_: Any) -> None:
+            if request.method == "PUT":
+                sent.append((request.body.read(), request.headers["Content-MD5"].decode()))
+                request.body.seek(0)
+
+        folder._client.meta.events.register("before-send.s3", look)
+        folder.write("small", b"small")
+        folder.write("large", b"1" * (5 << 20) + b"2")
+        assert [len(body) for body, _ in sent] == [5, 5 << 20, 1]
+        for body, md5 in sent:
+            assert base64.b64decode(md5) == hashlib.md5(body).digest()
+
+    def test_a_body_that_arrived_changed_is_sent_again(
+        self, start_server: "StartServer", monkeypatch: pytest.MonkeyPatch, waits: list[float]
+    ) -> None:
+        server = start_server("s3")
+        folder = cast(Any, open_remote(server.url()))
+        put = folder._client.put_object
+        errors = pytest.importorskip("botocore.exceptions")
+        answers = iter([errors.ClientError({"Error": {"Code": "BadDigest"}}, "PutObject"), None])
+
+        def fail_once(**words: Any) -> Any:
+            if error := next(answers):
+                raise error
+            return put(**words)
+
+        monkeypatch.setattr(folder._client, "put_object", fail_once)
+        folder.write("a", b"these")
+        assert server.files() == {"a": b"these"}
+        assert len(waits) == 1
+
     def test_missing_bucket(self, start_server: "StartServer") -> None:
         start_server("s3")
         folder = open_remote("s3://no-such-bucket/a")
@@ -328,6 +491,21 @@ class TestS3:
 
 
 class TestHub:
+    def test_what_arrives_changed_is_told(
+        self, start_server: "StartServer", monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        server = start_server("hf")
+        folder = cast(Any, open_remote(server.url()))
+        folder.write("a", b"first")
+        create = folder._api.create_commit
+
+        def wrong(name: str, _: object, **more: Any) -> Any:
+            return create(name, other("a"), **more)
+
+        monkeypatch.setattr(folder._api, "create_commit", wrong)
+        with pytest.raises(StoreRemoteError, match="did not arrive as it was sent"):
+            folder.write("a", b"these")
+
     def test_dataset_is_made_private(self, start_server: "StartServer", fake_hub: "tuple[str, Hub]") -> None:
         server = start_server("hf")
         open_remote(server.url()).write("zarr.json", b"{}")

@@ -1,5 +1,6 @@
 # The part of paramiko that posae uses.
 from collections.abc import Iterable, Iterator
+from subprocess import Popen
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ class SSHConfig:
     def lookup(self, hostname: str) -> dict[str, Any]: ...
 
 class ProxyCommand:
+    process: Popen[bytes]
     def __init__(self, command_line: str) -> None: ...
 
 class RejectPolicy: ...
