@@ -7,9 +7,9 @@ and the caller checks it. All try again what may pass (a connection cut, a serve
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 from urllib.parse import urlsplit, urlunsplit
 
 from .errors import StoreDamagedError, StoreRemoteError
@@ -87,6 +87,15 @@ class RemoteFolder(Protocol):
             FileExistsError: ``only_new``, and something is there.
             StoreRemoteError: the server refused (the web always does), no credentials, no space.
         """
+        ...
+
+
+@runtime_checkable
+class TakesMany(RemoteFolder, Protocol):
+    """A folder where each write is an entry of a history: many files at once are better there."""
+
+    def commit(self, files: Mapping[str, Path | bytes], *, only_new: bool = False) -> None:
+        """Put several files there, all or none; else as ``write``."""
         ...
 
 

@@ -12,7 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 
@@ -22,7 +22,7 @@ from .errors import StoreDamagedError, StoreError, StoreFormatError, StoreMismat
 from .files import PARTIAL, StoreFiles, exclusive
 from .readable import ReadableFiles
 from .reader import ActivationStore
-from .remote import RemoteFolder
+from .remote import RemoteFolder, TakesMany
 from .seal import (
     CARD_PATH,
     CORPUS_PATH,
@@ -37,6 +37,7 @@ from .seal import (
 )
 
 FILES_AT_ONCE = 8
+_MOST_TOGETHER, _MOST_BYTES_TOGETHER = 100, 4 * 10**9
 _MOST_IN_A_FOLDER = 10_000
 _MOST_ON_THE_HUB = 100_000
 _LARGEST_ON_THE_HUB = 50 * 10**9
@@ -262,11 +263,57 @@ def publish(store: ActivationStore, folder: RemoteFolder, moved: Moved) -> int:
         return _send(store, folder, path, seal.files[path], moved, old, journal)
 
     n_sent = int(send(ROOT_PATH))
+    if isinstance(folder, TakesMany):
+        n_sent += _send_together(store, folder, _batches(seal, journal, old), moved, journal)
     n_sent += _each(send, [path for path in seal.files if path != ROOT_PATH])
     _send_seal(store, folder, old)
     _send_card(store, folder)
     journal.remove()
     return n_sent + 1
+
+
+def _batches(seal: Seal, journal: "_Journal", old: Seal | None) -> Iterator[list[str]]:
+    """Files that are to be sent, as many together as one commit may well have."""
+    batch: list[str] = []
+    n_bytes = 0
+    for path, entry in seal.files.items():
+        if path == ROOT_PATH or path in journal or (old is not None and path in old.files):
+            continue
+        if batch and (len(batch) == _MOST_TOGETHER or n_bytes + entry.n_bytes > _MOST_BYTES_TOGETHER):
+            yield batch
+            batch, n_bytes = [], 0
+        batch.append(path)
+        n_bytes += entry.n_bytes
+    if batch:
+        yield batch
+
+
+def _send_together(
+    store: ActivationStore,
+    folder: TakesMany,
+    batches: Iterable[list[str]],
+    moved: Moved,
+    journal: "_Journal",
+) -> int:
+    """Send files in few commits; how many were sent. What is there already is left for one by one."""
+    seal = _seal(store)
+    n_sent = 0
+    for batch in batches:
+        with ExitStack() as open_files:
+            sources: dict[str, Path | bytes] = {}
+            for path in batch:
+                files = open_files.enter_context(_local(store, path))
+                for _ in _checked(store, path, seal.files[path], _nobody, files):
+                    pass
+                sources[path] = files.root / path
+            try:
+                folder.commit(sources, only_new=True)
+            except FileExistsError:
+                continue
+        for path in batch:
+            journal.add(path)
+            n_sent += 1
+    return n_sent
 
 
 def _send(

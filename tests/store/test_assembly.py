@@ -182,7 +182,7 @@ def refuse(*_: object, **__: object) -> NoReturn:
 @pytest.mark.parametrize("way", ["linked", "copied", "re-packed", "encoded"])
 def test_each_way_gives_the_same_bytes(sources: list["Made"], tmp_path: Path, way: str) -> None:
     parts = [(0, 0, 16), (1, 0, 24), (0, 16, 24), (0, 24, 28), (1, 24, 31)]
-    whole = tree(assemble(tmp_path / "whole.zarr", pieces_of(sources, *parts)).root)
+    whole = tree(Path(assemble(tmp_path / "whole.zarr", pieces_of(sources, *parts)).root))
     with pytest.MonkeyPatch.context() as monkeypatch:
         if way != "linked":
             monkeypatch.setattr(os, "link", refuse)
@@ -223,7 +223,7 @@ def test_statistics_are_those_of_what_the_store_holds(sources: list["Made"], tmp
 def test_zarr_python_reads_it(sources: list["Made"], tmp_path: Path) -> None:
     store = assemble(tmp_path / "new.zarr", pieces_of(sources, (1, 0, 16), (0, 1, 5)))
     for name in ("layer_0", "layer_3", "tokens", "document"):
-        array: NDArray[Any] = open_array(store.root / name, mode="r")[:]
+        array: NDArray[Any] = open_array(Path(store.root) / name, mode="r")[:]
         np.testing.assert_array_equal(array, store.array(name).read_rows(np.arange(20)))
 
 
@@ -382,7 +382,7 @@ def test_killed_at_every_third_durable_call_it_goes_on_to_the_same_bytes(
 ) -> None:
     parts = [(0, 0, 8), (1, 4, 12), (0, 24, 28)]
     before = [tree(made.root) for made in sources]
-    whole = tree(assemble(tmp_path / "whole.zarr", pieces_of(sources, *parts), (0,)).root)
+    whole = tree(Path(assemble(tmp_path / "whole.zarr", pieces_of(sources, *parts), (0,)).root))
     calls = 0
 
     def run(root: Path, last: int) -> None:
@@ -440,7 +440,7 @@ def test_a_shard_begun_by_linking_is_never_emptied_by_the_next_holder(
 
 def test_many_processes_make_one_store(sources: list["Made"], tmp_path: Path) -> None:
     parts = [(0, 0, 24), (1, 2, 24), (1, 24, 31)]
-    whole = tree(assemble(tmp_path / "whole.zarr", pieces_of(sources, *parts)).root)
+    whole = tree(Path(assemble(tmp_path / "whole.zarr", pieces_of(sources, *parts)).root))
     children: list[int] = []
     for _ in range(3):
         child = os.fork()
