@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 
 from ..pipeline.settings import Settings
+from ..store.cache import parse_size
 from ..store.errors import SettingsError
 
 Config = Annotated[
@@ -17,11 +18,14 @@ Config = Annotated[
 ]
 
 
-def _into_environment(variable: str) -> Callable[[str | None], str | None]:
+def _into_environment(
+    variable: str, check: Callable[[str], object] = str
+) -> Callable[[str | None], str | None]:
     """Let an option say for this process what a variable of the environment says for all."""
 
     def put(value: str | None) -> str | None:
         if value is not None:
+            check(value)
             os.environ[variable] = value
         return value
 
@@ -43,7 +47,7 @@ CacheSize = Annotated[
     typer.Option(
         "--cache-size",
         help="How much it may keep, as 50GB.",
-        callback=_into_environment("POSAE_CACHE_SIZE"),
+        callback=_into_environment("POSAE_CACHE_SIZE", parse_size),
         metavar="SIZE",
         rich_help_panel="Stores on a server",
     ),

@@ -53,7 +53,7 @@ def train_one(training: Training, scoring: EvaluateSettings, progress: Progress)
 
     Args:
         training: about to run.
-        scoring: what else is scored; its store and device are the training's.
+        scoring: what else is scored; its device is the training's.
         progress: told what is done.
 
     Raises:
@@ -64,8 +64,8 @@ def train_one(training: Training, scoring: EvaluateSettings, progress: Progress)
     if not trained.steps_done and _is_scored(folder, scoring):
         return False
     if store.held_out_part(layer)[0] < store.contexts_by_layer[layer]:
-        own = {"store": store.address, "device": training.settings.device}
-        evaluate(folder, scoring.model_copy(update=own), progress)
+        own = {"device": training.settings.device}
+        evaluate(folder, scoring.model_copy(update=own), progress, store)
     return True
 
 

@@ -59,6 +59,11 @@ def copy(
             f"{source.root} is an unfinished harvest, which is not copied; run the harvest again to finish it"
         )
     is_remote = is_url(destination)
+    if is_remote and destination.lower().startswith(("http://", "https://")):
+        raise SettingsError(
+            f"{shown(destination)} cannot be written: the web can only be read; name a folder, hf://, s3://, "
+            "gs:// or sftp://"
+        )
     place = shown(destination) if is_remote else str(Path(destination).absolute())
     if place == source.address:
         raise SettingsError(f"{destination} is the store to copy from; name another place")

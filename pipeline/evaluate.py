@@ -59,10 +59,21 @@ _LOGIT_NUMBERS = 2**26
 
 
 @torch.no_grad()
-def evaluate(folder: Path, settings: EvaluateSettings, progress: Progress | None = None) -> dict[str, Any]:
+def evaluate(
+    folder: Path,
+    settings: EvaluateSettings,
+    progress: Progress | None = None,
+    store: ActivationStore | None = None,
+) -> dict[str, Any]:
     """Score a finished run, and write ``evaluation.json`` into it.
 
     What was measured before and is not asked for now (CE loss, probing) stays in it.
+
+    Args:
+        folder: of the run.
+        settings: what is scored, and on which store.
+        progress: told what is done.
+        store: the run's own, where it is open already.
 
     Raises:
         RunNotFoundError: there is no finished run.
@@ -73,7 +84,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, progress: Progress | None
         ModelError: the language model is not the store's, or predicts no next token.
     """
     progress = progress or Silent()
-    held_out = _HeldOut.of(Run(folder), settings)
+    held_out = _HeldOut.of(Run(folder), settings, store)
     # First, so that a wrong model is told before anything is scored.
     model = _language_model(held_out, settings.model) if settings.ce_loss else None
     score = _Score(held_out)
@@ -114,13 +125,14 @@ class _HeldOut(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, run: Run, settings: EvaluateSettings) -> "_HeldOut":
+    def of(cls, run: Run, settings: EvaluateSettings, store: ActivationStore | None) -> "_HeldOut":
         config = run.config
         if not run.is_finished:
             raise RunNotFoundError(
                 f"{run.folder} has not finished training; run posae train again, it goes on"
             )
-        store = ActivationStore.open(settings.store or config["store"]["path"])
+        if store is None:
+            store = ActivationStore.open(settings.store or config["store"]["path"])
         layer: int = config["settings"]["layer"]
         store.check_layer(layer)
         differ = run.unlike(store.digests(layer))

@@ -263,9 +263,11 @@ def publish(store: ActivationStore, folder: RemoteFolder, moved: Moved) -> int:
         return _send(store, folder, path, seal.files[path], moved, old, journal)
 
     n_sent = int(send(ROOT_PATH))
+    together: set[str] = set()
     if isinstance(folder, TakesMany):
-        n_sent += _send_together(store, folder, _batches(seal, journal, old), moved, journal)
-    n_sent += _each(send, [path for path in seal.files if path != ROOT_PATH])
+        together = _send_together(store, folder, _batches(seal, journal, old), moved, journal)
+    rest = [path for path in seal.files if path != ROOT_PATH and path not in together]
+    n_sent += len(together) + _each(send, rest)
     _send_seal(store, folder, old)
     _send_card(store, folder)
     journal.remove()
@@ -294,10 +296,10 @@ def _send_together(
     batches: Iterable[list[str]],
     moved: Moved,
     journal: "_Journal",
-) -> int:
-    """Send files in few commits; how many were sent. What is there already is left for one by one."""
+) -> set[str]:
+    """Send files in few commits; those that were sent. Where one is there already, its batch is not."""
     seal = _seal(store)
-    n_sent = 0
+    sent: set[str] = set()
     for batch in batches:
         with ExitStack() as open_files:
             sources: dict[str, Path | bytes] = {}
@@ -312,8 +314,9 @@ def _send_together(
                 continue
         for path in batch:
             journal.add(path)
-            n_sent += 1
-    return n_sent
+            sent.add(path)
+            moved(seal.files[path].n_bytes)
+    return sent
 
 
 def _send(

@@ -1,0 +1,183 @@
+"""Stores passed from hand to hand by the real commands, over real servers."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from servers import Server, StartServer
+
+from posae.store import ActivationStore
+
+from ..conftest import MakeStore
+from .conftest import Posae, call
+
+QUICK = ("--steps", "30", "--batch-size", "64", "--window-contexts", "8", "--log-steps", "10")
+CARD = "README.md"
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stores") / "demo.zarr"
+    assert call("harvest", path, "--contexts", "40", "--context-length", "16") == 0
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(store: Path) -> Path:
+    run = store.parent / "run"
+    assert call("train", store, run, *QUICK) == 0
+    return run
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("POSAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("POSAE_CACHE_SIZE", raising=False)
+    return tmp_path / "cache"
+
+
+def test_a_store_goes_to_a_server_and_comes_back(
+    posae: Posae, store: Path, writable_server: Server, tmp_path: Path
+) -> None:
+    url = writable_server.url("demo.zarr")
+    sent = posae("copy", store, url)
+    assert sent.code == 0, sent.err
+    assert "sealed as" in sent.out
+    identity = str(ActivationStore.open(store).identity)
+    there = {path.removeprefix("demo.zarr/"): data for path, data in writable_server.files().items()}
+    assert {path: data for path, data in there.items() if path in tree(store)} == tree(store)
+    again = posae("copy", store, url)
+    assert (again.code, "there before" in again.out) == (0, True)
+    back = posae("copy", url, tmp_path / "back.zarr")
+    assert back.code == 0, back.err
+    assert tree(tmp_path / "back.zarr") == tree(store)
+    shown = posae("inspect-store", url, "--verify", "--json")
+    assert shown.code == 0, shown.err
+    facts = json.loads(shown.out)
+    assert (facts["identity"], facts["verified"], facts["damaged"]) == (identity, True, [])
+
+
+def test_training_from_a_server_gives_the_same_weights_and_goes_on_from_a_copy(
+    posae: Posae, store: Path, trained: Path, server: Server, tmp_path: Path, own_cache: Path
+) -> None:
+    url = server.fill(store, "demo.zarr")
+    other = tmp_path / "other-cache"
+    ended = posae("train", url, tmp_path / "run", *QUICK, "--cache", other, "--cache-size", "5MB")
+    assert ended.code == 0, ended.err
+    weights = "sae_weights.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (trained / weights).read_bytes()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["store"]["path"] == url
+    scores = [json.loads((run / "evaluation.json").read_text()) for run in (tmp_path / "run", trained)]
+    assert scores[0]["fvu"] == scores[1]["fvu"]
+    assert tree(other)
+    assert not own_cache.exists()
+    assert posae("train", store, tmp_path / "run", *QUICK).code == 0
+    assert posae("evaluate", tmp_path / "run").code == 0
+
+
+def test_a_part_is_a_whole_store_that_names_its_origin(
+    posae: Posae, store: Path, trained: Path, server: Server, tmp_path: Path
+) -> None:
+    url = server.fill(store, "demo.zarr")
+    part = tmp_path / "part.zarr"
+    ended = posae("copy", url, part, "--layers", 2)
+    assert ended.code == 0, ended.err
+    assert posae("copy", url, part, "--layers", 2).out.startswith(f"{part}: there before")
+    found = ActivationStore.open(part)
+    assert found.layers == (2,)
+    assert found.manifest.origin is not None
+    assert set(found.manifest.origin.stores) == {ActivationStore.open(store).identity}
+    assert (found.read(2) == ActivationStore.open(store).read(2)).all()
+    assert posae("inspect-store", part, "--verify").code == 0
+    assert posae("train", part, trained, *QUICK).code == 0, "a run goes on from a part with its layer"
+    some = posae("copy", url, tmp_path / "some.zarr", "--contexts", "3:21", "--codec", "fast")
+    assert some.code == 0, some.err
+    again = ActivationStore.open(tmp_path / "some.zarr")
+    assert (again.read(1) == ActivationStore.open(store).read(1, slice(3, 21))).all()
+
+
+def test_a_part_goes_to_a_server(
+    posae: Posae, store: Path, start_server: StartServer, own_cache: Path
+) -> None:
+    server = start_server("s3")
+    url = server.url("part.zarr")
+    ended = posae("copy", store, url, "--fraction", "0.5", "--codec", "raw")
+    assert ended.code == 0, ended.err
+    found = ActivationStore.open(url)
+    assert found.manifest.codec == "raw"
+    assert not list((own_cache / "parts").iterdir())
+
+
+def test_a_copy_that_was_killed_goes_on(store: Path, start_server: StartServer, tmp_path: Path) -> None:
+    server = start_server("http")
+    url, target = server.fill(store, "demo.zarr"), tmp_path / "copy.zarr"
+    words = [sys.executable, "-m", "posae", "copy", url, str(target)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(tree(target)) < 12:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (target / "seal.json").exists()
+    assert not ActivationStore.open(target).is_sealed
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert tree(target) == tree(store)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("copy", "STORE", "STORE"), "is the store to copy from; name another place"),
+        (("copy", "STORE", "OUT", "--contexts", "0:4000"), "has 0:40; name a part of them"),
+        (("copy", "STORE", "OUT", "--contexts", "0:8", "--fraction", "0.5"), "contradict each other"),
+        (("copy", "STORE", "OUT", "--layers", "9"), "has no layer 9; it has 1, 2, 4"),
+        (("copy", "STORE", "https://localhost:1/pile.zarr"), "cannot be written"),
+        (("train", "ftp://localhost/pile.zarr", "OUT"), "there is no store at ftp:/localhost"),
+        (("train", "STORE", "OUT", "--cache-size", "much"), "write it as 50GB"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_copied_is_told(
+    words: tuple[str, ...], said: str, posae: Posae, store: Path, tmp_path: Path
+) -> None:
+    places = {"STORE": str(store), "OUT": str(tmp_path / "out")}
+    before = tree(store)
+    ended = posae(*(places.get(word, word) for word in words))
+    assert ended.code == 1
+    assert said in ended.err
+    assert tree(store) == before
+
+
+def test_an_unfinished_store_is_neither_copied_nor_opened_from_a_server(
+    posae: Posae, make_store: MakeStore, start_server: StartServer, tmp_path: Path
+) -> None:
+    made = make_store(tmp_path / "unfinished.zarr", seal=False)
+    url = start_server("http").fill(made.root, "unfinished.zarr")
+    for source in (made.root, url):
+        ended = posae("copy", source, tmp_path / "copy.zarr")
+        assert ended.code == 1
+        assert "unfinished" in ended.err
+    assert not (tmp_path / "copy.zarr").exists()
+
+
+def test_credentials_stay_out_of_all_that_is_kept_and_said(
+    posae: Posae, store: Path, start_server: StartServer, tmp_path: Path, own_cache: Path
+) -> None:
+    server = start_server("http")
+    base = server.fill(store, "demo.zarr").replace("://", "://me:hunter2@")
+    url = f"{base}?token=hunter2"
+    run = tmp_path / "run"
+    said = [posae("train", url, run, *QUICK), posae("inspect-store", url), posae("copy", url, tmp_path / "c")]
+    said.append(posae("train", f"{base}/none?token=hunter2", tmp_path / "none", *QUICK))
+    assert [ended.code for ended in said] == [0, 0, 0, 1]
+    assert not any("hunter2" in ended.out + ended.err for ended in said)
+    kept = {**tree(run), **tree(own_cache), **tree(tmp_path / "c")}
+    assert not any(b"hunter2" in data or "hunter2" in path for path, data in kept.items())
