@@ -1,6 +1,7 @@
 """What a training resolves, refuses and keeps. That a killed one ends the same is tested with the command."""
 
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,15 @@ def test_the_threshold_of_batchtopk_ends_where_l0_is_the_target(good_store: Made
 
 @pytest.mark.parametrize("presses", [1, 2], ids=["once", "twice"])
 def test_a_training_that_is_interrupted_goes_on_to_the_same_weights(
-    presses: int, good_store: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    presses: int,
+    good_store: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
+    # As in a terminal: a process that is started in the background ignores Ctrl-C.
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     words: dict[str, Any] = {"architecture": "batchtopk", "target_l0": 4, "checkpoint_steps": 10}
     train(good_store, tmp_path / "whole", **words)
     see, steps = Curriculum.see, 0

@@ -33,7 +33,7 @@ from posae.store.errors import (
 )
 from posae.store.files import StoreFiles
 from posae.store.manifest import parse_manifest
-from posae.store.seal import SealedFile, seal_bytes
+from posae.store.seal import CARD_PATH, SealedFile, seal_bytes
 from posae.store.shards import ShardWriter, write_shard
 from posae.store.stats import stats_specs
 from posae.store.verify import verify
@@ -97,7 +97,9 @@ def assemble(
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    """All files but the card, which stores that were made up have none of."""
+    files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.name != CARD_PATH]
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in files}
 
 
 def n_links(root: Path) -> list[int]:
