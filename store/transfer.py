@@ -22,7 +22,7 @@ from .errors import StoreDamagedError, StoreError, StoreFormatError, StoreMismat
 from .files import PARTIAL, StoreFiles, exclusive
 from .readable import ReadableFiles
 from .reader import ActivationStore
-from .remote import RemoteFolder, TakesMany
+from .remote import RemoteFolder, TakesMany, same
 from .seal import (
     CARD_PATH,
     CORPUS_PATH,
@@ -167,14 +167,11 @@ def _bring(
     if (old is not None and path in old.files) or _has_arrived(files, path, entry):
         moved(entry.n_bytes)
         return False
-    for again in (False, True):
-        try:
-            files.write_pieces(path, _checked(store, path, entry, moved))
-            return True
-        except StoreDamagedError:
-            # Perhaps it was changed on the way here; the second time it is the source's own damage.
-            if again:
-                raise
+    try:
+        files.write_pieces(path, _checked(store, path, entry, moved))
+    except StoreDamagedError:
+        # Perhaps it was changed on the way here; a second time it is the source's own damage.
+        files.write_pieces(path, _checked(store, path, entry, moved))
     return True
 
 
@@ -338,7 +335,11 @@ def _send(
                 folder.write(path, files.root / path, only_new=True)
                 sent = True
             except FileExistsError:
-                _check_same(folder, path, entry)
+                if not same(folder, path, files.root / path):
+                    raise StoreMismatchError(
+                        f"{folder.url}/{path} is there and is not of this store: someone else may be "
+                        "publishing there; name another place, or remove it"
+                    ) from None
         journal.add(path)
     moved(entry.n_bytes)
     return sent
@@ -351,22 +352,6 @@ def _local(store: ActivationStore, path: str) -> Generator[StoreFiles]:
             yield files
     except FileNotFoundError:
         raise StoreDamagedError(f"the file is missing in {store.root}", array=path) from None
-
-
-def _check_same(folder: RemoteFolder, path: str, entry: SealedFile) -> None:
-    """Read back what is there already, and refuse it if it is anything else."""
-    digest = hashlib.sha256()
-    try:
-        for start in range(0, entry.n_bytes, 2**23):
-            digest.update(folder.read(path, start, min(entry.n_bytes, start + 2**23), entry.n_bytes))
-        is_same = digest.hexdigest() == entry.sha256
-    except (StoreDamagedError, FileNotFoundError):
-        is_same = False
-    if not is_same:
-        raise StoreMismatchError(
-            f"{folder.url}/{path} is there and is not of this store: someone else may be publishing there; "
-            "name another place, or remove it"
-        )
 
 
 def _send_seal(store: ActivationStore, folder: RemoteFolder, old: Seal | None) -> None:
@@ -428,7 +413,7 @@ class _Journal:
         self._path = default_folder() / "published" / f"{identity[:16]}-{place[:16]}.txt"
         self._lock = Lock()
         try:
-            self._sent = {line for line in self._path.read_text().split("\n")[:-1]}
+            self._sent = set(self._path.read_text().split("\n")[:-1])
         except (OSError, UnicodeDecodeError):
             self._sent = set[str]()
 
