@@ -52,6 +52,11 @@ MANIFEST: dict[str, Any] = {
 }
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 @dataclass(frozen=True)
 class Made:
     """A store and what was written into it."""

@@ -19,6 +19,7 @@ from posae.pipeline import as_torch, load_autoencoder
 from posae.pipeline.runs import Run
 from posae.store import ActivationStore
 
+from ..conftest import tree
 from .conftest import Posae, call
 
 DEMO_MODEL = Path(__file__).parents[2] / "pipeline" / "demo_model"
@@ -39,12 +40,6 @@ def begin(*words: object) -> subprocess.Popen[bytes]:
 def kill(process: subprocess.Popen[bytes]) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
 
 
 @pytest.fixture(scope="session")

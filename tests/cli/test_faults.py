@@ -20,6 +20,7 @@ from posae.store import ActivationStore
 from posae.store.files import StoreFiles
 from posae.store.verify import verify
 
+from ..conftest import tree
 from .conftest import Posae, call
 
 if TYPE_CHECKING:
@@ -56,12 +57,6 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
     while not path.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pytest
 
 from posae.store import ActivationStore
 
+from ..conftest import tree
 from .conftest import Posae, call
 
 SMALL = ("--contexts", 24, "--context-length", 16, "--layers", "1,2")
@@ -27,10 +28,6 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for name, skip in (("first", 0), ("second", 24)):
         assert call("harvest", folder / f"{name}.zarr", *SMALL, "--skip-contexts", skip) == 0
     return [folder / "first.zarr", folder / "second.zarr"]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_a_merge_holds_the_contexts_of_one_larger_harvest(

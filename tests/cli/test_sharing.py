@@ -12,15 +12,11 @@ from servers import Server, StartServer
 
 from posae.store import ActivationStore
 
-from ..conftest import MakeStore
+from ..conftest import MakeStore, tree
 from .conftest import Posae, call
 
 QUICK = ("--steps", "30", "--batch-size", "64", "--window-contexts", "8", "--log-steps", "10")
 CARD = "README.md"
-
-
-def tree(root: Path) -> dict[str, bytes]:
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="session")

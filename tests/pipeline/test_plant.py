@@ -28,6 +28,8 @@ from posae.store.stats import LayerStats
 from posae.store.verify import verify
 from posae.store.writer import ShardOfLayers, StoreWriter
 
+from ..conftest import tree
+
 if TYPE_CHECKING:
     from ..conftest import Made, MakeStore
 
@@ -63,10 +65,6 @@ def made(make_store: "MakeStore", tmp_path_factory: pytest.TempPathFactory) -> "
 
 def planting(made: "Made", out: Path, **given: Any) -> Planting:
     return Planting(ActivationStore.open(made.root), out, build(PlantSettings, given, ""))
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def values(store: ActivationStore, layer: int = 0) -> NDArray[np.float64]:

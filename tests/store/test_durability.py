@@ -34,6 +34,8 @@ from posae.store.seal import CARD_PATH
 from posae.store.verify import verify
 from posae.store.writer import StoreWriter
 
+from ..conftest import tree
+
 if TYPE_CHECKING:
     from ..conftest import Made, MakeStore
 
@@ -105,10 +107,6 @@ def harvest(root: Path, made: "Made", layers: Sequence[int] = ()) -> None:
                 missing.remove(shard)
     with writer.lock():
         writer.finish(layers)
-
-
-def tree(root: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(root)): f.read_bytes() for f in sorted(root.rglob("*")) if f.is_file()}
 
 
 def check_what_is_there(root: Path, made: "Made") -> None:
