@@ -1,7 +1,7 @@
 """``posae train``: an autoencoder from a store, or all of a sweep."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,6 +13,8 @@ from ..store.reader import ActivationStore
 from .display import LiveProgress, console, errors
 from .options import Cache, CacheSize, Config, with_settings
 from .report import comparison
+
+Resident = Literal["auto", "always", "never"]
 
 
 @with_settings(TrainSettings)
@@ -37,13 +39,30 @@ def train(
             show_default=False,
         ),
     ] = None,
+    together: Annotated[
+        int,
+        typer.Option(
+            "--together",
+            min=1,
+            help="Trainings of a sweep that share a pass over the store, if half of the memory holds them. "
+            "They give the same weights as alone.",
+        ),
+    ] = 8,
+    resident: Annotated[
+        Resident,
+        typer.Option(
+            "--resident",
+            help="Whether the layer is kept decoded in memory, so that the store is read once. auto: where a "
+            "GPU or a server would be waited for, half of the memory holds it, and it is read again.",
+        ),
+    ] = "auto",
     cache: Cache = None,
     cache_size: CacheSize = None,
 ) -> None:
     """Train an autoencoder on one layer of a store, and score it on the held-out part.
 
     Run again with the same words it goes on at its last checkpoint. With --sweep: all runs that a file
-    names, and their controls, one after another.
+    names, and their controls; those that read the same batches share a pass over the store.
 
     Example: posae train pile.zarr runs/paper --layer 12
     """
@@ -68,21 +87,22 @@ def train(
     for layer in sorted({opened.layer_or_middle(settings.layer) for settings in all_settings}):
         opened.check_layer(layer)
     if studies:
+        from ..pipeline.train import LayerMemory
         from .trainings import fit_to, train_all
 
-        train_all(opened, run, Plan(studies, fit_to(opened, run)))
+        train_all(opened, run, Plan(studies, fit_to(opened, run)), LayerMemory(resident), together)
     else:
-        _train_alone(opened, run, all_settings[0])
+        _train_alone(opened, run, all_settings[0], resident)
 
 
-def _train_alone(store: ActivationStore, run: Path, settings: TrainSettings) -> None:
-    from ..pipeline.train import Training
+def _train_alone(store: ActivationStore, run: Path, settings: TrainSettings, resident: Resident) -> None:
+    from ..pipeline.train import LayerMemory, Training
     from .trainings import about_position, scores, train_one
 
     training = Training(store, run, settings)
     errors.print(about_position(store.position_r2(training.layer)), soft_wrap=True)
     with LiveProgress() as progress:
-        was_left = train_one(training, EvaluateSettings(), progress)
+        was_left = train_one(training, EvaluateSettings(), progress, LayerMemory(resident))
     found = scores(run)
     if found is None:
         console.print(f"{run}: trained; the store holds nothing out, so nothing was scored", soft_wrap=True)

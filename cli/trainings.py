@@ -1,4 +1,4 @@
-"""Trainings in a terminal: one, or those of a sweep one after another.
+"""Trainings in a terminal: one, or those of a sweep, side by side where they read the same batches.
 
 It imports torch, and so is imported once the store was found sound.
 """
@@ -17,7 +17,7 @@ from ..pipeline.progress import Progress
 from ..pipeline.runs import Run
 from ..pipeline.settings import EvaluateSettings, TrainSettings
 from ..pipeline.sweep import Fit, Fitted, Plan, Planned
-from ..pipeline.train import Training
+from ..pipeline.train import LayerMemory, Ongoing, Training, side_by_side, train_together
 from ..store.errors import RunError, RunNotFoundError, SettingsError
 from ..store.reader import ActivationStore
 from .display import LiveProgress, console, duration, errors
@@ -48,25 +48,30 @@ def scores(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def train_one(training: Training, scoring: EvaluateSettings, progress: Progress) -> bool:
+def train_one(training: Training, scoring: EvaluateSettings, progress: Progress, memory: LayerMemory) -> bool:
     """Train, or go on, and score on what the store holds out; False where all was done before.
 
     Args:
         training: about to run.
         scoring: what else is scored; its device is the training's.
         progress: told what is done.
+        memory: where its layer is kept decoded, if it is.
 
     Raises:
         PosaeError: as ``Training.train`` and ``evaluate``.
     """
-    folder, store, layer = training.run.folder, training.store, training.layer
-    trained = training.train(progress)
-    if not trained.steps_done and _is_scored(folder, scoring):
+    trained = training.train(progress, memory)
+    if not trained.steps_done and _is_scored(training.run.folder, scoring):
         return False
+    _score(training, scoring, progress)
+    return True
+
+
+def _score(training: Training, scoring: EvaluateSettings, progress: Progress) -> None:
+    store, layer = training.store, training.layer
     if store.held_out_part(layer)[0] < store.contexts_by_layer[layer]:
         own = {"device": training.settings.device}
-        evaluate(folder, scoring.model_copy(update=own), progress, store)
-    return True
+        evaluate(training.run.folder, scoring.model_copy(update=own), progress, store)
 
 
 def _is_scored(folder: Path, scoring: EvaluateSettings) -> bool:
@@ -88,11 +93,18 @@ def fit_to(store: ActivationStore, folder: Path) -> Fit:
     return fit
 
 
-def train_all(store: ActivationStore, folder: Path, plan: Plan) -> None:
+def train_all(store: ActivationStore, folder: Path, plan: Plan, memory: LayerMemory, together: int) -> None:
     """Train and score all of a sweep that is not done yet.
 
     What is wrong with one run does not keep the others from being trained. What is wrong with the store or
     the disk does: it would be with theirs too.
+
+    Args:
+        store: what all read.
+        folder: of the sweep.
+        plan: its trainings.
+        memory: where a layer is kept decoded, if it is.
+        together: how many trainings may share a pass over the store.
 
     Raises:
         RunMismatchError: a run was begun otherwise; before anything is trained.
@@ -120,28 +132,54 @@ def train_all(store: ActivationStore, folder: Path, plan: Plan) -> None:
     errors.print(f"{len(trainings)} trainings{before}", soft_wrap=True)
     failed: list[str] = []
     started, cost = time.monotonic(), sum(planned.cost for planned in left)
-    cost_left = cost
-    for number, planned in enumerate(left, start=n_before + 1):
-        label = f"{number}/{len(trainings)} {planned.folder}"
-        try:
-            with LiveProgress() as progress:
-                training = _training(store, folder, planned)
-                train_one(training, plan.scoring[planned.folder], _Labelled(progress, label))
-            told = _told(folder / planned.folder)
-        except (RunError, SettingsError) as error:
-            failed.append(f"{planned.folder}: {error}")
-            told = f"failed: {error}"
-        cost_left -= planned.cost
-        if cost_left:
-            seconds = (time.monotonic() - started) * cost_left / (cost - cost_left)
-            told += f"; about {duration(seconds)} left for the others"
-        errors.print(f"{label}: {told}", soft_wrap=True)
+    cost_left, number = cost, n_before
+    planned_by_run = {folder / planned.folder: planned for planned in left}
+    for group in side_by_side([_training(store, folder, planned) for planned in left], together):
+        label = f"{number + 1}-{number + len(group)}" if len(group) > 1 else f"{number + 1}"
+        with LiveProgress() as progress:
+            broken = _train_group(group, _Labelled(progress, f"{label}/{len(trainings)}"), memory)
+        for training in group:
+            planned = planned_by_run[training.run.folder]
+            number += 1
+            label = f"{number}/{len(trainings)} {planned.folder}"
+            try:
+                if training in broken:
+                    raise broken[training]
+                with LiveProgress() as progress:
+                    _score(training, plan.scoring[planned.folder], _Labelled(progress, label))
+                told = _told(training.run.folder)
+            except (RunError, SettingsError) as error:
+                failed.append(f"{planned.folder}: {error}")
+                told = f"failed: {error}"
+            cost_left -= planned.cost
+            if cost_left:
+                seconds = (time.monotonic() - started) * cost_left / (cost - cost_left)
+                told += f"; about {duration(seconds)} left for the others"
+            errors.print(f"{label}: {told}", soft_wrap=True)
     if failed:
         raise RunError(
             f"{len(failed)} of {len(trainings)} trainings failed: {'; '.join(failed)}; "
             "the others are done, and the same command tries these again"
         )
     console.print(f"all of it lies in {folder}; compare it: posae report {folder}", soft_wrap=True)
+
+
+def _train_group(
+    group: Sequence[Training], progress: Progress, memory: LayerMemory
+) -> dict[Training, RunError | SettingsError]:
+    """Train those that share a pass; what kept some of them from beginning."""
+    begun: list[Ongoing] = []
+    broken: dict[Training, RunError | SettingsError] = {}
+    for training in group:
+        try:
+            ongoing = Ongoing.begin(training)
+        except (RunError, SettingsError) as error:
+            broken[training] = error
+        else:
+            begun += [ongoing] if ongoing else []
+    if begun:
+        train_together(begun, progress, memory)
+    return broken
 
 
 def _training(store: ActivationStore, folder: Path, planned: Planned) -> Training:

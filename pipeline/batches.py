@@ -3,11 +3,14 @@
 A window of contexts (2,048 by default) is decoded into a buffer while the one before is being
 used; its tokens are permuted and cut into batches of nearly equal size, nothing is carried over.
 The order follows from (data seed, window, batch size, training contexts, left-out ids) alone, so a
-run resumes at any step by decoding one window. Costs: two windows of memory, and per batch one
-gather on top of decoding; where all training contexts fit into one window they are decoded once. On a
+run resumes at any step by decoding one window, and all runs that agree in these can share one pass.
+Costs: two windows of memory, and per batch one gather on top of decoding. A layer that is kept
+decoded (``DecodedLayer``) costs its whole size in memory, and is read once for all epochs and passes. On a
 GPU batches are gathered into pinned memory and cross on a stream of their own, beside the training.
 """
 
+import math
+import os
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -20,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..store.manifest import layer_path
-from ..store.ranges import PositionRange, range_of_position
+from ..store.ranges import PositionRange
 from ..store.reader import ActivationStore
 from ..store.shards import stop
 
@@ -28,7 +31,7 @@ _SCAN_CONTEXTS = 4096
 
 
 class Batch(NamedTuple):
-    """Tokens of one step, sorted by position range; its memory is used again by the batch after the next."""
+    """Tokens of one step, sorted by position; its memory is used again by the batch after the next."""
 
     step: int
     activations: NDArray[np.uint16]
@@ -48,6 +51,15 @@ class Batch(NamedTuple):
 
     range_offsets: NDArray[np.int64]
     """Rows of range r lie between offsets r and r + 1; [ranges + 1]."""
+
+    def offsets_of(self, ranges: Sequence[PositionRange]) -> NDArray[np.int64]:
+        """As ``range_offsets``, of other ranges; int64 [ranges + 1]."""
+        return _range_offsets(self.positions, ranges)
+
+
+def _range_offsets(positions: NDArray[np.int64], ranges: Sequence[PositionRange]) -> NDArray[np.int64]:
+    edges = [0, *(stop for _, stop in ranges)]
+    return np.searchsorted(positions, edges).astype(np.int64)
 
 
 def as_torch(bits: NDArray[np.uint16]) -> torch.Tensor:
@@ -166,6 +178,38 @@ class Order:
         return np.array_split(shuffle.permutation(rows), self.n_batches(len(rows)))
 
 
+class DecodedLayer:
+    """Memory for a whole layer, filled as it is read; several passes may share it, one after another.
+
+    Costs 2 bytes a number: ``n_bytes``.
+
+    Attributes:
+        bits: bfloat16 bits [chunks, contexts of a chunk, positions, d_model].
+        is_there: which chunks were decoded; bool [chunks].
+    """
+
+    def __init__(self, store: ActivationStore, layer: int, n_contexts: int) -> None:
+        """Take the memory; nothing is read yet.
+
+        Args:
+            store: an opened store.
+            layer: one of its layers.
+            n_contexts: contexts to keep, from the first.
+        """
+        self.bits = np.empty(self._shape(store, layer, n_contexts), np.uint16)
+        self.is_there = np.zeros(len(self.bits), np.bool_)
+
+    @staticmethod
+    def _shape(store: ActivationStore, layer: int, n_contexts: int) -> tuple[int, ...]:
+        spec = store.array(layer_path(layer)).spec
+        return (-(-n_contexts // spec.chunk_rows), spec.chunk_rows, *spec.shape[1:])
+
+    @classmethod
+    def n_bytes(cls, store: ActivationStore, layer: int, n_contexts: int) -> int:
+        """How much memory it would take."""
+        return 2 * math.prod(cls._shape(store, layer, n_contexts))
+
+
 class ShuffledBatches:
     """Batches of one layer of a store; iterate over ``steps``.
 
@@ -187,20 +231,24 @@ class ShuffledBatches:
         n_contexts: int | None = None,
         threads: int | None = None,
         device: torch.device | None = None,
+        decoded: DecodedLayer | None = None,
     ) -> None:
         """Plan the order; nothing is decoded but token ids.
 
         Args:
             store: an opened store.
             layer: one of its layers.
-            ranges: position ranges that a batch's rows are sorted by.
+            ranges: position ranges that ``range_offsets`` are of.
             batch_size: tokens to a batch, about.
             window_contexts: contexts decoded at once.
             seed: data seed.
             leave_out: token ids whose rows are never given.
             n_contexts: contexts to read, from the first; by default the training part.
-            threads: threads that decode; by default 2, for a store on a server as many as hide its latency.
+            threads: threads that decode; by default 2, beside a GPU up to 8, for a store on a server as many
+                as hide its latency.
             device: where ``on_device`` is to be; by default the CPU.
+            decoded: memory of the same layer and contexts, where it is to be kept; by default it is kept
+                where all of it is one window.
 
         Raises:
             StoreDamagedError: the tokens are not what was written.
@@ -209,10 +257,10 @@ class ShuffledBatches:
         self.n_contexts = store.training_contexts(layer) if n_contexts is None else n_contexts
         self._reader = store.array(layer_path(layer))
         self._leave_out = np.array(sorted(leave_out), np.int64)
-        self._range_of = range_of_position(tuple(ranges)).astype(np.int64)
+        self._ranges = tuple(ranges)
         self._device = device or torch.device("cpu")
-        self._n_ranges = len(ranges)
-        threads = threads or (store.reading_threads if store.is_remote else 2)
+        usual = 2 if self._device.type == "cpu" else min(8, os.cpu_count() or 1)
+        threads = threads or (store.reading_threads if store.is_remote else usual)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="posae-decode")
         self.order = Order(
             n_contexts=self.n_contexts,
@@ -223,6 +271,9 @@ class ShuffledBatches:
             seed=seed,
             wanted_by_chunk=self._count_wanted(),
         )
+        if decoded is None and self.order.n_windows == 1:
+            decoded = DecodedLayer(store, layer, self.n_contexts)
+        self._kept = decoded
 
     def _count_wanted(self) -> NDArray[np.int64]:
         step = self.store.manifest.chunk_contexts
@@ -257,58 +308,46 @@ class ShuffledBatches:
                 skip = 0
 
     def _batch(self, step: int, window: "_Window", rows: NDArray[np.int64], buffer: _HostBuffer) -> Batch:
-        length = self.store.context_length
-        range_ids = self._range_of[rows % length]
-        n_rows = len(window.activations)
-        # By range, and within one as the rows lie in memory; one sort of one number each.
-        rows = np.sort(range_ids * n_rows + rows) % n_rows
-        bits = buffer.bits(len(rows))
-        np.take(window.activations, rows, axis=0, out=bits, mode="clip")
+        length, size = self.store.context_length, self._reader.spec.chunk_rows
         place, position = np.divmod(rows, length)
-        step_contexts = self.store.manifest.chunk_contexts
-        chunk, within = np.divmod(place, step_contexts)
-        counts = np.bincount(range_ids, minlength=self._n_ranges)
+        # By position, and at one position as the rows lie in memory; one sort of one number each.
+        n_places = len(window.chunks) * size
+        position, place = np.divmod(np.sort(position * n_places + place), n_places)
+        chunk, within = np.divmod(place, size)
+        bits = buffer.bits(len(rows))
+        lies = (window.homes[chunk] * size + within) * length + position
+        np.take(window.activations, lies, axis=0, out=bits, mode="clip")
         return Batch(
             step,
             bits,
             buffer.on_device(len(rows)),
             position,
-            window.chunks[chunk] * step_contexts + within,
-            window.tokens.reshape(-1)[rows],
-            np.concatenate([[0], np.cumsum(counts)]),
+            window.chunks[chunk] * size + within,
+            window.tokens[place, position],
+            _range_offsets(position, self._ranges),
         )
 
     @cached_property
     def _buffers(self) -> list[NDArray[np.uint16]]:
         # Two, reused for ever: fresh ones would cost as much in page faults as decoding.
-        shape = (self.order.window_chunks * self._reader.spec.chunk_rows, *self._reader.spec.shape[1:])
-        return [np.empty(shape, np.uint16) for _ in range(min(2, self.order.n_windows))]
+        spec = self._reader.spec
+        shape = (self.order.window_chunks, spec.chunk_rows, *spec.shape[1:])
+        return [np.empty(shape, np.uint16) for _ in range(2)]
 
     def _windows(self, epoch: int, window: int) -> Generator["_Window"]:
         """Every window from this one on, the next being decoded while one is used."""
-        if self.order.n_windows == 1:
-            chunks = self.order.windows_of_epoch(epoch)[0]
-            decoded = self._decode(chunks, self._buffers[0])
-            try:
-                while True:
-                    yield self._ready(epoch, 0, chunks, self._buffers[0], decoded)
-                    epoch += 1
-            finally:
-                stop(decoded)
-        turn = 0
         upcoming = self._schedule(epoch, window)
-        chunks = next(upcoming)
-        current = (*chunks, self._buffers[turn], self._decode(chunks[2], self._buffers[turn]))
+        turn = 0
+        current = self._begin(*next(upcoming), turn)
         try:
             while True:
-                ready = self._ready(*current)
+                ready = self._ready(current)
                 turn ^= 1
-                following = next(upcoming)
                 # The other buffer is free: its window's batches have all been taken.
-                current = (*following, self._buffers[turn], self._decode(following[2], self._buffers[turn]))
+                current = self._begin(*next(upcoming), turn)
                 yield ready
         finally:
-            stop(current[4])
+            stop(current.decoding)
 
     def _schedule(self, epoch: int, window: int) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
         while True:
@@ -317,42 +356,57 @@ class ShuffledBatches:
                     yield epoch, number, chunks
             epoch, window = epoch + 1, 0
 
-    def _decode(self, chunks: NDArray[np.int64], buffer: NDArray[np.uint16]) -> list[Future[None]]:
-        self._reader.will_need(int(chunk) for chunk in chunks)
-        size = self._reader.spec.chunk_rows
-        return [
-            self._pool.submit(self._reader.read_chunk, int(chunk), buffer[i * size : (i + 1) * size])
-            for i, chunk in enumerate(chunks)
+    def _begin(self, epoch: int, window: int, chunks: NDArray[np.int64], turn: int) -> "_Decoding":
+        """Decode what of a window is not there yet, into one of the buffers or where it is kept."""
+        if self._kept is None:
+            buffer, homes, is_missing = (
+                self._buffers[turn],
+                np.arange(len(chunks)),
+                np.full(len(chunks), True),
+            )
+        else:
+            buffer, homes, is_missing = self._kept.bits, chunks, ~self._kept.is_there[chunks]
+        missing = list(zip(chunks[is_missing].tolist(), homes[is_missing].tolist(), strict=True))
+        self._reader.will_need(chunk for chunk, _ in missing)
+        decoding = [
+            self._pool.submit(self._reader.read_chunk, chunk, buffer[home]) for chunk, home in missing
         ]
+        return _Decoding(epoch, window, chunks, homes, buffer, decoding)
 
-    def _ready(
-        self,
-        epoch: int,
-        window: int,
-        chunks: NDArray[np.int64],
-        buffer: NDArray[np.uint16],
-        decoded: list[Future[None]],
-    ) -> "_Window":
-        size = self._reader.spec.chunk_rows
+    def _ready(self, window: "_Decoding") -> "_Window":
+        size, chunks = self._reader.spec.chunk_rows, window.chunks
         contexts = (chunks[:, np.newaxis] * size + np.arange(size)).reshape(-1)
         there = contexts < self.n_contexts
         tokens = np.zeros((len(contexts), self.store.context_length), np.int32)
         tokens[there] = self.store.tokens(contexts[there])
         wanted = ~np.isin(tokens, self._leave_out) & there[:, np.newaxis]
-        for future in decoded:
+        for future in window.decoding:
             future.result()
+        if self._kept is not None:
+            self._kept.is_there[chunks] = True
         return _Window(
             chunks,
-            buffer.reshape(-1, buffer.shape[-1]),
+            window.homes,
+            window.buffer.reshape(-1, window.buffer.shape[-1]),
             tokens,
-            self.order.permuted(epoch, window, np.flatnonzero(wanted)),
+            self.order.permuted(window.epoch, window.number, np.flatnonzero(wanted)),
         )
+
+
+class _Decoding(NamedTuple):
+    epoch: int
+    number: int
+    chunks: NDArray[np.int64]
+    homes: NDArray[np.int64]
+    buffer: NDArray[np.uint16]
+    decoding: list[Future[None]]
 
 
 class _Window(NamedTuple):
     chunks: NDArray[np.int64]
-    activations: NDArray[Any]  # bits [contexts · positions, d_model]
-    tokens: NDArray[np.int32]  # [contexts, positions]
+    homes: NDArray[np.int64]  # where each chunk lies in memory, in chunks
+    activations: NDArray[Any]  # bits [contexts · positions, d_model] of all that lies there
+    tokens: NDArray[np.int32]  # [contexts of the window, positions]
     batches: list[NDArray[np.int64]]
 
 
@@ -374,23 +428,18 @@ def ordered_batches(
     batch_contexts: int = 64,
     device: torch.device | None = None,
 ) -> Iterator[Batch]:
-    """The contexts ``start`` to ``stop`` in order, ``batch_contexts`` at a time, rows sorted by range."""
-    range_of = range_of_position(tuple(ranges))
-    positions = np.arange(store.context_length)
+    """The contexts ``start`` to ``stop`` in order, ``batch_contexts`` at a time, rows sorted by position."""
     for number, first in enumerate(range(start, stop, batch_contexts)):
         contexts = np.arange(first, min(first + batch_contexts, stop))
         tokens = store.tokens(contexts)
-        row_context, row_position = np.nonzero(~np.isin(tokens, np.array(leave_out)))
-        order = np.argsort(range_of[row_position], kind="stable")
-        row_context, row_position = row_context[order], row_position[order]
-        counts = np.bincount(range_of[row_position], minlength=len(ranges))
+        row_position, row_context = np.nonzero(~np.isin(tokens, np.array(leave_out)).T)
         bits = store.read(layer, contexts)[row_context, row_position]
         yield Batch(
             number,
             bits,
             as_torch(bits).to(device),
-            positions[row_position],
+            row_position,
             contexts[row_context],
             tokens[row_context, row_position],
-            np.concatenate([[0], np.cumsum(counts)]),
+            _range_offsets(row_position, ranges),
         )

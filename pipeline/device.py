@@ -1,5 +1,6 @@
-"""Which device a stage runs on."""
+"""Which device a stage runs on, and how much memory is free there."""
 
+import psutil
 import torch
 
 from ..store.errors import SettingsError
@@ -24,3 +25,10 @@ def choose_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(f"no device {device} can be used here: choose auto or cpu") from error
     return chosen
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had on a device now: of a GPU its own, else the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

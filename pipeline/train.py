@@ -1,15 +1,18 @@
-"""Stage two: an autoencoder from an activation store; no language model is needed.
+"""Stage two: autoencoders from an activation store; no language model is needed.
 
 Batches come from the store in an order that its settings fix; each row carries its position. A run
-resumes at its last checkpoint with the same batches and, on the same machine, the same weights. The
+resumes at its last checkpoint with the same batches and, on the same machine, the same weights. Several
+runs that read the same batches train side by side in one pass, each to the weights that it has alone. The
 autoencoder is float32, the activations bfloat16. Costs: three products with the weights a step,
-while alpha is 0 nothing for adapters; twice the weights for the optimizer; two windows of the store.
+while alpha is 0 nothing for adapters; three times the weights for gradient and optimizer, of each run that
+trains; two windows of the store, or the layer where it is kept decoded.
 """
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +24,8 @@ from ..store.errors import RunMismatchError, SettingsError, StoreIncompleteError
 from ..store.ranges import PositionRange, parse_ranges
 from ..store.reader import ActivationStore
 from ..store.stats import LayerStats
-from .batches import Batch, ShuffledBatches
-from .device import choose_device
+from .batches import Batch, DecodedLayer, ShuffledBatches
+from .device import choose_device, free_bytes
 from .interrupts import held_back
 from .metrics import ScoreKeeper
 from .progress import Progress, Silent
@@ -133,21 +136,23 @@ class Training:
             RunMismatchError: the run was begun with other settings or another store.
             RunError: the folder holds something else.
         """
-        self.run.check(self._config_to_check())
+        self.run.check(self.config_to_check())
 
-    def train(self, progress: Progress | None = None) -> Trained:
+    def train(self, progress: Progress | None = None, memory: "LayerMemory | None" = None) -> Trained:
         """Train, or go on, to the last step.
 
         Raises:
-            RunMismatchError: the run was begun with other settings or another store.
-            StoreDamagedError: a chunk is missing or not what was written.
-            StoreWriteError: the disk refused.
+            PosaeError: as ``Ongoing.begin`` and ``train_together``.
         """
-        progress = progress or Silent()
-        self.run.begin(self._config_to_check())
-        if self.run.is_finished:
+        ongoing = Ongoing.begin(self)
+        if ongoing is None:
             return Trained(self.run, 0)
-        batches = ShuffledBatches(
+        train_together([ongoing], progress, memory)
+        return Trained(self.run, ongoing.step - ongoing.start)
+
+    def batches(self, decoded: DecodedLayer | None = None) -> ShuffledBatches:
+        """What it reads, in its order; ``decoded`` is where the layer is to be kept."""
+        return ShuffledBatches(
             self.store,
             self.layer,
             self.ranges,
@@ -157,27 +162,23 @@ class Training:
             leave_out=self.leave_out,
             n_contexts=self.n_contexts,
             device=self.device,
+            decoded=decoded,
         )
-        if not int(batches.order.wanted_by_chunk.sum()):
-            raise StoreIncompleteError(
-                f"{self.store.root} has no token to train on in layer {self.layer}; harvest more contexts"
-            )
-        state = _State.new(self)
-        checkpoint = self.run.load_checkpoint()
-        start = 0
-        if checkpoint:
-            start, tensors = checkpoint
-            state.restore(tensors)
-        self.run.rewind_metrics(start)
-        self._loop(state, batches, start, progress)
-        if isinstance(state.autoencoder, BatchTopK):
-            rows = (state.inputs(batch) for batch in batches.steps(0, self.settings.steps))
-            most_rows = max(_CALIBRATION_ROWS, 2 * self.settings.batch_size)
-            calibrate_threshold(state.autoencoder, rows, most_rows)
-        save_autoencoder(state.autoencoder, self.run.folder, self._sae_lens_metadata())
-        return Trained(self.run, self.settings.steps - start)
 
-    def _config_to_check(self) -> dict[str, Any]:
+    @property
+    def reads(self) -> tuple[Any, ...]:
+        """What fixes the batches: trainings of which this is equal can share one pass over the store."""
+        s = self.settings
+        of_store = (self.store.address, self.layer, self.n_contexts, self.leave_out)
+        return (*of_store, s.batch_size, s.window_contexts, s.data_seed, self.device)
+
+    @cached_property
+    def n_bytes(self) -> int:
+        """Memory that its weights, their gradient and the optimizer take while it trains."""
+        return 4 * 4 * self.new_autoencoder(None).n_parameters()
+
+    def config_to_check(self) -> dict[str, Any]:
+        """``config``, with what may differ from that of a run that was begun taken from there."""
         config = self.config
         if self.run.is_begun:
             begun = self.run.config
@@ -195,31 +196,9 @@ class Training:
                 config["store"][key] = begun.get("store", {}).get(key)
         return config
 
-    def _loop(self, state: "_State", batches: ShuffledBatches, start: int, progress: Progress) -> None:
-        s = self.settings
-        progress.begin("training", s.steps * s.batch_size, "tokens", start * s.batch_size)
-        step = start
-        with held_back() as interrupt:
-            for batch in batches.steps(start, s.steps):
-                if step == s.warmup_steps:
-                    self.run.save_base_phase(state.autoencoder.W_dec)
-                state.schedule(step)
-                # Also where the base phase ends: what becomes of the base is told from there.
-                measure = (step + 1) % s.log_steps == 0 or step + 1 in (s.warmup_steps, s.steps)
-                line = state.update(batch, measure=measure)
-                step += 1
-                if step % _COUNT_DEAD_STEPS == 0:
-                    state.count_dead()
-                if line:
-                    self.run.add_metrics({"step": step, **line})
-                    progress.advance(0, _note(line))
-                progress.advance(s.batch_size)
-                if step < s.steps and (step % s.checkpoint_steps == 0 or interrupt.asked):
-                    self.run.save_checkpoint(step, state.tensors())
-                interrupt.check()
-        progress.end()
-
-    def _sae_lens_metadata(self) -> dict[str, Any]:
+    @property
+    def sae_lens_metadata(self) -> dict[str, Any]:
+        """What ``cfg.json`` says of where the activations are from, in SAELens' words."""
         manifest = self.store.manifest
         return {
             "model_name": manifest.model,
@@ -233,6 +212,177 @@ class Training:
             "seqpos_slice": [None],
             "model_from_pretrained_kwargs": {},
         }
+
+
+def side_by_side(trainings: Sequence[Training], most: int) -> list[list[Training]]:
+    """Trainings in groups that share a pass, as many to a group as half of the free memory holds.
+
+    Args:
+        trainings: in the order that is wanted; a group stands where its first member stood.
+        most: trainings to a group at the most.
+    """
+    groups: list[list[Training]] = []
+    open_groups: dict[tuple[Any, ...], list[Training]] = {}
+    for training in trainings:
+        group = open_groups.get(training.reads)
+        room = free_bytes(training.device) // 2
+        if group is None or len(group) == most or sum(t.n_bytes for t in (*group, training)) > room:
+            group = open_groups[training.reads] = []
+            groups.append(group)
+        group.append(training)
+    return groups
+
+
+class LayerMemory:
+    """Whether a layer is kept decoded in memory, for later epochs and passes; one at a time is.
+
+    Attributes:
+        wish: ``always``, ``never``, or ``auto``: where a GPU or a server would have to be waited for, half of
+            the free memory holds it, and it is read more than once.
+    """
+
+    def __init__(self, wish: Literal["auto", "always", "never"] = "auto") -> None:
+        """Nothing is kept yet."""
+        self.wish = wish
+        self._of: tuple[Any, ...] | None = None
+        self._kept: DecodedLayer | None = None
+
+    def of(self, training: Training, steps: int) -> DecodedLayer | None:
+        """Memory for what ``training`` reads in ``steps``, with what is there of it; None: it is not kept."""
+        store, n_contexts = training.store, training.n_contexts
+        which = (store.address, training.layer, n_contexts)
+        if which != self._of:
+            self._of, self._kept = which, None
+            n_bytes = DecodedLayer.n_bytes(store, training.layer, n_contexts)
+            if self.wish == "always" or (self.wish == "auto" and self._is_worth_it(training, steps, n_bytes)):
+                self._kept = DecodedLayer(store, training.layer, n_contexts)
+        return self._kept
+
+    def _is_worth_it(self, training: Training, steps: int, n_bytes: int) -> bool:
+        # Beside the products of a CPU decoding is next to nothing.
+        is_waited_for = training.device.type != "cpu" or training.store.is_remote
+        epochs = steps * training.settings.batch_size / (training.n_contexts * training.store.context_length)
+        return is_waited_for and epochs > 1 and n_bytes <= free_bytes(torch.device("cpu")) // 2
+
+
+def train_together(
+    trainings: "Sequence[Ongoing]", progress: Progress | None = None, memory: "LayerMemory | None" = None
+) -> None:
+    """Train several to their ends in one pass over their store; each to the weights that it has alone.
+
+    Those that were interrupted at different steps are read for from the first of these on, and wait for
+    theirs.
+
+    Args:
+        trainings: at least one; of all ``reads`` is equal.
+        progress: told of the tokens of all of them together.
+        memory: where their layer is kept decoded, if it is.
+
+    Raises:
+        StoreIncompleteError: the store has no token to train on.
+        StoreDamagedError: a chunk is missing or not what was written.
+        StoreWriteError: the disk refused.
+    """
+    progress = progress or Silent()
+    first = trainings[0].training
+    if any(one.training.reads != first.reads for one in trainings):
+        raise ValueError("trainings that read different batches cannot share a pass")
+    steps = max(one.stop for one in trainings) - min(one.start for one in trainings)
+    batches = first.batches((memory or LayerMemory("never")).of(first, steps))
+    if not int(batches.order.wanted_by_chunk.sum()):
+        raise StoreIncompleteError(
+            f"{first.store.root} has no token to train on in layer {first.layer}; harvest more contexts"
+        )
+    size = first.settings.batch_size
+    n_steps, n_before = sum(one.stop for one in trainings), sum(one.start for one in trainings)
+    start, stop = min(one.start for one in trainings), max(one.stop for one in trainings)
+    progress.begin("training", n_steps * size, "tokens", n_before * size)
+    with held_back() as interrupt:
+        for batch in batches.steps(start, stop):
+            x = batch.on_device.to(torch.float32)
+            taking = [one for one in trainings if one.start <= batch.step < one.stop]
+            for one in taking:
+                progress.advance(size, one.take(batch, x))
+            for one in taking:
+                # What ends before the others is safe until all are at their end.
+                wanted = one.step == one.stop or one.step % one.training.settings.checkpoint_steps == 0
+                if one.step < stop and (wanted or interrupt.asked):
+                    one.save_checkpoint()
+            interrupt.check()
+    progress.end()
+    for one in trainings:
+        one.finish(batches)
+
+
+class Ongoing:
+    """A training that was begun: its state, and what goes into its folder when.
+
+    Attributes:
+        training: which.
+        start: steps that were done before.
+        step: steps that are done.
+        stop: steps in the end.
+    """
+
+    def __init__(self, training: Training, state: "_State", start: int) -> None:
+        """Of a state after ``start`` steps."""
+        self.training, self.state = training, state
+        self.start, self.step, self.stop = start, start, training.settings.steps
+
+    @classmethod
+    def begin(cls, training: Training) -> "Ongoing | None":
+        """At the first step, or after the last checkpoint; None where the run is finished.
+
+        Raises:
+            RunMismatchError: the run was begun with other settings or another store.
+            RunError: the checkpoint is damaged, or the folder holds something else.
+            SettingsError: the store has nothing that activations could be scaled by.
+            StoreWriteError: the disk refused.
+        """
+        run = training.run
+        run.begin(training.config_to_check())
+        if run.is_finished:
+            return None
+        state = _State.new(training)
+        checkpoint = run.load_checkpoint()
+        start = 0
+        if checkpoint:
+            start, tensors = checkpoint
+            state.restore(tensors)
+        run.rewind_metrics(start)
+        return cls(training, state, start)
+
+    def take(self, batch: Batch, x: Tensor) -> str:
+        """One step; says what was measured, if anything."""
+        s, run, state = self.training.settings, self.training.run, self.state
+        if self.step == s.warmup_steps:
+            run.save_base_phase(state.autoencoder.W_dec)
+        state.schedule(self.step)
+        # Also where the base phase ends: what becomes of the base is told from there.
+        measure = (self.step + 1) % s.log_steps == 0 or self.step + 1 in (s.warmup_steps, s.steps)
+        line = state.update(batch, x, measure=measure)
+        self.step += 1
+        if self.step % _COUNT_DEAD_STEPS == 0:
+            state.count_dead()
+        if not line:
+            return ""
+        run.add_metrics({"step": self.step, **line})
+        return _note(line)
+
+    def save_checkpoint(self) -> None:
+        """Put what is needed to go on into the run."""
+        self.training.run.save_checkpoint(self.step, self.state.tensors())
+
+    def finish(self, batches: ShuffledBatches) -> None:
+        """After the last step: set what is set in the end, and write the weights."""
+        autoencoder, settings = self.state.autoencoder, self.training.settings
+        if isinstance(autoencoder, BatchTopK):
+            rows = (
+                self.state.inputs(batch, batch.on_device.to(torch.float32))
+                for batch in batches.steps(0, settings.steps)
+            )
+            calibrate_threshold(autoencoder, rows, max(_CALIBRATION_ROWS, 2 * settings.batch_size))
+        save_autoencoder(autoencoder, self.training.run.folder, self.training.sae_lens_metadata)
 
 
 def resolve(store: ActivationStore, settings: TrainSettings) -> TrainSettings:
@@ -329,9 +479,16 @@ def _autoencoder_of(
 class _State:
     """All that changes while training, and one update of it."""
 
-    def __init__(self, autoencoder: Autoencoder, settings: TrainSettings, device: torch.device) -> None:
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        settings: TrainSettings,
+        ranges: Sequence[PositionRange],
+        device: torch.device,
+    ) -> None:
         self.autoencoder = autoencoder
         self.settings = settings
+        self.ranges = ranges
         self.device = device
         assert settings.learning_rate is not None
         self.optimizer = torch.optim.AdamW(
@@ -362,7 +519,7 @@ class _State:
         if training.settings.shuffle_positions:  # then each position has the mean of all
             sums = counts[:, None] * (sums.sum(axis=0) / max(1, counts.sum()))
         autoencoder.fit_means(sums, counts)
-        return cls(autoencoder, training.settings, training.device)
+        return cls(autoencoder, training.settings, training.ranges, training.device)
 
     def schedule(self, step: int) -> None:
         """Set what changes by the step, for the update that follows ``step`` others."""
@@ -384,17 +541,21 @@ class _State:
         dead = silent > self.settings.dead_after_tokens
         self.autoencoder.dead = dead if bool(dead.any()) else None
 
-    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Activations float32 [rows, d_model], range offsets, positions [rows]: what ``forward`` takes."""
-        x = batch.on_device.to(torch.float32)
+    def inputs(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Activations float32 [rows, d_model], range offsets, positions [rows]: what ``forward`` takes.
+
+        Args:
+            batch: whose rows these are.
+            x: its activations in float32, on the device; not changed.
+        """
         if self.settings.shuffle_positions:
             x = x[torch.as_tensor(_shuffled(len(x), self.settings.data_seed, batch.step)).to(self.device)]
         positions = torch.as_tensor(batch.positions).to(self.device, non_blocking=True)
-        return x, torch.as_tensor(batch.range_offsets), positions
+        return x, torch.as_tensor(batch.offsets_of(self.ranges)), positions
 
-    def update(self, batch: Batch, *, measure: bool) -> dict[str, Any] | None:
+    def update(self, batch: Batch, x: Tensor, *, measure: bool) -> dict[str, Any] | None:
         """One step of AdamW on one batch, after ``schedule``; what was measured, if asked to."""
-        x, offsets, positions = self.inputs(batch)
+        x, offsets, positions = self.inputs(batch, x)
         output = self.autoencoder(x, offsets, positions)
         self.optimizer.zero_grad(set_to_none=True)
         output.losses.total.backward()  # pyright: ignore[reportUnknownMemberType]

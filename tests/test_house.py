@@ -21,13 +21,14 @@ MAY_USE = {
         *("store", "numpy", "torch", "transformers", "datasets", "safetensors", "pydantic"),
         "sklearn",  # SAEBench's probes are its logistic regression
         *("huggingface_hub", "pyarrow"),  # the hub's errors and revisions; parquet: both come with datasets
-        *("scipy", "plotly"),  # intervals; figures: ONLY_IN says where
+        *("scipy", "plotly", "psutil"),  # intervals; figures; free memory: ONLY_IN says where
     },
     "cli": {"store", "pipeline", "typer", "rich"},
 }
 ONLY_IN = {
     "scipy": "pipeline/results/verdicts.py",
     "plotly": "pipeline/results/page.py",
+    "psutil": "pipeline/device.py",
     **dict.fromkeys(("boto3", "botocore", "urllib3"), "store/s3.py"),
     "google": "store/gs.py",
     "paramiko": "store/sftp.py",

@@ -11,13 +11,16 @@ import safetensors.torch
 import torch
 
 from posae.pipeline.batches import shuffled_batches
+from posae.pipeline.progress import Silent
 from posae.pipeline.results.measured import Measured
+from posae.pipeline.runs import Run
 from posae.pipeline.sae.saving import load_autoencoder
 from posae.pipeline.schedules import Curriculum
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
-from posae.pipeline.train import Training, resolve
+from posae.pipeline.train import LayerMemory, Ongoing, Training, resolve, side_by_side, train_together
 from posae.store import ActivationStore
 from posae.store.errors import RunMismatchError, SettingsError
+from posae.store.shards import ShardReader
 
 from ..conftest import Made
 
@@ -32,16 +35,110 @@ def train(store: Made, folder: Path, **values: Any) -> Training:
     return training
 
 
+def small(preset: str, **values: Any) -> dict[str, Any]:
+    """A preset that fits the small store."""
+    found = {**TRAIN_PRESETS[preset], "target_l0": 4, "ranges": "2"}
+    found["position_mean"] = "lowrank:2" if "position_mean" in found else "none"
+    if found["architecture"] not in ("topk", "batchtopk", "jumprelu"):
+        del found["target_l0"]
+    return found | {"steps": 20, "batch_size": 32, **values}
+
+
+class Impatient(Silent):
+    """Presses Ctrl-C after some steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps_left = steps
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self.steps_left -= 1
+        if not self.steps_left:
+            raise KeyboardInterrupt
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "sae_weights.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("preset", TRAIN_PRESETS)
 def test_every_preset_trains(preset: str, good_store: Made, tmp_path: Path) -> None:
-    values = {**TRAIN_PRESETS[preset], "target_l0": 4, "ranges": "2"}
-    values["position_mean"] = "lowrank:2" if "position_mean" in values else "none"
-    if values["architecture"] not in ("topk", "batchtopk", "jumprelu"):
-        del values["target_l0"]
-    training = train(good_store, tmp_path / "run", **values | {"steps": 20, "batch_size": 32})
+    training = train(good_store, tmp_path / "run", **small(preset))
     lines = training.run.metrics()
     assert lines[-1]["step"] == 20
     assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_each_ends_with_the_weights_that_it_has_alone(good_store: Made, tmp_path: Path) -> None:
+    # Of different lengths, ranges and architectures; some were interrupted before, at different steps.
+    store = ActivationStore.open(good_store.root)
+    words = {
+        preset: small(preset, steps=20 + number, ranges=("2", "0:1,1:6")[number % 2], checkpoint_steps=5)
+        for number, preset in enumerate(TRAIN_PRESETS)
+    }
+    words["shuffled"] = small("posae", shuffle_positions=True)
+    group: list[Training] = []
+    for number, (name, values) in enumerate(words.items()):
+        train(good_store, tmp_path / "alone" / name, **values)
+        group.append(Training(store, tmp_path / "together" / name, settings(**values)))
+        if number % 3:
+            with pytest.raises(KeyboardInterrupt):
+                group[-1].train(Impatient(5 * (number % 3) + 2))
+    several = side_by_side(group, len(group))  # some presets train on special tokens too
+    assert sorted(len(side) for side in several)[-1] > len(group) / 2
+    for side in several:
+        begun = [ongoing for training in side if (ongoing := Ongoing.begin(training))]
+        assert {ongoing.start for ongoing in begun} <= {0, 5, 10}
+        train_together(begun)
+    for name in words:
+        alone, together = tmp_path / "alone" / name, tmp_path / "together" / name
+        assert weights(alone) == weights(together), name
+        lines = [
+            [line | {"seconds": 0, "cpu_seconds": 0} for line in Run(at).metrics()]
+            for at in (alone, together)
+        ]
+        assert lines[0] == lines[1], name
+
+
+def test_those_that_read_other_batches_do_not_share_a_pass(good_store: Made, tmp_path: Path) -> None:
+    store = ActivationStore.open(good_store.root)
+    differ: list[dict[str, Any]] = [
+        *({}, {"learning_rate": 1e-3}, {"ranges": "2"}, {"seed": 1}),  # share
+        *(
+            {"data_seed": 1},
+            {"batch_size": 64},
+            {"window_contexts": 8},
+            {"layer": 0},
+            {"special_tokens": True},
+        ),
+    ]
+    group = [Training(store, tmp_path / str(n), settings(**values)) for n, values in enumerate(differ)]
+    assert side_by_side(group, 8) == [group[:4], *([one] for one in group[4:])]
+    assert side_by_side(group[:4], 3) == [group[:3], group[3:4]]
+    with pytest.raises(ValueError, match="different batches"):
+        train_together([ongoing for one in group[3:5] if (ongoing := Ongoing.begin(one))])
+
+
+def test_a_layer_that_is_kept_is_read_once_and_changes_nothing(
+    good_store: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(good_store, tmp_path / "streamed", window_contexts=8)
+    n_read = 0
+    read_chunk = ShardReader.read_chunk
+
+    def counting(reader: ShardReader, chunk: int, out: Any) -> None:
+        nonlocal n_read
+        n_read += reader.spec.path.startswith("layer")
+        read_chunk(reader, chunk, out)
+
+    monkeypatch.setattr(ShardReader, "read_chunk", counting)
+    memory = LayerMemory("always")
+    store = ActivationStore.open(good_store.root)
+    for seed in (0, 1):
+        words = settings(window_contexts=8, data_seed=seed)
+        Training(store, tmp_path / str(seed), words).train(memory=memory)
+    assert n_read == -(-store.training_contexts(3) // store.manifest.chunk_contexts)
+    assert weights(tmp_path / "streamed") == weights(tmp_path / "0")
+    assert weights(tmp_path / "streamed") != weights(tmp_path / "1")
 
 
 def test_the_share_of_adapters_becomes_their_width(good_store: Made) -> None:
@@ -187,6 +284,5 @@ def test_a_training_that_is_interrupted_goes_on_to_the_same_weights(
     assert steps == 15
     train(good_store, tmp_path / "run", **words)
     assert steps == (15 + 25 if presses == 1 else 15 + 30)
-    whole, run = ((tmp_path / name / "sae_weights.safetensors").read_bytes() for name in ("whole", "run"))
-    assert whole == run
+    assert weights(tmp_path / "whole") == weights(tmp_path / "run")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
