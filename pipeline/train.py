@@ -568,7 +568,7 @@ class _State:
         self.norms += torch.stack([torch.ones_like(norm), norm, norm.square()])
         self.n_tokens += len(x)
         # Not by indexing with booleans, for which a GPU must be waited for.
-        self.last_fired.masked_fill_((output.code.detach() != 0).any(0), int(self.n_tokens))
+        self.last_fired.masked_fill_(output.fired(), int(self.n_tokens))
         if not measure:
             return None
         line = self._line(x, positions, offsets, output, norm)
@@ -579,11 +579,12 @@ class _State:
     def _line(
         self, x: Tensor, positions: Tensor, offsets: Tensor, output: Output, norm: Tensor
     ) -> dict[str, Any]:
-        keeper = ScoreKeeper(x.shape[1], output.code.shape[1], len(offsets) - 1)
+        code = output.code
+        keeper = ScoreKeeper(x.shape[1], code.shape[1], len(offsets) - 1)
         base = None
         if output.base_code is not None:
             base = self.autoencoder.decode(output.base_code, positions)
-        keeper.add(x, output.reconstruction, output.code, offsets, base)
+        keeper.add(x, output.reconstruction, code, offsets, base)
         scores = keeper.scores()
         silent = int(self.n_tokens) - self.last_fired
         return {

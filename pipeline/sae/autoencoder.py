@@ -17,7 +17,7 @@ range, so that each range is a slice; ``encode`` sorts them itself and so copies
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, NotRequired, TypedDict
 
@@ -31,6 +31,7 @@ from ...store.errors import SettingsError
 from ...store.ranges import PositionRange, parse_ranges
 from .position_adapter import PositionAdapter, Rows, empty_weight
 from .position_mean import PositionMean
+from .sparse import SparseCode
 
 
 class Losses(NamedTuple):
@@ -49,26 +50,43 @@ class Losses(NamedTuple):
 class Codes(NamedTuple):
     """What rows were encoded to; each [rows, dictionary_size]."""
 
-    code: Tensor
+    code: Tensor | SparseCode
     """What is decoded."""
     base_code: Tensor | None = None
     """h_b, where the architecture has one."""
-    before: Tensor | None = None
-    """Activations of all features before the largest were chosen, where they are."""
+    activations_of: Callable[[Tensor], Tensor] | None = None
+    """Activations of some features, given by number, before the largest were chosen, where they are."""
     is_active: Tensor | None = None
     """1 where a feature is active and 0 elsewhere, with a gradient, where L0 itself is learned."""
+
+    @property
+    def dense(self) -> Tensor:
+        """``code`` as a tensor of all features."""
+        return self.code.dense() if isinstance(self.code, SparseCode) else self.code
 
 
 class Output(NamedTuple):
     """What one forward pass gives."""
 
-    code: Tensor
-    """[rows, dictionary_size]: what is decoded."""
+    codes: Codes
     reconstruction: Tensor
     """[rows, d_model], raw units."""
     losses: Losses
-    base_code: Tensor | None
-    """[rows, dictionary_size]: h_b, where the architecture has one."""
+
+    @property
+    def code(self) -> Tensor:
+        """What is decoded; [rows, dictionary_size]."""
+        return self.codes.dense
+
+    @property
+    def base_code(self) -> Tensor | None:
+        """h_b, where the architecture has one; [rows, dictionary_size]."""
+        return self.codes.base_code
+
+    def fired(self) -> Tensor:
+        """Which features are not 0 on some row; bool [dictionary_size]."""
+        code = self.codes.code
+        return code.fired() if isinstance(code, SparseCode) else (code.detach() != 0).any(0)
 
 
 class CommonSettings(TypedDict):
@@ -256,11 +274,11 @@ class Autoencoder(nn.Module, ABC):
         """A further loss of reconstruction, averaged over rows; a scalar, or None where there is none."""
         return None
 
-    def _decoded(self, code: Tensor, rows: Rows) -> Tensor:
+    def _decoded(self, code: Tensor | SparseCode, rows: Rows) -> Tensor:
         """Reconstructions [rows, d_model] in scaled units: W_decᵀ h, and what adapters add."""
         return self.position_adapter.decoded(self._from_features(code), code, rows, self.alpha)
 
-    def _from_features(self, code: Tensor) -> Tensor:
+    def _from_features(self, code: Tensor | SparseCode) -> Tensor:
         """W_decᵀ h, and the decoder's bias where there is one; [rows, d_model]."""
         return code @ self.W_dec
 
@@ -309,7 +327,7 @@ class Autoencoder(nn.Module, ABC):
         sparsity = self._sparsity(codes)
         auxiliary = self._auxiliary(codes, (scaled - decoded).detach())
         losses = Losses(reconstruction + sparsity + auxiliary, reconstruction, sparsity, auxiliary)
-        return Output(codes.code, self._raw(decoded, rows), losses, codes.base_code)
+        return Output(codes, self._raw(decoded, rows), losses)
 
     if TYPE_CHECKING:  # torch leaves the result of calling a module untyped
 
@@ -334,7 +352,7 @@ class Autoencoder(nn.Module, ABC):
         """
         order, rows = self._sorted_by_range(positions.to(x.device, torch.int64).expand(x.shape[:-1]))
         scaled = self._scaled(x.reshape(-1, self.d_model)[order], rows)
-        code = _unsorted(self._codes(scaled, rows).code, order)
+        code = _unsorted(self._codes(scaled, rows).dense, order)
         return code.reshape(*x.shape[:-1], self.dictionary_size)
 
     def _sorted_by_range(self, positions: Tensor) -> tuple[Tensor, Rows]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, Codes, CommonSettings, empty_weight, require
 from .position_adapter import Rows
+from .sparse import SparseCode
 
 
 class Adapter(nn.Module):
@@ -182,7 +183,7 @@ class Hierarchical(Autoencoder):
         return torch.add(kept_base, adaptation, alpha=self.alpha)
 
     def _sparsity(self, codes: Codes) -> Tensor:
-        code, base_code = codes.code, codes.base_code
+        code, base_code = codes.dense, codes.base_code
         assert base_code is not None
         # Nothing in h_b is negative: its sum is its L1 norm.
         penalty = code.abs().sum() if self.penalty == "code" else base_code.sum()
@@ -196,8 +197,9 @@ class Hierarchical(Autoencoder):
         assert codes.base_code is not None
         return self.base_loss_coefficient * self._error(self._decoded(codes.base_code, rows), scaled)
 
-    def _from_features(self, code: Tensor) -> Tensor:
-        return code @ self.W_dec if self.b_dec is None else torch.addmm(self.b_dec, code, self.W_dec)
+    def _from_features(self, code: Tensor | SparseCode) -> Tensor:
+        decoded = code @ self.W_dec
+        return decoded if self.b_dec is None else decoded + self.b_dec
 
     def base_parameters(self) -> int:
         """How many numbers are learned outside the adapters."""

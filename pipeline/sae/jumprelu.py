@@ -11,6 +11,7 @@ activations, which makes λ a share of the loss at the start. Cost: as ``standar
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Unpack, cast
 
 import torch
@@ -96,10 +97,10 @@ class JumpReLU(Plain):
         norm = math.sqrt(self.d_model)
         jump = cast("Callable[..., tuple[Tensor, Tensor]]", _Jump.apply)  # pyright: ignore[reportUnknownMemberType]
         is_active, code = jump(before, norm * self.threshold, norm * self.bandwidth)
-        return Codes(code, None, before, is_active)
+        return Codes(code, None, partial(torch.index_select, before, 1), is_active)
 
     def _sparsity(self, codes: Codes) -> Tensor:
         assert codes.is_active is not None
-        l0 = codes.is_active.sum() / len(codes.code)
+        l0 = codes.is_active.sum() / len(codes.is_active)
         coefficient = self.sparsity_factor * self.l0_coefficient * self.d_model
         return coefficient * (l0 / self.target_l0 - 1).square()

@@ -7,7 +7,7 @@ centred and no mean is taken by position, ``b_dec`` begins as the mean of all.
 
 A feature that is never kept gets no gradient and would stay dead. The auxiliary loss of Gao et al. 2024
 (arXiv 2406.04093, section 2.4) has the most active of the dead ones reconstruct what the code left over;
-it costs another product with the decoder while features are dead.
+it costs two further products, with the dead features' weights, while there are any.
 """
 
 from typing import Unpack
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, Codes, CommonSettings, empty_weight
 from .position_adapter import Rows
+from .sparse import SparseCode
 
 
 class Plain(Autoencoder):
@@ -50,20 +51,26 @@ class Plain(Autoencoder):
 
     def _activations(self, scaled: Tensor, rows: Rows) -> Tensor:
         """a; [rows, dictionary_size]."""
-        before = torch.addmm(self.b_enc, scaled - self.b_dec, self.W_enc)
+        before = torch.addmm(self._encoder_bias(), scaled, self.W_enc)
         return self.position_adapter.activations(before, rows, self.alpha).relu_()
+
+    def _encoder_bias(self) -> Tensor:
+        """b_enc less what b_dec takes off: taken off each row it would cost a product for its gradient."""
+        return self.b_enc - self.b_dec @ self.W_enc
 
     def _auxiliary(self, codes: Codes, residual: Tensor) -> Tensor:
         if self.dead is None or not self.training or self.auxiliary_coefficient == 0:
             return super()._auxiliary(codes, residual)
-        assert codes.before is not None
-        n_used = min(self.d_model // 2, self.dictionary_size) or 1
-        values, places = torch.where(self.dead, codes.before, 0).topk(n_used, dim=1, sorted=False)
-        code = torch.zeros_like(codes.before).scatter(1, places, values)
-        error = F.mse_loss(code @ self.W_dec, residual, reduction="sum") / len(residual)
-        # Fewer dead features than would be used can but explain their part.
-        share = (self.dead.sum() / n_used).clamp(max=1.0)
+        assert codes.activations_of is not None
+        dead = self.dead.nonzero()[:, 0]
+        activations = codes.activations_of(dead)
+        n_wanted = min(self.d_model // 2, self.dictionary_size) or 1
+        values, places = activations.topk(min(n_wanted, len(dead)), dim=1, sorted=False)
+        code = torch.zeros_like(activations).scatter(1, places, values)
+        error = F.mse_loss(code @ self.W_dec[dead], residual, reduction="sum") / len(residual)
+        # Fewer dead features than are wanted can but explain their part.
+        share = min(1.0, len(dead) / n_wanted)
         return self.auxiliary_coefficient * share * error
 
-    def _from_features(self, code: Tensor) -> Tensor:
-        return torch.addmm(self.b_dec, code, self.W_dec)
+    def _from_features(self, code: Tensor | SparseCode) -> Tensor:
+        return code @ self.W_dec + self.b_dec

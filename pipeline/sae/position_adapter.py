@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...store.errors import SettingsError
+from .sparse import SparseCode, split
 
 FORMS = ("bias", "gate", "table", "decoder")
 _MISSING = "this autoencoder needs the position of each row; give it positions, int64 [rows]"
@@ -123,6 +124,11 @@ class PositionAdapter(nn.Module):
         """Whether how a code is decoded depends on its range."""
         return self.decoder_in is not None and not self.is_shared
 
+    @property
+    def changes_activations(self) -> bool:
+        """Whether what goes into the activation function depends on the range."""
+        return self.bias is not None or self.gate is not None
+
     def n_numbers(self) -> int:
         """How many numbers are learned here."""
         return sum(weight.numel() for weight in self.parameters())
@@ -135,7 +141,7 @@ class PositionAdapter(nn.Module):
 
     def activations(self, before: Tensor, rows: Rows, alpha: float) -> Tensor:
         """What goes into the activation function; [rows, dictionary_size]."""
-        if alpha == 0.0 or (self.bias is None and self.gate is None):
+        if alpha == 0.0 or not self.changes_activations:
             return before
         index = self._range_of_rows(rows, before.device)
         if self.gate is not None:
@@ -144,13 +150,13 @@ class PositionAdapter(nn.Module):
             before = torch.add(before, self.bias[index], alpha=alpha)
         return before
 
-    def decoded(self, decoded: Tensor, code: Tensor, rows: Rows, alpha: float) -> Tensor:
+    def decoded(self, decoded: Tensor, code: Tensor | SparseCode, rows: Rows, alpha: float) -> Tensor:
         """Reconstructions [rows, d_model], scaled units, with what range and position add to them."""
         if alpha == 0.0:
             return decoded
         if self.decoder_in is not None and self.decoder_out is not None:
             lengths = [len(code)] if self.is_shared else rows.needed_lengths()
-            parts = zip(torch.split(code, lengths), self.decoder_in, self.decoder_out, strict=True)
+            parts = zip(split(code, lengths), self.decoder_in, self.decoder_out, strict=True)
             added = torch.cat([part @ inner @ outer for part, inner, outer in parts])
             decoded = torch.add(decoded, added, alpha=alpha)
         if self.table is not None:

@@ -44,4 +44,4 @@ class Standard(Plain):
 
     def _sparsity(self, codes: Codes) -> Tensor:
         # Nothing in the code is negative, so its sum is its L1 norm.
-        return self.sparsity_factor * self.l1_coefficient * codes.code.sum() / len(codes.code)
+        return self.sparsity_factor * self.l1_coefficient * codes.dense.sum() / len(codes.dense)
