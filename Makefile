@@ -4,6 +4,9 @@ BIN    := .venv/bin
 STORE  := data/demo.zarr
 RUNS   := data/runs
 FUZZ_SECONDS ?= 600
+PROCESSES ?= 2
+# So many processes of one thread each share a sweep: small autoencoders keep no two cores busy.
+SHARED := seq $(PROCESSES) | OMP_NUM_THREADS=1 xargs -P $(PROCESSES) -I N
 
 demo: .venv/ready  ## harvest the built-in model, inspect the store, train two autoencoders, compare them
 	$(BIN)/posae harvest $(STORE) --contexts 1024
@@ -15,12 +18,12 @@ demo: .venv/ready  ## harvest the built-in model, inspect the store, train two a
 
 paper: .venv/ready  ## every variant, ablation and control of the paper on the demo store, and a report; goes on where it stopped
 	$(BIN)/posae harvest $(STORE) --contexts 1024
-	$(BIN)/posae train $(STORE) data/paper --sweep examples/paper/all.toml --steps 600
+	$(SHARED) $(BIN)/posae train $(STORE) data/paper --sweep examples/paper/all.toml --steps 600
 	$(BIN)/posae report data/paper --out data/paper.html
 
 paper-quick: .venv/ready  ## the same in minutes, to see that it runs
 	$(BIN)/posae harvest data/quick.zarr --contexts 256
-	$(BIN)/posae train data/quick.zarr data/paper-quick --sweep examples/paper/quick.toml
+	$(SHARED) $(BIN)/posae train data/quick.zarr data/paper-quick --sweep examples/paper/quick.toml
 	$(BIN)/posae report data/paper-quick --out data/paper-quick.html
 
 test: .venv/ready  ## the tests

@@ -6,6 +6,7 @@ It imports torch, and so is imported once the store was found sound.
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def fit_to(store: ActivationStore, folder: Path) -> Fit:
 
 
 def train_all(store: ActivationStore, folder: Path, plan: Plan, memory: LayerMemory, together: int) -> None:
-    """Train and score all of a sweep that is not done yet.
+    """Train and score all of a sweep that is not done yet; several processes may do so at once.
 
     What is wrong with one run does not keep the others from being trained. What is wrong with the store or
     the disk does: it would be with theirs too.
@@ -130,32 +131,18 @@ def train_all(store: ActivationStore, folder: Path, plan: Plan, memory: LayerMem
     n_before = len(trainings) - len(left)
     before = f", {n_before} of them finished before" if n_before else ""
     errors.print(f"{len(trainings)} trainings{before}", soft_wrap=True)
-    failed: list[str] = []
-    started, cost = time.monotonic(), sum(planned.cost for planned in left)
-    cost_left, number = cost, n_before
-    planned_by_run = {folder / planned.folder: planned for planned in left}
-    for group in side_by_side([_training(store, folder, planned) for planned in left], together):
-        label = f"{number + 1}-{number + len(group)}" if len(group) > 1 else f"{number + 1}"
-        with LiveProgress() as progress:
-            broken = _train_group(group, _Labelled(progress, f"{label}/{len(trainings)}"), memory)
-        for training in group:
-            planned = planned_by_run[training.run.folder]
-            number += 1
-            label = f"{number}/{len(trainings)} {planned.folder}"
-            try:
-                if training in broken:
-                    raise broken[training]
-                with LiveProgress() as progress:
-                    _score(training, plan.scoring[planned.folder], _Labelled(progress, label))
-                told = _told(training.run.folder)
-            except (RunError, SettingsError) as error:
-                failed.append(f"{planned.folder}: {error}")
-                told = f"failed: {error}"
-            cost_left -= planned.cost
-            if cost_left:
-                seconds = (time.monotonic() - started) * cost_left / (cost - cost_left)
-                told += f"; about {duration(seconds)} left for the others"
-            errors.print(f"{label}: {told}", soft_wrap=True)
+    rest = _Rest(folder, plan, left, memory)
+    groups = side_by_side([_training(store, folder, planned) for planned in left], together)
+    # First what is free; then what other processes had, which may have died.
+    for wait in (False, True):
+        busy: list[list[Training]] = []
+        for group in groups:
+            with ExitStack() as held:
+                ours = [one for one in group if held.enter_context(one.run.locked(wait=wait))]
+                rest.train(ours)
+            busy.append([one for one in group if one not in ours])
+        groups = [group for group in busy if group]
+    failed = rest.failed
     if failed:
         raise RunError(
             f"{len(failed)} of {len(trainings)} trainings failed: {'; '.join(failed)}; "
@@ -164,22 +151,64 @@ def train_all(store: ActivationStore, folder: Path, plan: Plan, memory: LayerMem
     console.print(f"all of it lies in {folder}; compare it: posae report {folder}", soft_wrap=True)
 
 
-def _train_group(
-    group: Sequence[Training], progress: Progress, memory: LayerMemory
-) -> dict[Training, RunError | SettingsError]:
-    """Train those that share a pass; what kept some of them from beginning."""
-    begun: list[Ongoing] = []
-    broken: dict[Training, RunError | SettingsError] = {}
-    for training in group:
+class _Rest:
+    """What is left of a sweep, and how it fares.
+
+    Attributes:
+        failed: what went wrong, a line for each run.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, left: Sequence[Planned], memory: LayerMemory) -> None:
+        self._folder, self._plan, self._memory = folder, plan, memory
+        self._planned = {folder / planned.folder: planned for planned in left}
+        self._n_all = len(plan.trainings)
+        self._n_done = self._n_all - len(left)
+        self._started = time.monotonic()
+        self._cost = self._cost_left = sum(planned.cost for planned in left)
+        self.failed: list[str] = []
+
+    def train(self, group: Sequence[Training]) -> None:
+        """Train and score some that share a pass; their runs are locked."""
+        if not group:
+            return
+        numbers = (
+            f"{self._n_done + 1}-{self._n_done + len(group)}" if len(group) > 1 else f"{self._n_done + 1}"
+        )
+        begun: list[Ongoing] = []
+        broken: dict[Path, RunError | SettingsError] = {}
+        for training in group:
+            try:
+                ongoing = Ongoing.begin(training)
+            except (RunError, SettingsError) as error:
+                broken[training.run.folder] = error
+            else:
+                begun += [ongoing] if ongoing else []
+        if begun:
+            with LiveProgress() as progress:
+                train_together(begun, _Labelled(progress, f"{numbers}/{self._n_all}"), self._memory)
+        for training in group:
+            self._score(training, broken.get(training.run.folder))
+
+    def _score(self, training: Training, broken: RunError | SettingsError | None) -> None:
+        planned = self._planned[training.run.folder]
+        scoring = self._plan.scoring[planned.folder]
+        self._n_done += 1
+        label = f"{self._n_done}/{self._n_all} {planned.folder}"
         try:
-            ongoing = Ongoing.begin(training)
+            if broken:
+                raise broken
+            if not _is_done(training.store, self._folder, planned, scoring):
+                with LiveProgress() as progress:
+                    _score(training, scoring, _Labelled(progress, label))
+            told = _told(training.run.folder)
         except (RunError, SettingsError) as error:
-            broken[training] = error
-        else:
-            begun += [ongoing] if ongoing else []
-    if begun:
-        train_together(begun, progress, memory)
-    return broken
+            self.failed.append(f"{planned.folder}: {error}")
+            told = f"failed: {error}"
+        self._cost_left -= planned.cost
+        if self._cost_left:
+            seconds = (time.monotonic() - self._started) * self._cost_left / (self._cost - self._cost_left)
+            told += f"; about {duration(seconds)} left for the others"
+        errors.print(f"{label}: {told}", soft_wrap=True)
 
 
 def _training(store: ActivationStore, folder: Path, planned: Planned) -> Training:

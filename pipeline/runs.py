@@ -11,7 +11,8 @@ Every file is written whole or not at all, and nothing in it is pickled.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..store.errors import RunError, RunMismatchError, RunNotFoundError
-from ..store.files import StoreFiles, writing
+from ..store.files import StoreFiles, exclusive, writing
 
 CONFIG, METRICS, EVALUATION = "config.json", "metrics.jsonl", "evaluation.json"
 CHECKPOINT = "checkpoint/state.safetensors"
@@ -80,6 +81,19 @@ class Run:
         if not isinstance(found, dict):
             raise RunError(f"{self.folder / name} is no JSON object; train the run anew")
         return cast("dict[str, Any]", found)
+
+    @contextmanager
+    def locked(self, *, wait: bool = False) -> Generator[bool]:
+        """Hold the run, so that no other process trains it.
+
+        Gives whether it is held: not where another process has it and ``wait`` is not set.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        self._files.make_root()
+        with exclusive(self.folder, wait=wait) as is_held:
+            yield is_held
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Write the configuration, or check that the one there is the same.

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import __version__
-from ..store.errors import RunMismatchError, SettingsError, StoreIncompleteError
+from ..store.errors import RunBusyError, RunMismatchError, SettingsError, StoreIncompleteError
 from ..store.ranges import PositionRange, parse_ranges
 from ..store.reader import ActivationStore
 from ..store.stats import LayerStats
@@ -142,13 +142,21 @@ class Training:
         """Train, or go on, to the last step.
 
         Raises:
+            RunBusyError: another process trains the run.
             PosaeError: as ``Ongoing.begin`` and ``train_together``.
         """
-        ongoing = Ongoing.begin(self)
-        if ongoing is None:
-            return Trained(self.run, 0)
-        train_together([ongoing], progress, memory)
-        return Trained(self.run, ongoing.step - ongoing.start)
+        self.check()
+        with self.run.locked() as is_held:
+            if not is_held:
+                raise RunBusyError(
+                    f"{self.run.folder} is being trained by another process; wait for it, or give another "
+                    "folder"
+                )
+            ongoing = Ongoing.begin(self)
+            if ongoing is None:
+                return Trained(self.run, 0)
+            train_together([ongoing], progress, memory)
+            return Trained(self.run, ongoing.step - ongoing.start)
 
     def batches(self, decoded: DecodedLayer | None = None) -> ShuffledBatches:
         """What it reads, in its order; ``decoded`` is where the layer is to be kept."""

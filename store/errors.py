@@ -17,6 +17,7 @@ and exits with 1. Anything that is no ``PosaeError`` is a bug and keeps its trac
     ├── CorpusError (ValueError)                text that is missing, too little or not text
     └── RunError
         ├── RunNotFoundError (FileNotFoundError)  there is no run here
+        ├── RunBusyError (BlockingIOError)      another process trains the run
         └── RunMismatchError (ValueError)       the run was begun with other settings or another store
 """
 
@@ -100,6 +101,10 @@ class RunError(PosaeError):
 
 class RunNotFoundError(RunError, FileNotFoundError):
     """There is no run here."""
+
+
+class RunBusyError(RunError, BlockingIOError):
+    """Another process trains the run."""
 
 
 class RunMismatchError(RunError, ValueError):

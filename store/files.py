@@ -315,13 +315,20 @@ def writing(path: Path) -> Generator[None]:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Generator[None]:
-    """Hold the lock of a folder, waiting for it; a kill frees it."""
+def exclusive(folder: Path, *, wait: bool = True) -> Generator[bool]:
+    """Hold the lock of a folder; a kill frees it.
+
+    Gives whether it is held: not where another process has it and ``wait`` is not set.
+    """
     with writing(folder):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        is_held = True
         with writing(folder):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                is_held = False
+        yield is_held
     finally:
         os.close(handle)

@@ -139,6 +139,33 @@ def test_a_killed_sweep_goes_on_to_the_same_weights_and_one_bad_run_does_not_sto
     assert weights(killed) == weights(whole)
 
 
+def test_processes_share_a_sweep_and_what_one_of_them_leaves_is_finished(
+    posae: Posae, store: Path, tmp_path: Path
+) -> None:
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    path = sweep_file(tmp_path, steps=150)
+    words = [sys.executable, "-m", "posae", "train", store, shared, "--sweep", path, "--together", "1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen(words, stderr=subprocess.PIPE, env=env, text=True) for _ in range(3)]
+    while all(process.poll() is None for process in processes) and not any(shared.rglob("state.safetensors")):
+        time.sleep(0.001)
+    processes[0].kill()
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [-signal.SIGKILL, 0, 0], said
+    assert posae("train", store, whole, "--sweep", path).code == 0
+    assert weights(shared) == weights(whole)
+    # Nobody trained what another had: what all say together is each run once, and the killed one's again.
+    told = [line.split(":")[0].split()[-1] for text in said for line in text.splitlines() if "FVU" in line]
+    assert {name for name in told if "/seed-" in name} == FOLDERS
+
+
+def test_a_run_that_is_being_trained_is_left_alone(posae: Posae, store: Path, tmp_path: Path) -> None:
+    with Run(tmp_path / "run").locked():
+        ended = posae("train", store, tmp_path / "run", "--steps", 4)
+    assert (ended.code, "is being trained by another process" in " ".join(ended.err.split())) == (1, True)
+    assert not any((tmp_path / "run").iterdir())
+
+
 def test_a_run_that_diverges_is_a_result_and_the_others_are_trained(
     posae: Posae, store: Path, tmp_path: Path
 ) -> None:
