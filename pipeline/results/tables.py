@@ -129,6 +129,29 @@ def by_range(series: Sequence[Series]) -> list[Table]:
 
 Measure = tuple[str, Callable[[Measured], float | None]]
 
+_BEYOND: tuple[Measure, ...] = (
+    ("CE-loss recovered", lambda run: run.score("ce_loss", "recovered")),
+    *(
+        (f"probing {what}, {k}", lambda run, what=what, k=k: run.probe(what, k))
+        for what in ("codes", "activations")
+        for k in ("1", "5", "all")
+    ),
+)
+
+
+def beyond(series: Sequence[Series]) -> Table:
+    """What ``posae evaluate`` measures only where it is asked to: a line to each run that has some of it."""
+    measures = [(name, value) for name, value in _BEYOND if any(map(_told(value), series))]
+    rows = [
+        [one.label, *(f"{found[0]:.3f}" if (found := one.mean(value)) else "-" for _, value in measures)]
+        for one in series
+        if any(_told(value)(one) for _, value in measures)
+    ]
+    return Table(
+        "CE-loss recovered, and accuracy of sparse probes", ["run", *(name for name, _ in measures)], rows
+    )
+
+
 _RETENTION: Measure = ("retention", lambda run: run.score("retention"))
 _BASE: Measure = ("FVU of base", lambda run: run.score("fvu_base"))
 _KEPT: Measure = ("decoder kept", lambda run: run.decoder_kept)
