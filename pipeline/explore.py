@@ -11,7 +11,7 @@ features a byte to each position of their excerpts.
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -265,9 +265,8 @@ def _place(run: Run, path: str) -> str:
         scored: Any = run.evaluation.get("store")
     except RunError:
         return path
-    if isinstance(scored, dict) and scored.get("trained_from") and isinstance(scored.get("path"), str):  # pyright: ignore
-        return scored["path"]  # pyright: ignore
-    return path
+    told = cast("dict[str, Any]", scored) if isinstance(scored, dict) else {}
+    return str(told.get("path") or path) if told.get("trained_from") else path
 
 
 def _code(

@@ -1,6 +1,7 @@
-// The feature explorer of a report's page. Python writes each run as one JSON block (explorer.py); this reads a
-// block when its run is chosen, and makes elements for one page of the list and one feature, so that thousands
-// of features cost nothing until they are looked at. Text goes into the page as text nodes and attributes only.
+// The feature explorer of a report's page. Python writes each run as one JSON block (explorer.py); this
+// reads a block when its run is chosen, and makes elements for one page of the list and one feature, so that
+// thousands of features cost nothing until they are looked at. Text goes into the page as text nodes and
+// attributes only.
 "use strict";
 (() => {
   const PAGE = 40; // features of the list that are elements at once
@@ -17,13 +18,15 @@
   const pane = root.querySelector(".feature");
 
   const COLUMNS = [
+    // Name, what it means, what is sorted by, and how it is written.
     ["feature", "row of the decoder", (f) => f.number, (f) => String(f.number)],
     ["density", "share of tokens on which it fires", (f) => f.density, (f) => share(f.density)],
-    ["specificity", "what firing tells of the position range, in bits", (f) => f.specificity,
-      (f) => small(f.specificity)],
-    ["bits/firing", "specialisation: bits that one firing tells of the position range, above chance", (f) => f.specialisation,
-      (f) => bits(f.specialisation)],
-    ["peak", "the largest activation in size", (f) => Math.abs(f.excerpts[0][1]), (f) => number(f.excerpts[0][1])],
+    ["specificity", "what firing tells of the position range, in bits",
+      (f) => f.specificity, (f) => small(f.specificity)],
+    ["bits/firing", "specialisation: bits that one firing tells of the position range, above chance",
+      (f) => f.specialisation, (f) => bits(f.specialisation)],
+    ["peak", "the largest activation in size",
+      (f) => Math.abs(f.excerpts[0][1]), (f) => number(f.excerpts[0][1])],
   ];
 
   let run, shown, chosen;
@@ -41,7 +44,8 @@
   }
 
   function drawing(width, height, ...children) {
-    const made = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, preserveAspectRatio: "none" });
+    const viewBox = `0 0 ${width} ${height}`;
+    const made = svg("svg", { viewBox, width, height, preserveAspectRatio: "none" });
     made.append(...children);
     return made;
   }
@@ -74,7 +78,10 @@
   }
 
   function levels(excerpt) {
-    return Int8Array.from(atob(excerpt[3]), (character) => character.charCodeAt(0));
+    const bytes = atob(excerpt[3]);
+    const found = new Int8Array(bytes.length);
+    for (let i = 0; i < bytes.length; i++) found[i] = bytes.charCodeAt(i); // a search decodes every excerpt
+    return found;
   }
 
   /** The tokens on which a feature is large in its excerpts, the largest first, each once. */
@@ -82,11 +89,11 @@
     if (!feature.strong) {
       const largest = new Map();
       for (const excerpt of feature.excerpts) {
-        const tokens = run.tokens[excerpt[0]];
-        levels(excerpt).forEach((level, position) => {
-          const size = Math.abs(level);
-          if (size >= STRONG && size > (largest.get(tokens[position]) || 0)) largest.set(tokens[position], size);
-        });
+        const [tokens, values] = [run.tokens[excerpt[0]], levels(excerpt)];
+        for (let i = 0; i < values.length; i++) {
+          const size = Math.abs(values[i]);
+          if (size >= STRONG && size > (largest.get(tokens[i]) || 0)) largest.set(tokens[i], size);
+        }
       }
       feature.strong = [...largest].sort((a, b) => b[1] - a[1]).map(([token]) => run.texts[token]);
     }
@@ -101,7 +108,8 @@
     const found = run.features.filter((feature) => wanted !== null ? feature.number === wanted
       : !words || strongTokens(feature).some((text) => text.toLowerCase().includes(words)));
     const value = COLUMNS[sorting.column][2];
-    found.sort((a, b) => (sorting.falls ? value(b) - value(a) : value(a) - value(b)) || a.number - b.number);
+    const sign = sorting.falls ? -1 : 1;
+    found.sort((a, b) => sign * (value(a) - value(b)) || a.number - b.number);
     shown = found;
     page = 0;
     controls.told.value = words ? `${found.length} of ${run.features.length} features` : "";
@@ -119,19 +127,22 @@
         sorting = { column: index, falls: isSorted ? !sorting.falls : index !== 0 };
         choose();
       });
-      return element("th", isSorted ? { "aria-sort": sorting.falls ? "descending" : "ascending" } : {}, button);
+      const order = isSorted ? { "aria-sort": sorting.falls ? "descending" : "ascending" } : {};
+      return element("th", order, button);
     }), element("th", {}, "tokens")));
     body.replaceChildren(...shown.slice(page * PAGE, (page + 1) * PAGE).map(listed));
     const nPages = Math.ceil(shown.length / PAGE);
     const last = Math.min(shown.length, (page + 1) * PAGE);
     const where = shown.length ? `${page * PAGE + 1}-${last} of ${shown.length}` : "no such feature";
-    pager.replaceChildren(turn("‹", page > 0, -1), element("span", {}, where), turn("›", page + 1 < nPages, 1));
+    const [earlier, later] = [turn("‹", page > 0, -1), turn("›", page + 1 < nPages, 1)];
+    pager.replaceChildren(earlier, element("span", {}, where), later);
   }
 
   function listed(feature) {
     const row = element("tr", { "data-feature": feature.number, tabindex: 0 },
       ...COLUMNS.map(([, , , text]) => element("td", {}, text(feature))),
-      element("td", { class: "tokens" }, strongTokens(feature).slice(0, 8).map(visible).join(" · ")));
+      element("td", { class: "tokens" },
+        ...strongTokens(feature).slice(0, 8).map((text) => element("span", {}, visible(text)))));
     if (feature === chosen) row.setAttribute("aria-current", "true");
     row.addEventListener("click", () => select(feature));
     return row;
@@ -195,18 +206,18 @@
     const y = (value) => 1 + (48 * (high - value)) / (high - low || 1);
     const wide = 320 / values.length;
     const bars = values.map((value, i) =>
-      `M${(i * wide).toFixed(2)} ${y(0).toFixed(2)}V${y(value).toFixed(2)}h${(wide * 0.85).toFixed(2)}V${y(0).toFixed(2)}z`);
-    const chart = drawing(320, 50, edges(320, 50), svg("path", { d: bars.join(""), class: "bars" }),
+      `M${(i * wide).toFixed(2)} ${y(0)}V${y(value).toFixed(2)}h${(wide * 0.85).toFixed(2)}V${y(0)}z`);
+    const chart = drawing(320, 50, svg("path", { d: bars.join(""), class: "bars" }), edges(320, 50),
       svg("path", { d: `M0 ${y(0)}h320`, class: "axis" }));
     chart.append(title(`${name} in ${values.length} bins of positions`));
-    return element("div", { class: "profile" },
-      element("h4", {}, name, element("span", {}, `${most < 0 ? "down" : "up"} to ${show(most)}`)), chart, scale());
+    const heading = element("h4", {}, name, element("span", {}, `${most < 0 ? "down" : "up"} to ${show(most)}`));
+    return element("div", { class: "profile" }, heading, chart, scale());
   }
 
   /** Lines where position ranges begin. */
   function edges(width, height) {
-    const at = run.ranges.slice(1).map(([start]) => `M${((width * start) / run.length).toFixed(2)} 0v${height}`);
-    return svg("path", { d: at.join(""), class: "edges" });
+    const starts = run.ranges.slice(1).map(([start]) => ((width * start) / run.length).toFixed(2));
+    return svg("path", { d: starts.map((x) => `M${x} 0v${height}`).join(""), class: "edges" });
   }
 
   function scale() {
@@ -224,14 +235,13 @@
   }
 
   function rangeTable() {
-    const rows = [["density", chosen.densityByRange.map(share)], ["mean activation", chosen.meanByRange.map(number)]];
-    if (chosen.baseByRange) {
-      rows.push(["without adapter", chosen.baseByRange.map(number)],
-        ["what the adapter adds", chosen.meanByRange.map((mean, r) => signed(mean - chosen.baseByRange[r]))]);
+    const { densityByRange: density, meanByRange: mean, baseByRange: base, decoderByRange: cosine } = chosen;
+    const rows = [["density", density.map(share)], ["mean activation", mean.map(number)]];
+    if (base) {
+      rows.push(["without adapter", base.map(number)]);
+      rows.push(["what the adapter adds", mean.map((value, r) => signed(value - base[r]))]);
     }
-    if (chosen.decoderByRange) {
-      rows.push(["cosine of adapted direction", chosen.decoderByRange.map((x) => x.toFixed(3))]);
-    }
+    if (cosine) rows.push(["cosine of adapted direction", cosine.map((x) => x.toFixed(3))]);
     return element("div", { class: "wide" }, element("table", { class: "ranges" },
       element("tr", {}, element("th", {}, "positions"),
         ...run.ranges.map(([start, stop]) => element("th", {}, `${start}:${stop}`))),
@@ -264,10 +274,10 @@
       text.append(token(tokens[i], i, values[i], unit, i === position));
     }
     if (stop < tokens.length) text.append(" …");
-    return element("div", { class: "excerpt" },
-      element("div", { class: "where" }, element("b", {}, number(peak)), ` at ${position}`, ruler(values, position),
-        element("small", {}, element("span", {}, "0"), `context ${context}`, element("span", {}, String(run.length)))),
-      text);
+    const ends = [element("span", {}, "0"), `context ${context}`, element("span", {}, String(run.length))];
+    const where = element("div", { class: "where" }, element("b", {}, number(peak)), ` at ${position}`,
+      ruler(values, position), element("small", {}, ...ends));
+    return element("div", { class: "excerpt" }, where, text);
   }
 
   function token(index, position, level, unit, isPeak) {
@@ -284,7 +294,8 @@
     const wide = 128 / values.length;
     let bars = "";
     values.forEach((level, i) => {
-      if (level) bars += `M${(i * wide).toFixed(2)} 20v${((-14 * level) / LEVELS).toFixed(2)}h${wide.toFixed(2)}V20z`;
+      const [x, up] = [i * wide, (-14 * level) / LEVELS].map((value) => value.toFixed(2));
+      if (level) bars += `M${x} 20v${up}h${wide}V20z`;
     });
     const mark = ((position + 0.5) * wide).toFixed(2);
     const high = values.some((level) => level < 0) ? 35 : 21;
@@ -305,10 +316,11 @@
   /** What was looked at, and which features these are. */
   function about() {
     const [start, stop] = run.contexts;
-    const all = run.features.length === run.nFired ? "all of them" : `${count(run.features.length)} of them: half those `
-      + "of the largest specificity, the others spread evenly from the rarest to the densest";
-    return `${run.folder}, layer ${run.layer}. Of ${count(run.nFeatures)} features ${count(run.nFired)} fired on `
-      + `${count(run.nTokens)} ordinary tokens of the held-out contexts ${start}:${stop}; shown are ${all}.`
+    const isAll = run.features.length === run.nFired;
+    const shown = isAll ? "all of them" : `${count(run.features.length)} of them: half those of the largest `
+      + "specificity, the others spread evenly from the rarest to the densest";
+    return `${run.folder}, layer ${run.layer}. Of ${count(run.nFeatures)} features ${count(run.nFired)} fired `
+      + `on ${count(run.nTokens)} ordinary tokens of the held-out contexts ${start}:${stop}; shown are ${shown}.`
       + (run.note ? ` Token ids stand in place of text: ${run.note}.` : "");
   }
 
