@@ -77,10 +77,13 @@ class Report:
 
     def measurements(self) -> list[Table]:
         """What was measured, in tables."""
-        series = self.series()
-        found = [tables.scores(series), *tables.by_range(series), tables.beyond(series)]
+        found = [tables.scores(self.series()), *tables.by_range(self.series())]
         found += [tables.of_study(study) for study in self.studies]
         return [table for table in found if table.rows]
+
+    def written(self) -> list[Table]:
+        """The same with what a terminal has no room for: CE-loss recovered and probing."""
+        return [*self.measurements(), *tables.beyond(self.series())]
 
     def named(self) -> list[tuple[str, Path]]:
         """What each row of a table is called, and the folder of its run; of several seeds the first."""
@@ -241,9 +244,9 @@ def write(report: Report, path: Path, explored: Sequence[Explored | Unexplored] 
     if path.suffix == ".html":
         from .results.page import page
 
-        text = page(report.answers(), report.series(), report.measurements(), explored, report.provenance())
+        text = page(report.answers(), report.series(), report.written(), explored, report.provenance())
     elif path.suffix == ".md":
-        text = markdown([*report.answers(), *report.measurements()])
+        text = markdown([*report.answers(), *report.written()])
     else:
         raise SettingsError(
             f"{path} is neither a page (.html) nor Markdown (.md); give it one of these endings"

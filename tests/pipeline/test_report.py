@@ -335,10 +335,11 @@ def test_scores_that_are_only_measured_where_asked_for_have_a_table(made: "type[
     score = {"accuracy": 0.75, "standard_error": 0.1}
     means = {what: dict.fromkeys(("1", "2", "5", "all"), score) for what in ("codes", "activations")}
     asked = made.run(ce_loss={"recovered": 0.9}, probing={"mean": means})
-    table = beyond([Series("asked", [asked]), Series("plain", [made.run()])])
-    assert table.columns[:3] == ["run", "CE-loss recovered", "probing codes, 1"]
-    assert [row[:3] for row in table.rows] == [["asked", "0.900", "0.750"]]
-    assert beyond([Series("plain", [made.run()])]).rows == []
+    lost, probes = beyond([Series("asked", [asked]), Series("plain", [made.run()])])
+    assert (lost.columns, lost.rows) == (["run", "CE-loss recovered"], [["asked", "0.900"]])
+    assert probes.columns[:3] == ["run", "codes, k = 1", "codes, k = 5"]
+    assert [row[:3] for row in probes.rows] == [["asked", "0.750", "0.750"]]
+    assert beyond([Series("plain", [made.run()])]) == []
 
 
 def test_another_ending_is_refused(sweep: Path, tmp_path: Path) -> None:
