@@ -5,8 +5,8 @@ feature did; the second reads again those contexts in which the chosen features 
 written.
 
 Cost: encoding each context twice, and once more where position adapters are taken off to see what they
-change. Memory: a batch of codes, 20 bytes to each feature and position (28 with adapters), and of the chosen
-features a byte to each position of their excerpts.
+change. Memory: a batch of codes a few times over; at most 28 bytes to each feature and position (44 with
+adapters); and of the chosen features a byte to each position of their excerpts.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
