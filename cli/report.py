@@ -11,13 +11,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .display import console
+from .display import LiveProgress, console
+from .options import Cache, CacheSize
 
 if TYPE_CHECKING:
     from ..pipeline.report import Report
+    from ..pipeline.results.explored import Explored, Unexplored
     from ..pipeline.results.tables import Table as Words
 
 _ANY_WIDTH = 10_000
+_N_FEATURES = 300
 
 _COLOURS = {
     **dict.fromkeys(("holds", "helped"), "bold green"),
@@ -33,8 +36,27 @@ def report(
         Path | None,
         typer.Option("--out", help="Write a page with figures (page.html), or tables (report.md), instead."),
     ] = None,
+    features: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help=f"Features of each run that a page shows, by default {_N_FEATURES}, 0 for none; of a sweep "
+            "by default none, and else of the first seed of each run.",
+            show_default=False,
+        ),
+    ] = None,
+    contexts: Annotated[
+        int, typer.Option(min=1, help="Held-out contexts that are looked through for them, at most.")
+    ] = 1024,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Hub id or folder of the tokenizer that shows tokens as text.")
+    ] = None,
+    cache: Cache = None,
+    cache_size: CacheSize = None,
 ) -> None:
     """Compare runs by their scores on the held-out part, and judge what a sweep was made for.
+
+    A page also shows features: where each fires, and on what text. For that the runs' stores are read.
 
     Example: posae report runs/paper runs/baseline --out page.html
     """
@@ -43,7 +65,20 @@ def report(
 
     found = collect(runs)
     if out is not None:
-        write(found, out)
+        n_features = (0 if found.studies else _N_FEATURES) if features is None else features
+        explored: list[Explored | Unexplored] = []
+        if out.suffix == ".html" and n_features:
+            from ..pipeline.explore import explore_runs
+
+            with LiveProgress() as progress:
+                explored = explore_runs(
+                    found.named(),
+                    n_features=n_features,
+                    n_contexts=contexts,
+                    tokenizer=tokenizer,
+                    progress=progress,
+                )
+        write(found, out, explored)
     if as_json:
         typer.echo(json.dumps(in_json(found)))
     elif out is None:

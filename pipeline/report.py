@@ -17,11 +17,14 @@ from ..store.files import StoreFiles
 from .results import tables
 from .results.claims import Judged, judged
 from .results.comparison import Finding, findings
+from .results.explored import Explored, Unexplored
 from .results.markdown import markdown
 from .results.measured import Measured, Study, StudyRun
+from .results.provenance import Provenance, provenance
 from .results.tables import Series, Table
 from .results.verdicts import Interval
 from .runs import EVALUATION, Run
+from .settings import TrainSettings, train_words
 
 SWEEP = "sweep.json"
 
@@ -77,6 +80,28 @@ class Report:
         found = [tables.scores(self.series()), *tables.by_range(self.series())]
         found += [tables.of_study(study) for study in self.studies]
         return [table for table in found if table.rows]
+
+    def written(self) -> list[Table]:
+        """The same with what a terminal has no room for: CE-loss recovered and probing."""
+        return [*self.measurements(), *tables.beyond(self.series())]
+
+    def named(self) -> list[tuple[str, Path]]:
+        """What each row of a table is called, and the folder of its run; of several seeds the first."""
+        return [(one.label, Path(one.runs[0].folder)) for one in self.series()]
+
+    def provenance(self) -> list[Provenance]:
+        """Where each run with scores comes from."""
+        defaults = {name: field.default for name, field in TrainSettings.model_fields.items()}
+        return [
+            provenance(
+                one.label if len(one.runs) == 1 else f"{one.label}, seed {run.setting('seed')}",
+                run,
+                defaults,
+                train_words,
+            )
+            for one in self.series()
+            for run in one.runs
+        ]
 
     def answers(self) -> list[Table]:
         """What is missing, and what follows from what is there."""
@@ -204,8 +229,13 @@ def _interval(found: Interval | None) -> dict[str, float | int | None] | None:
     return {"mean": found.mean, **ends, "seeds": found.n}
 
 
-def write(report: Report, path: Path) -> None:
+def write(report: Report, path: Path, explored: Sequence[Explored | Unexplored] = ()) -> None:
     """Write a report to a file: a page with figures, or Markdown, by the name's ending.
+
+    Args:
+        report: what is written.
+        path: ends in .html or .md.
+        explored: features that a page shows besides.
 
     Raises:
         SettingsError: another ending.
@@ -214,9 +244,9 @@ def write(report: Report, path: Path) -> None:
     if path.suffix == ".html":
         from .results.page import page
 
-        text = page(report.answers(), report.series(), report.measurements())
+        text = page(report.answers(), report.series(), report.written(), explored, report.provenance())
     elif path.suffix == ".md":
-        text = markdown([*report.answers(), *report.measurements()])
+        text = markdown([*report.answers(), *report.written()])
     else:
         raise SettingsError(
             f"{path} is neither a page (.html) nor Markdown (.md); give it one of these endings"

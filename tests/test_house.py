@@ -33,7 +33,7 @@ ONLY_IN = {
     "google": "store/gs.py",
     "paramiko": "store/sftp.py",
 }
-STAGES = {"harvest", "train", "evaluate", "report", "sweep", "plant", "copy", "merge"}
+STAGES = {"harvest", "train", "evaluate", "explore", "report", "sweep", "plant", "copy", "merge"}
 SPOKEN_BY_ALL = {"progress"}  # a protocol: how a stage, or a part that works for one, says what it does
 FILES = sorted(path.relative_to(ROOT) for folder in MAY_USE for path in (ROOT / folder).rglob("*.py"))
 

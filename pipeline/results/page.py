@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: tables, verdicts, and figures that Plotly draws.
+"""A report as one HTML file that needs nothing else: tables, verdicts, figures that Plotly draws, features.
 
 The library is written into the page, so it is about 5 MB and opens without a network; a policy in its head
 forbids the browser to fetch anything. All words are escaped; figures are JSON in which ``<`` and ``/`` are
@@ -10,7 +10,12 @@ from collections.abc import Iterable, Sequence
 
 from plotly.io import to_html  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
 
+from .explored import Explored, Unexplored
+from .explorer import explorer
+from .explorer import style as explorer_style
 from .figures import Figure, drawn
+from .provenance import Provenance
+from .provenance import section as provenance_section
 from .tables import Series, Table
 
 _POLICY = (
@@ -29,7 +34,16 @@ border-collapse: collapse; font-variant-numeric: tabular-nums; } th, td { text-a
 top; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #ddd; } th { border-bottom: 2px solid #999;
 white-space: nowrap; } .figure { text-align: right; white-space: nowrap; } .yes, .no, .unknown { white-space:
 nowrap; font-weight: 600; } .yes { color: #00704f; } .no { color: #b3261e; } .unknown { color: #8a6100; }
+details.run { border-top: 1px solid #ddd; padding: .4rem 0; } summary { cursor: pointer; }
+details h3 { font-size: .95rem; margin: .8rem 0 .2rem; } .facts { font-size: 13px; }
+.facts th, .facts td { border-bottom: 1px solid #eee; } .facts th { font-weight: 400; color: #666; }
+.facts td, pre.command { overflow-wrap: anywhere; }
+.beside { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 2rem; }
+.beside h3 { margin-top: .2rem; }
+pre.command { background: #f4f4f4; padding: .5rem .8rem; white-space: pre-wrap; }
+@media (max-width: 60rem) { .beside { grid-template-columns: minmax(0, 1fr); } }
 @media print {
+  details::details-content { content-visibility: visible; block-size: auto; }
   body { max-width: none; margin: 0; font-size: 10pt; } nav, .modebar { display: none !important; }
   section { break-inside: avoid-page; } .wide { overflow: visible; } a { color: inherit; }
 }
@@ -42,10 +56,20 @@ _CLASSES = {
 }
 
 
-def page(answers: Iterable[Table], series: Sequence[Series], measurements: Iterable[Table]) -> str:
-    """The page: answers first, then figures, then what was measured."""
+def page(
+    answers: Iterable[Table],
+    series: Sequence[Series],
+    measurements: Iterable[Table],
+    explored: Sequence[Explored | Unexplored] = (),
+    provenance: Sequence[Provenance] = (),
+) -> str:
+    """The page: answers first, then what was measured, figures, features, and where all of it comes from."""
     figures = [_figure(number, *found) for number, found in enumerate(drawn(series))]
-    sections = [*map(_table, answers), *figures, *map(_table, measurements)]
+    sections = [*map(_table, answers), *map(_table, measurements), *figures]
+    if explored:
+        sections.append(("Feature explorer", explorer(explored)))
+    if provenance:
+        sections.append(("Provenance", provenance_section(provenance)))
     titles = [title for title, _ in sections]
     body = "\n".join(
         f'<section id="part-{number}"><h2>{html.escape(title)}</h2>\n{inner}</section>'
@@ -58,7 +82,7 @@ def page(answers: Iterable[Table], series: Sequence[Series], measurements: Itera
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>posae report</title>
-<style>{_STYLE}</style>
+<style>{_STYLE}{explorer_style() if explored else ""}</style>
 </head>
 <body>
 <h1>posae report</h1>

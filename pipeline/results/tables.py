@@ -129,6 +129,34 @@ def by_range(series: Sequence[Series]) -> list[Table]:
 
 Measure = tuple[str, Callable[[Measured], float | None]]
 
+_BEYOND: dict[str, tuple[Measure, ...]] = {
+    "what the language model loses": (
+        ("CE-loss recovered", lambda run: run.score("ce_loss", "recovered")),
+        ("KL in nats", lambda run: run.score("ce_loss", "kl")),
+    ),
+    "accuracy of sparse probes": tuple(
+        (f"{what}, k = {k}", lambda run, what=what, k=k: run.probe(what, k))
+        for what in ("codes", "activations")
+        for k in ("1", "5", "all")
+    ),
+}
+
+
+def beyond(series: Sequence[Series]) -> list[Table]:
+    """What is measured only where ``posae evaluate`` is asked to; a line to each run that has some of it."""
+    found: list[Table] = []
+    for title, all_measures in _BEYOND.items():
+        measures = [(name, value) for name, value in all_measures if any(map(_told(value), series))]
+        told = [(one.label, [one.mean(value) for _, value in measures]) for one in series]
+        rows = [
+            [label, *(f"{mean[0]:.3f}" if mean else "-" for mean in means)]
+            for label, means in told
+            if any(means)
+        ]
+        found.append(Table(title, ["run", *(name for name, _ in measures)], rows))
+    return [table for table in found if table.rows]
+
+
 _RETENTION: Measure = ("retention", lambda run: run.score("retention"))
 _BASE: Measure = ("FVU of base", lambda run: run.score("fvu_base"))
 _KEPT: Measure = ("decoder kept", lambda run: run.decoder_kept)

@@ -1,6 +1,7 @@
 """``posae report`` by real invocations, on real trainings of a few steps."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,59 @@ def test_a_page_of_one_plain_run_has_its_figures(posae: Posae, sweep: Path, tmp_
     page = (tmp_path / "page.html").read_text()
     assert "Figure 1a" in page
     assert "the paper's claims" not in page
+
+
+def explorers(page: Path) -> list[dict[str, Any]]:
+    """The features that a page shows, of each run."""
+    blocks: list[str] = re.findall('class="explored">(.*?)</script>', page.read_text())
+    return [json.loads(block) for block in blocks]
+
+
+def test_a_page_of_runs_shows_features_with_their_text(posae: Posae, sweep: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    runs = (sweep / "paper" / "seed-0", sweep / "paper.agnostic" / "seed-1")
+    assert posae("report", *runs, "--out", page, "--features", 20)[0] == 0
+    ours, theirs = explorers(page)
+    assert [run["label"] for run in (ours, theirs)] == ["seed-0", "seed-1"]
+    assert len(ours["features"]) == 20
+    assert ours["contexts"] == [16, 24]
+    assert all(feature["baseByRange"] for feature in ours["features"])
+    assert not any(feature["baseByRange"] for feature in theirs["features"])
+    assert "<bos>" in ours["texts"]
+    assert any(text.isidentifier() for text in ours["texts"])
+    assert ours["note"] is None
+    assert posae("report", *runs, "--out", page, "--features", 5, "--contexts", 3)[0] == 0
+    assert explorers(page)[0]["contexts"] == [16, 19]
+    assert posae("report", *runs, "--out", page, "--features", 0)[0] == 0
+    assert explorers(page) == []
+
+
+def test_a_sweeps_page_shows_features_of_the_first_seeds_where_asked_to(
+    posae: Posae, sweep: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    assert posae("report", sweep, "--out", page)[0] == 0
+    assert explorers(page) == []
+    assert posae("report", sweep, "--out", page, "--features", 4)[0] == 0
+    found = [(run["label"], Path(run["folder"]).name) for run in explorers(page)]
+    assert found == [("paper", "seed-0"), ("paper.agnostic", "seed-0")]
+
+
+def test_without_the_store_a_page_is_made_and_says_what_it_lacks(
+    posae: Posae, sweep: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(sweep / "paper" / "seed-0", tmp_path / "run")
+    for name in ("config.json", "evaluation.json"):
+        told = json.loads((run / name).read_text())
+        told["store"]["path"] = str(tmp_path / "nowhere.zarr")
+        (run / name).write_text(json.dumps(told))
+    page = tmp_path / "page.html"
+    code, out, err = posae("report", run, "--out", page)
+    assert (code, out.strip()) == (0, f"{page}: written")
+    assert "no explorer of run:" in " ".join(err.split())
+    assert "nowhere.zarr" in page.read_text()
+    assert "has no explorer" in page.read_text()
+    assert explorers(page) == []
 
 
 def test_another_ending_is_an_error_in_one_line(posae: Posae, sweep: Path, tmp_path: Path) -> None:

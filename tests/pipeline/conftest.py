@@ -1,10 +1,15 @@
-"""Runs and sweeps that were never trained: files as posae writes them, with the figures that a test wants."""
+"""Runs and sweeps that were never trained: files as posae writes them, with the figures that a test wants.
+
+And a real browser to open their pages in.
+"""
 
 import json
 import math
+import shutil
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -170,3 +175,37 @@ class MadeRuns:
 def made() -> type[MadeRuns]:
     """Makes runs and sweeps that were never trained."""
     return MadeRuns
+
+
+class Opened(NamedTuple):
+    """What became of a page."""
+
+    dom: str
+    """HTML of all that is there in the end."""
+    console: list[str]
+    """What was complained of."""
+
+
+OpenPage = Callable[[Path], Opened]
+
+
+@pytest.fixture
+def open_page(tmp_path: Path) -> OpenPage:
+    """Opens a page in a real browser that reaches no network."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next((found for name in names if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("there is no Chromium here: apt-get install chromium")
+
+    def open_page(page: Path) -> Opened:
+        words = (
+            *("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"),
+            *("--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=10000"),
+            f"--user-data-dir={tmp_path / 'browser'}",
+        )
+        ended = subprocess.run(
+            [browser, *words, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        )
+        return Opened(ended.stdout, [line for line in ended.stderr.splitlines() if "CONSOLE" in line])
+
+    return open_page

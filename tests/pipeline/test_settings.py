@@ -1,7 +1,7 @@
 """Settings: one declaration, many sources, and refusals that help."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,8 +13,14 @@ from posae.pipeline.settings import (
     build,
     nearest,
     resolve_settings,
+    train_words,
 )
+from posae.pipeline.train import resolve
+from posae.store import ActivationStore
 from posae.store.errors import SettingsError
+
+if TYPE_CHECKING:
+    from ..conftest import Made
 
 
 def train(options: dict[str, Any], preset: str | None = None, config: Path | None = None) -> TrainSettings:
@@ -113,3 +119,51 @@ def test_tokens_are_rounded_up_to_whole_contexts() -> None:
 
 def test_what_is_nothing_like_a_word_gets_the_whole_list() -> None:
     assert nearest("zzz", ["b", "a"]) == "there are a, b"
+
+
+def as_options(words: list[str]) -> tuple[str, dict[str, Any]]:
+    """Preset and options of words on the command line."""
+    options: dict[str, Any] = {}
+    for word in words:
+        if word.startswith("--"):
+            name, value = word.removeprefix("--").replace("-", "_"), True
+            if name.startswith("no_"):
+                name, value = name.removeprefix("no_"), False
+            options[name] = value
+        else:
+            options[list(options)[-1]] = word
+    return options.pop("preset"), options
+
+
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [
+        *((preset, {}) for preset in TRAIN_PRESETS),
+        ("paper", {"steps": 77, "seed": 4, "residual": False, "ranges": "0:1,1:6", "dropout": 0.0}),
+        ("paper", {"steps": 100, "warmup_steps": 0}),
+        ("paper", {"steps": 100, "ramp_steps": 20}),
+        ("paper", {"steps": 100, "warmup_steps": 10, "ramp_share": 0.5}),
+        ("paper", {"curriculum": "step", "warmup_share": 0.5}),
+        ("paper", {"curriculum": "plateau"}),
+        ("paper", {"adapter_width": 3}),
+        ("batchtopk", {"dictionary_size": 40, "learning_rate": 1e-5, "position_adapter": "bias+decoder:2"}),
+    ],
+    ids=str,
+)
+def test_the_words_of_a_trainings_settings_give_them_again(
+    good_store: "Made", preset: str, options: dict[str, Any]
+) -> None:
+    store = ActivationStore.open(good_store.root)
+    trained = resolve(store, train(options, preset)).model_dump(mode="json")
+    words = train_words(trained, store.d_model)
+    assert words is not None
+    again_preset, again = as_options(words)
+    assert resolve(store, train(again, again_preset)).model_dump(mode="json") == trained
+    if not options and preset != "paper-15pct":
+        assert again_preset == preset
+
+
+def test_settings_that_no_words_give_have_none() -> None:
+    trained = train({}).model_dump(mode="json")
+    assert train_words({**trained, "of the future": 1}, 16) is None
+    assert train_words({**trained, "architecture": "other"}, 16) is None

@@ -1,0 +1,130 @@
+"""Where runs come from, as a page tells it: store and digests, model, data, versions, settings, command.
+
+Everything is what a run's own files say; what an older or an odd one does not tell is left out.
+"""
+
+import html
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+from .measured import Measured
+
+_OPEN = 3
+"""So many runs are shown unfolded."""
+
+Words = Callable[[Mapping[str, Any], int], Sequence[str] | None]
+"""The words after ``posae train STORE RUN`` that give some settings at some d_model, or None."""
+
+
+class Provenance(NamedTuple):
+    """Of one run."""
+
+    label: str
+    summary: str
+    facts: Sequence[tuple[str, str]]
+    """Name and value."""
+    settings: Sequence[tuple[str, str, str | None]]
+    """Name, value, and the default where that is another."""
+    command: str | None
+    """What makes it again; None where no words give its settings."""
+
+
+def provenance(label: str, run: Measured, defaults: Mapping[str, Any], words: Words) -> Provenance:
+    """What is told of a run.
+
+    Args:
+        label: what it is called.
+        run: its files.
+        defaults: of every setting of a training.
+        words: what finds the words of a command.
+    """
+    store = _object(run.config.get("store"))
+    read = _object(store.get("read"))
+    scored = _object(run.evaluation.get("store"))
+    span = run.evaluation.get("contexts")
+    told: list[tuple[str, Any]] = [
+        ("folder", run.folder),
+        ("store", store.get("path")),
+        ("identity of the store", scored.get("identity") if scored.get("trained_from") else None),
+        *((f"read: {what}", digest) for what, digest in read.items()),
+        ("model", store.get("model")),
+        ("data", store.get("dataset")),
+        ("hook point", store.get("hook_point")),
+        ("layer", run.setting("layer")),
+        ("contexts trained on", store.get("training_contexts")),
+        (
+            "contexts scored on",
+            ":".join(map(str, cast("list[Any]", span))) if isinstance(span, list) else None,
+        ),
+        ("scored on another store", scored.get("path") if run.is_of_another_store else None),
+        ("posae", run.config.get("posae")),
+        ("torch", run.config.get("torch")),
+        ("device", run.config.get("device")),
+    ]
+    facts = [(name, str(value)) for name, value in told if value is not None]
+    known = dict(facts)
+    summary = ", ".join(
+        f"{name} {known[key]}" if name else known[key]
+        for name, key in (("", "model"), ("on", "data"), ("layer", "layer"), ("store", "store"))
+        if key in known
+    )
+    settings = [
+        (name, _value(value), _other(defaults.get(name), value)) for name, value in run.settings.items()
+    ]
+    d_model = run.d_model
+    found = words(run.settings, d_model) if d_model and run.settings else None
+    path = store.get("path")
+    command = None
+    if found is not None and isinstance(path, str):
+        command = shlex.join(["posae", "train", path, run.folder, *found])
+    return Provenance(label, summary, facts, settings, command)
+
+
+def section(runs: Sequence[Provenance]) -> str:
+    """HTML of all runs, folded where they are many."""
+    return "".join(_run(run, is_open=len(runs) <= _OPEN) for run in runs)
+
+
+def _run(run: Provenance, *, is_open: bool) -> str:
+    differ = [
+        (name, f"{value}  (default {default})")
+        for name, value, default in run.settings
+        if default is not None
+    ]
+    command = (
+        f'<pre class="command">{html.escape(run.command)}</pre>'
+        if run.command
+        else '<p class="about">No words of this posae\'s command line give all of its settings.</p>'
+    )
+    return (
+        f'<details class="run"{" open" if is_open else ""}>'
+        f"<summary><b>{html.escape(run.label)}</b> {html.escape(run.summary)}</summary>\n"
+        f'{command}<div class="beside"><div>{_table(run.facts)}</div>'
+        f"<div><h3>Settings that are not the defaults</h3>{_table(differ)}"
+        f"<details><summary>All settings</summary>"
+        f"{_table((name, value) for name, value, _ in run.settings)}</details></div></div></details>\n"
+    )
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    inner = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows
+    )
+    return f'<table class="facts">{inner}</table>\n'
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def _other(default: Any, value: Any) -> str | None:
+    """The default, where the value is another; the trainer fills in what has none."""
+    return None if default is None or default == value else _value(default)
+
+
+def _value(value: Any) -> str:
+    """A setting as it is written in a TOML file, about."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None else str(value)
