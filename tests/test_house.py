@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_USE = {
     "store": {
-        *("numpy", "zarr", "numcodecs", "pydantic", "awscrt", "fsspec"),
+        *("numpy", "zarr", "numcodecs", "pydantic", "awscrt"),
         "httpx2",  # the web: fsspec's own HTTP reads a body of any length
         "huggingface_hub",  # the hub's commits, revisions and token
         *("boto3", "botocore", "urllib3"),  # S3, and the errors that boto3 lets through; an extra
