@@ -3,8 +3,8 @@
     python benchmarks/train.py FOLDER                    d_model 512, 2,048 features: some 15 minutes
     python benchmarks/train.py FOLDER --d-model 2304 --features 2304
 
-It writes stores of made-up activations into FOLDER (0.5 GB at 512), and trains on them for a few steps each time. All
-that is compared runs in turn, one after another, so often; printed are medians of the ratios within a round. Results
+It writes stores of made-up activations into FOLDER (1.5 GB at 512), and trains on them for a few steps each
+time. All that is compared runs in turn, so often; printed are medians of the ratios within a round. Results
 stand in docs/benchmarks.md.
 """
 

@@ -54,6 +54,8 @@ class Codes(NamedTuple):
     """What is decoded."""
     base_code: Tensor | None = None
     """h_b, where the architecture has one."""
+    adaptation: Tensor | None = None
+    """Where the code is h_b and alpha times something: that."""
     activations_of: Callable[[Tensor], Tensor] | None = None
     """Activations of some features, given by number, before the largest were chosen, where they are."""
     is_active: Tensor | None = None

@@ -97,7 +97,7 @@ class JumpReLU(Plain):
         norm = math.sqrt(self.d_model)
         jump = cast("Callable[..., tuple[Tensor, Tensor]]", _Jump.apply)  # pyright: ignore[reportUnknownMemberType]
         is_active, code = jump(before, norm * self.threshold, norm * self.bandwidth)
-        return Codes(code, None, partial(torch.index_select, before, 1), is_active)
+        return Codes(code, activations_of=partial(torch.index_select, before, 1), is_active=is_active)
 
     def _sparsity(self, codes: Codes) -> Tensor:
         assert codes.is_active is not None

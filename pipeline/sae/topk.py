@@ -71,7 +71,7 @@ class TopK(Plain):
         if self._is_listed(scaled):
             return self._listed(scaled)
         before = self._activations(scaled, rows)
-        return Codes(self._largest(before), None, partial(torch.index_select, before, 1))
+        return Codes(self._largest(before), activations_of=partial(torch.index_select, before, 1))
 
     def _is_listed(self, scaled: Tensor) -> bool:
         """Whether active features are worth a list of them."""
@@ -86,7 +86,7 @@ class TopK(Plain):
         def activations_of(features: Tensor) -> Tensor:
             return torch.addmm(bias[features], scaled, self.W_enc[:, features]).relu_()
 
-        return Codes(code, None, activations_of)
+        return Codes(code, activations_of=activations_of)
 
     def _places(self, activations: NDArray[np.float32]) -> NDArray[np.int64]:
         """Where the largest are in [rows, dictionary_size], flattened; rising."""
