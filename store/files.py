@@ -197,6 +197,14 @@ class StoreFiles:
             yield from (base + entry.name for entry in entries if entry.name not in folders)
             waiting += [f"{base}{name}/" for name in sorted(folders, reverse=True)]
 
+    def names(self, folder: str) -> set[str]:
+        """What stands in one folder; nothing, where there is no such folder."""
+        try:
+            with self.folder_of(f"{folder}/") as handle:
+                return set(os.listdir(handle))  # noqa: PTH208 (a descriptor)
+        except OSError:
+            return set()
+
     def make_root(self) -> None:
         """Make the root, where it is not there; ``write`` never does, as it may have been moved away.
 
