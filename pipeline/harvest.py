@@ -208,19 +208,22 @@ class Harvest:
         writer = StoreWriter.begin(self.path, self.manifest)
         with writer.lock():
             if not writer.has_tokens:
-                contexts = self._take_contexts(progress)
-                counts = corpus_counts(
-                    contexts.tokens,
-                    self.manifest.special_token_ids,
-                    n_documents=contexts.n_documents,
-                    n_left_out=contexts.n_left_out,
-                )
-                writer.write_tokens(contexts.tokens, contexts.documents, counts)
+                self._commit_tokens(writer, progress)
             layers = writer.begin_layers(self.layers)
         n_tokens = self._fill(writer, layers, progress) if layers else 0
         with writer.lock():
             identity = writer.finish(layers)
         return Harvested(self.layers, self.manifest.n_contexts, n_tokens, identity)
+
+    def _commit_tokens(self, writer: StoreWriter, progress: Progress) -> None:
+        contexts = self._take_contexts(progress)
+        counts = corpus_counts(
+            contexts.tokens,
+            self.manifest.special_token_ids,
+            n_documents=contexts.n_documents,
+            n_left_out=contexts.n_left_out,
+        )
+        writer.write_tokens(contexts.tokens, contexts.documents, counts)
 
     def _take_contexts(self, progress: Progress) -> Contexts:
         s = self.settings

@@ -112,20 +112,23 @@ class ChunkStats(NamedTuple):
         norm_counts = np.zeros((length, NORM_BINS), np.int64)
         rounding = np.zeros((2, length))
         positions = np.arange(length, dtype=np.int64)
+        # In float64 from the start: a float32 square overflows from 2^64 on. One context at a time, so that
+        # it stays in the processor's cache.
+        rows = np.empty((length, d_model))
         for context in range(n_contexts):
-            norms = np.sqrt(np.einsum("pd,pd->p", values[context], values[context], dtype=np.float64))
+            with np.errstate(invalid="ignore"):  # a signalling NaN, told below
+                np.copyto(rows, values[context])
+            norms = np.sqrt(np.einsum("pd,pd->p", rows, rows))
             if not np.isfinite(norms).all():
                 raise FloatingPointError(int(np.flatnonzero(~np.isfinite(norms))[0]))
             norm_sums += norms
             norm_counts[positions, norm_bin(norms)] += 1
             if unrounded is not None:
                 rounding += _rounding_errors(unrounded[context], values[context], ordinary[context])
-            rows = values[context]
             if not ordinary[context].all():
                 rows[~ordinary[context]] = 0
             sums += rows
-            # In float64 from the start: a float32 square overflows from 2^64 on.
-            squares += np.square(rows, dtype=np.float64).sum(axis=0)
+            squares += np.einsum("pd,pd->d", rows, rows)
         # Of the first context alone: bytes of one in eight are plenty, and counting costs time.
         counts = np.bincount(bits[0].reshape(-1), minlength=2**16).reshape(256, 256)
         byte_counts = np.stack([counts.sum(axis=1), counts.sum(axis=0)]).astype(np.int64)
