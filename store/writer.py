@@ -362,7 +362,7 @@ class ShardOfLayers:
 
     def __exit__(self, *_: object) -> None:
         """Free the locks; what is not committed is removed."""
-        for encoding, _ in self._waiting:
+        for encoding, _writing in self._waiting:
             encoding.cancel()
         for thread in self._threads.values():
             thread.shutdown(cancel_futures=True)
