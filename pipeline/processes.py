@@ -68,12 +68,13 @@ def processes_here(variables: Mapping[str, str] | None = None) -> Processes:
         rank, n_processes = number("SLURM_PROCID", 0), number("SLURM_NTASKS", 1)
         # srun gives each task processors of its own.
         local_rank, n_local = number("SLURM_LOCALID", 0), 1
-    n_tasks = number("SLURM_ARRAY_TASK_COUNT", 1)
-    task = number("SLURM_ARRAY_TASK_ID", 0) - number("SLURM_ARRAY_TASK_MIN", 0)
-    task //= max(1, number("SLURM_ARRAY_TASK_STEP", 1))
-    if not (0 <= rank < n_processes and 0 <= task < n_tasks and n_local):
+    if not (rank < n_processes and n_local):
         raise SettingsError(
-            f"the environment says that this is process {rank} of {n_processes} in task {task} of {n_tasks}: "
-            f"unset RANK, WORLD_SIZE and the like, or start posae with torchrun or srun"
+            f"the environment says that this is process {rank} of {n_processes}: unset RANK, "
+            f"WORLD_SIZE and the like, or start posae with torchrun or srun"
         )
+    n_tasks = max(1, number("SLURM_ARRAY_TASK_COUNT", 1))
+    task = number("SLURM_ARRAY_TASK_ID", 0) - number("SLURM_ARRAY_TASK_MIN", 0)
+    # Of an array of any numbers, as 3,7,20, two tasks may get the same place.
+    task = task // max(1, number("SLURM_ARRAY_TASK_STEP", 1)) % n_tasks
     return Processes(task * n_processes + rank, n_tasks * n_processes, local_rank, n_local, rank == 0)
