@@ -13,9 +13,9 @@ from posae.store.verify import verify
 from ..conftest import tree
 from .conftest import call
 
-# Four shards, in small batches, so that there is a middle to be killed in.
-WORDS = ("--contexts", "2048", "--context-length", "4", "--layers", "0,4", "--batch-contexts", "16")
-N_SHARDS = 4
+# Six shards, in small batches, so that there is a middle to be killed in.
+WORDS = ("--contexts", "3072", "--context-length", "4", "--layers", "0,4", "--batch-contexts", "16")
+N_SHARDS = 6
 
 
 def torchrun(n_processes: int, *words: object) -> subprocess.Popen[str]:
@@ -38,6 +38,16 @@ def rank(process: int) -> str:
     return next((v.decode() for v in variables if v.startswith(b"RANK=")), "")
 
 
+def wait_for_the_end(process: int) -> None:
+    """Wait until a process that is stopped was asked to end."""
+    while True:
+        status = Path(f"/proc/{process}/status").read_text().splitlines()
+        pending = int(next(line for line in status if line.startswith("ShdPnd:")).split()[1], 16)
+        if pending >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.01)
+
+
 def test_processes_of_torchrun_make_the_store_of_one_though_one_is_killed(tmp_path: Path) -> None:
     alone, shared = tmp_path / "alone" / "a.zarr", tmp_path / "shared" / "a.zarr"
     assert call("harvest", alone, *WORDS) == 0
@@ -47,7 +57,13 @@ def test_processes_of_torchrun_make_the_store_of_one_though_one_is_killed(tmp_pa
         assert three.poll() is None, three.communicate()
         time.sleep(0.001)
     ranks = {rank(child): child for child in children(three.pid)}
-    os.kill(ranks["RANK=1"], signal.SIGKILL)
+    # All stand still while one dies, as the others might be done before torchrun ends them.
+    for process in ranks.values():
+        os.kill(process, signal.SIGSTOP)
+    os.kill(ranks.pop("RANK=1"), signal.SIGKILL)
+    for process in ranks.values():
+        wait_for_the_end(process)
+        os.kill(process, signal.SIGCONT)
     three.communicate(timeout=120)
     assert three.returncode != 0
     begun = ActivationStore.open(shared)
@@ -62,5 +78,5 @@ def test_processes_of_torchrun_make_the_store_of_one_though_one_is_killed(tmp_pa
     assert tree(shared) == tree(alone)
     # One of them speaks, and of all that is done.
     assert out.count("sealed as") == 1
-    assert err.count("harvesting 8,192 tokens (") == 1
-    assert err.count("harvesting 8,192/8,192 tokens") == 1
+    assert err.count("harvesting 12,288 tokens (") == 1
+    assert err.count("harvesting 12,288/12,288 tokens") == 1
