@@ -249,7 +249,8 @@ def main() -> None:
     say(f"load {os.getloadavg()[0]:.1f}")
     del model
     if not given.skip_memory:
-        for n_contexts in (given.contexts, 4 * given.contexts):
+        # From two shards on: the second is begun while the first is made durable.
+        for n_contexts in (2 * given.contexts, 8 * given.contexts):
             subprocess.run([sys.executable, *sys.argv, "--memory-of", str(n_contexts)], check=True)
 
 

@@ -167,16 +167,19 @@ def tell(
     def median(values: list[float]) -> float:
         return statistics.median(values)
 
-    pairs = list(zip(figures, ours, strict=True))
     say(
         f"{len(layers)} layer(s), {name}: "
         f"{median([n_tokens / f['seconds'] for f in figures]):,.0f} tokens/s, "
         f"{median([n_tokens / f['cpu_seconds'] for f in figures]):,.0f} a CPU-second, "
         f"{figures[0]['bytes'] / (n_tokens * d_model * len(layers)):.3f} bytes to a value, "
-        f"memory {median([f['most'] - f['before'] for f in figures]) / 1e6:,.0f} MB more, posae is "
-        f"{median([f['seconds'] / o['seconds'] for f, o in pairs]):.2f} times as fast, in CPU time "
-        f"{median([f['cpu_seconds'] / o['cpu_seconds'] for f, o in pairs]):.2f}"
+        f"memory {median([f['most'] - f['before'] for f in figures]) / 1e6:,.0f} MB more"
     )
+    if figures is not ours:
+        pairs = list(zip(figures, ours, strict=True))
+        say(
+            f"    posae is {median([f['seconds'] / o['seconds'] for f, o in pairs]):.2f} times as fast, "
+            f"in CPU time {median([f['cpu_seconds'] / o['cpu_seconds'] for f, o in pairs]):.2f}"
+        )
 
 
 def main() -> None:
