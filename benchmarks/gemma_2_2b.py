@@ -45,11 +45,13 @@ def true_configuration() -> Gemma2Config:
     )
 
 
-def make_model(folder: Path) -> None:
-    """Random weights in bfloat16, and the demo model's tokenizer."""
+def make_model(folder: Path, configuration: Gemma2Config) -> None:
+    """Random weights in bfloat16, and the demo model's tokenizer; nothing, where it was made before."""
+    if (folder / "config.json").exists():
+        return
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = Gemma2Model(true_configuration())
+    model = Gemma2Model(configuration)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -65,8 +67,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     model, store = arguments.folder / "gemma-2-2b-random", arguments.folder / "gemma.zarr"
-    if not (model / "config.json").exists():
-        make_model(model)
+    make_model(model, true_configuration())
     posae = [sys.executable, "-m", "posae"]
     words = ["--model", str(model), "--layers", arguments.layers, "--device", arguments.device]
     words += ["--contexts", str(arguments.contexts), "--batch-contexts", str(min(32, arguments.contexts))]

@@ -28,7 +28,8 @@ def harvest(
 ) -> None:
     """Run a language model over text and keep its activations in a store.
 
-    Run again with the same words it goes on where it stopped; --layers may add layers.
+    Run again with the same words it goes on where it stopped; --layers may add layers. Many processes may
+    share a store: torchrun --nproc-per-node 8 -m posae harvest …
 
     Example: posae harvest pile.zarr --preset gemma-2-2b --tokens 22000000
     """
@@ -39,7 +40,10 @@ def harvest(
 
     work = Harvest(store, settings)
     plan = work.plan()
+    speaks = work.processes.is_first
     if dry_run:
+        if not speaks:
+            return
         lines = {
             "model": f"{plan.model}, layers {', '.join(map(str, plan.layers))}",
             "contexts": f"{plan.n_contexts:,} of {settings.context_length} tokens",
@@ -54,13 +58,15 @@ def harvest(
         if plan.expected_bytes > plan.free_bytes:
             console.print("[bold red]this will not fit[/]: free some space, or ask for fewer contexts")
         return
-    if plan.expected_bytes > plan.free_bytes and not store.exists():
+    if speaks and plan.expected_bytes > plan.free_bytes and not store.exists():
         errors.print(
             f"warning: about {quantity(plan.expected_bytes)} will be written, "
             f"and {quantity(plan.free_bytes)} are free"
         )
     with LiveProgress() as progress:
         done = work.run(progress)
+    if not speaks:
+        return
     what = f"{done.n_contexts:,} contexts in layers {', '.join(map(str, done.layers))}"
     before = "" if done.n_tokens else "finished before, "
     console.print(Text(f"{store}: {before}{what}, sealed as {done.identity[:16]}"), soft_wrap=True)

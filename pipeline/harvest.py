@@ -3,17 +3,20 @@
 Tokens first: all contexts are tokenised, permuted and committed, and only then does the model run
 over them, shard by shard. So a killed harvest goes on from the store alone, any number of processes
 may share one store, and equal settings give equal bytes. One forward pass serves all layers and
-stops after the last; encoding, statistics and writing run in threads beside it. Memory: the model,
-the tokens, and a few batches of activations.
+stops after the last. While the model runs the next batch, threads encode and write the last one, and a
+finished shard is made durable while the next one begins. Memory: the model, the tokens, and about six
+batches of the layers' activations, however much is harvested.
 """
 
+import os
 import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +32,7 @@ from ..store.shards import ShardReader
 from ..store.stats import ordinary_tokens
 from ..store.writer import ShardOfLayers, StoreWriter, committed_manifest
 from .device import choose_device
+from .host_copies import HostCopies, HostCopy
 from .language_model import (
     LanguageModel,
     ModelFacts,
@@ -37,6 +41,7 @@ from .language_model import (
     load_tokenizer,
     model_facts,
 )
+from .processes import Processes, processes_here
 from .progress import Progress, Silent
 from .settings import HarvestSettings
 from .text.contexts import (
@@ -52,7 +57,6 @@ from .text.documents import Corpus, open_corpus
 EXPECTED_RATIO = {"small": 1.42, "fast": 1.27, "raw": 1.0}
 """Raw bytes to stored bytes, before anything is measured; what was seen lies within 10 % of it."""
 
-_ENCODING_THREADS = 4
 _VERSIONS_THAT_MATTER = ("posae", "torch", "transformers", "tokenizers", "numpy", "numcodecs")
 
 
@@ -87,6 +91,7 @@ class Harvest:
 
         Raises:
             ModelError: no such model, or it lacks a layer.
+            SettingsError: no such device, or variables of torchrun or SLURM that contradict each other.
         """
         self.path = path
         self.settings = settings
@@ -101,7 +106,8 @@ class Harvest:
             sorted(set(settings.layers or default_layers(self.facts.n_layers)))
         )
         check_layers(self.facts, self.layers)
-        self.device = choose_device(settings.device)
+        self.processes: Processes = processes_here()
+        self.device = choose_device(settings.device, self.processes.local_rank)
 
     def plan(self) -> Plan:
         """Sizes, without touching the dataset or the disk."""
@@ -202,19 +208,22 @@ class Harvest:
         writer = StoreWriter.begin(self.path, self.manifest)
         with writer.lock():
             if not writer.has_tokens:
-                contexts = self._take_contexts(progress)
-                counts = corpus_counts(
-                    contexts.tokens,
-                    self.manifest.special_token_ids,
-                    n_documents=contexts.n_documents,
-                    n_left_out=contexts.n_left_out,
-                )
-                writer.write_tokens(contexts.tokens, contexts.documents, counts)
+                self._commit_tokens(writer, progress)
             layers = writer.begin_layers(self.layers)
         n_tokens = self._fill(writer, layers, progress) if layers else 0
         with writer.lock():
             identity = writer.finish(layers)
         return Harvested(self.layers, self.manifest.n_contexts, n_tokens, identity)
+
+    def _commit_tokens(self, writer: StoreWriter, progress: Progress) -> None:
+        contexts = self._take_contexts(progress)
+        counts = corpus_counts(
+            contexts.tokens,
+            self.manifest.special_token_ids,
+            n_documents=contexts.n_documents,
+            n_left_out=contexts.n_left_out,
+        )
+        writer.write_tokens(contexts.tokens, contexts.documents, counts)
 
     def _take_contexts(self, progress: Progress) -> Contexts:
         s = self.settings
@@ -242,32 +251,45 @@ class Harvest:
     def _fill(self, writer: StoreWriter, layers: Sequence[int], progress: Progress) -> int:
         """Commit every shard of ``layers``: first those that are free, then what others leave."""
         manifest = self.manifest
+        missing = self.processes.dealt(writer.missing_shards(layers))
+        tally = _Tally(writer, layers, missing, progress if self.processes.is_first else Silent())
         tokens = ShardReader(writer.files, token_specs(manifest)["tokens"])
-        n_tokens = 0
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # else each process would also take memory on the first GPU
+        copies = HostCopies(self.device)
         model: LanguageModel | None = None
-        missing = writer.missing_shards(layers)
-        length = manifest.context_length
-        done = manifest.n_contexts - sum(len(manifest.contexts_of(shard)) for shard in missing)
-        bytes_to_a_token = manifest.d_model * 2 * len(layers)
-        progress.begin("harvesting", manifest.n_contexts * length, "tokens", done * length, bytes_to_a_token)
-        with ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="posae-encode") as pool:
-            for locked in writer.lock_each(layers, missing):
-                with locked:
-                    if model is None:
-                        model = self._load_model()
-                    rows = tokens.read_rows(np.array(locked.contexts))
-                    try:
-                        self._fill_shard(locked, rows, model, pool, progress)
-                        locked.commit()
-                    except FloatingPointError:
-                        raise ModelError(
-                            f"{manifest.model} gives activations that are not finite, in contexts "
-                            f"{locked.contexts.start} to {locked.contexts.stop - 1}; try another device "
-                            "or attention implementation"
-                        ) from None
+        n_tokens = 0
+        with (
+            ThreadPoolExecutor(self._n_encoders, "posae-encode") as encoders,
+            # Making a shard durable takes a while: the model begins the next one meanwhile.
+            ThreadPoolExecutor(1, "posae-commit") as committer,
+        ):
+            committing: Future[None] | None = None
+            for shard in writer.lock_each(layers, missing):
+                with ExitStack() as held:
+                    held.enter_context(shard)
+                    tally.begin_shard(shard.shard)
+                    model = model or self._load_model()
+                    rows = tokens.read_rows(np.array(shard.contexts))
+                    batches = self._batches(shard, rows, model, copies)
+                    with _finite(manifest, shard):
+                        for copy, ordinary in _one_behind(batches):
+                            for layer, bits in copy.bits().items():
+                                copy.read_by(shard.append(layer, bits, ordinary, encoders))
+                            tally.advance(ordinary.size)
+                    if committing:
+                        committing.result()
+                    held.pop_all()
+                    committing = committer.submit(_commit, manifest, shard)
                 n_tokens += rows.size
-        progress.end()
+            if committing:
+                committing.result()
+        tally.end()
         return n_tokens
+
+    @property
+    def _n_encoders(self) -> int:
+        return max(2, len(os.sched_getaffinity(0)) // self.processes.n_local)
 
     def _load_model(self) -> LanguageModel:
         return LanguageModel.load(
@@ -277,23 +299,89 @@ class Harvest:
             attention=self.settings.attention,
         )
 
-    def _fill_shard(
-        self,
-        shard: ShardOfLayers,
-        tokens: NDArray[np.int32],
-        model: LanguageModel,
-        pool: ThreadPoolExecutor,
-        progress: Progress,
+    def _batches(
+        self, shard: ShardOfLayers, tokens: NDArray[np.int32], model: LanguageModel, copies: HostCopies
+    ) -> Iterator[tuple[HostCopy, NDArray[np.bool_]]]:
+        """Run the model over a shard; yield each batch's activations and which tokens are ordinary."""
+        size = self.manifest.batch_contexts
+        on_device = torch.as_tensor(tokens).to(self.device)
+        for start in range(0, len(tokens), size):
+            within = slice(start, start + size)
+            activations = model.activations(on_device[within], shard.layers)
+            yield (
+                copies.start(activations),
+                ordinary_tokens(self.manifest, tokens[within], shard.contexts[within]),
+            )
+
+
+class _Tally:
+    """Tells how far all processes are: what this one does, and what others leave in the store."""
+
+    def __init__(
+        self, writer: StoreWriter, layers: Sequence[int], missing: Sequence[int], progress: Progress
     ) -> None:
-        manifest = self.manifest
-        for start in range(0, len(tokens), manifest.batch_contexts):
-            batch = tokens[start : start + manifest.batch_contexts]
-            contexts = shard.contexts[start : start + manifest.batch_contexts]
-            ordinary = ordinary_tokens(manifest, batch, contexts)
-            activations = model.activations(torch.as_tensor(batch), shard.layers)
-            for layer in shard.layers:
-                shard.append(layer, _bits(activations[layer]), ordinary, pool)
-            progress.advance(batch.size)
+        self._writer = writer
+        self._layers = layers
+        self._progress = progress
+        # A file that stands and yet is missing is damaged, and will be made anew.
+        self._others = set(missing) - writer.standing_shards(layers)
+        manifest = writer.manifest
+        total = manifest.n_contexts * manifest.context_length
+        done = total - sum(map(self._n_tokens, missing))
+        progress.begin("harvesting", total, "tokens", done, manifest.d_model * 2 * len(layers))
+
+    def _n_tokens(self, shard: int) -> int:
+        manifest = self._writer.manifest
+        return len(manifest.contexts_of(shard)) * manifest.context_length
+
+    def begin_shard(self, shard: int) -> None:
+        """This process fills ``shard``; see what others have done meanwhile."""
+        self._others.discard(shard)
+        self._look()
+
+    def _look(self) -> None:
+        done = self._others & self._writer.standing_shards(self._layers)
+        self._others -= done
+        if done:
+            self._progress.advance(sum(map(self._n_tokens, done)))
+
+    def advance(self, n_tokens: int) -> None:
+        """This process has run the model over so many tokens."""
+        self._progress.advance(n_tokens)
+
+    def end(self) -> None:
+        """All is there."""
+        self._look()
+        self._progress.end()
+
+
+_Item = TypeVar("_Item")
+
+
+def _one_behind(items: Iterable[_Item]) -> Iterator[_Item]:
+    """The items, each once the next one has been asked for: so that one is used while one is made."""
+    last: list[_Item] = []
+    for item in items:
+        yield from last
+        last = [item]
+    yield from last
+
+
+def _commit(manifest: Manifest, shard: ShardOfLayers) -> None:
+    with shard, _finite(manifest, shard):
+        shard.commit()
+
+
+@contextmanager
+def _finite(manifest: Manifest, shard: ShardOfLayers) -> Generator[None]:
+    try:
+        yield
+    except FloatingPointError:
+        raise ModelError(
+            f"{manifest.model} gives activations that are not finite, in contexts "
+            f"{shard.contexts.start} to {shard.contexts.stop - 1}; try another device "
+            "or attention implementation"
+        ) from None
 
 
 def _no_documents() -> Iterator[str]:
@@ -303,9 +391,3 @@ def _no_documents() -> Iterator[str]:
 def _is_named(given: str, recorded: str) -> bool:
     """Whether ``given`` is what a manifest records as ``recorded``: of a local path its base name."""
     return given == recorded or Path(given).expanduser().name == recorded
-
-
-def _bits(activations: torch.Tensor) -> NDArray[np.uint16]:
-    """bfloat16 on any device as uint16 bits in memory; [contexts, positions, d_model]."""
-    bits: NDArray[np.int16] = activations.contiguous().view(torch.int16).cpu().numpy()
-    return bits.view(np.uint16)

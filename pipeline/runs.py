@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..store.errors import RunError, RunMismatchError, RunNotFoundError
-from ..store.files import StoreFiles, exclusive, writing
+from ..store.files import PARTIAL, StoreFiles, exclusive, writing
 
 CONFIG, METRICS, EVALUATION = "config.json", "metrics.jsonl", "evaluation.json"
 CHECKPOINT = "checkpoint/state.safetensors"
@@ -121,8 +121,13 @@ class Run:
                     f"{self.folder} was begun otherwise: {'; '.join(differ)}; "
                     "give the same words to go on, or another folder"
                 )
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        elif self.folder.exists() and not self._is_free():
             raise RunError(f"{self.folder} is there already and is no run; give another folder")
+
+    def _is_free(self) -> bool:
+        """Whether a run can be begun in the folder: nothing is there but what a lock or a kill left."""
+        folder = self.folder
+        return folder.is_dir() and all(path.name.endswith(PARTIAL) for path in folder.iterdir())
 
     def unlike(self, read: Mapping[str, str]) -> list[str]:
         """What of a store is not what the run read: some of tokens, activations, statistics.

@@ -22,7 +22,7 @@ from .readable import MappedFile
 PARTIAL = ".partial"
 """Ending of a file being written; such a file is never part of a store."""
 
-
+_LOCK = f".lock{PARTIAL}"
 _PIECE_BYTES = 2**22
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 256, 4096  # on Linux, with the slash and the NUL
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -197,6 +197,14 @@ class StoreFiles:
             yield from (base + entry.name for entry in entries if entry.name not in folders)
             waiting += [f"{base}{name}/" for name in sorted(folders, reverse=True)]
 
+    def names(self, folder: str) -> set[str]:
+        """What stands in one folder; nothing, where there is no such folder."""
+        try:
+            with self.folder_of(f"{folder}/") as handle:
+                return set(os.listdir(handle))  # noqa: PTH208 (a descriptor)
+        except OSError:
+            return set()
+
     def make_root(self) -> None:
         """Make the root, where it is not there; ``write`` never does, as it may have been moved away.
 
@@ -308,6 +316,8 @@ def writing(path: Path) -> Generator[None]:
             errno.EEXIST: "a file stands where a folder should be; choose another place",
             errno.ENOTDIR: "a file stands where a folder should be, or a link; choose another place",
             errno.ELOOP: "a link stands in its place; choose another place",
+            errno.ENOSYS: "its file system has no locks (flock); choose another one",
+            errno.ENOLCK: "its file system has no locks (flock); choose another one",
         }.get(error.errno or 0, error.strerror or str(error))
         raise StoreWriteError(
             f"cannot write {path}: {reason} and run the same command again: it goes on where it stopped"
@@ -319,16 +329,87 @@ def exclusive(folder: Path, *, wait: bool = True) -> Generator[bool]:
     """Hold the lock of a folder; a kill frees it.
 
     Gives whether it is held: not where another process has it and ``wait`` is not set.
+
+    The lock is a file of its own in the folder, there only while it is held: a network file system does not
+    tell other machines of locks on a folder itself. Where nothing may be written that will do.
+
+    Raises:
+        StoreWriteError: no such folder, or its file system has no locks.
     """
-    with writing(folder):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    path = folder / _LOCK
+    is_file = True
+    with writing(path):
+        try:
+            handle = _locked(path, wait=wait)
+        except BlockingIOError:
+            handle = None
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            is_file = False
+            handle = _locked_folder(folder, wait=wait)
+    if handle is None:
+        yield False
+        return
     try:
-        is_held = True
-        with writing(folder):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                is_held = False
-        yield is_held
+        yield True
     finally:
+        if is_file:
+            with suppress(OSError):
+                path.unlink()
         os.close(handle)
+
+
+def _locked(path: Path, *, wait: bool) -> int:
+    """A descriptor of the file at ``path``, made if need be, with its lock.
+
+    Raises:
+        BlockingIOError: another process has it, and that is not to be waited for.
+    """
+    while True:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        handle = os.open(path, flags, 0o666)
+        try:
+            # Whoever had the lock may have removed the file.
+            with suppress(FileNotFoundError):
+                if take_lock(handle, path, wait=wait) and os.path.samestat(os.fstat(handle), path.lstat()):
+                    return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _locked_folder(folder: Path, *, wait: bool) -> int | None:
+    """A descriptor of a folder with its lock; None where another has it, and that is not waited for."""
+    handle = os.open(folder, _FOLDER)
+    try:
+        take_lock(handle, folder, wait=wait)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def take_lock(handle: int, path: Path, *, wait: bool) -> bool:
+    """Lock an open file, and say whether that went: another machine may have removed it meanwhile.
+
+    Args:
+        handle: its descriptor, open for writing, which network file systems ask for.
+        path: what to call it in errors.
+        wait: wait for another process that has the lock.
+
+    Raises:
+        BlockingIOError: another process has it, and that is not to be waited for.
+        StoreWriteError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno == errno.ESTALE:
+            return False
+        with writing(path):
+            raise
+    return True

@@ -8,7 +8,6 @@ compressed, the first time: then rows come straight from the map). Of the maps a
 memory, so a reader's does not grow with the store. Writing streams: a chunk at a time.
 """
 
-import fcntl
 import hashlib
 import os
 import resource
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 
 from .codecs import CHECKSUM_BYTES, HEADER_BYTES, ChunkError, checksum
 from .errors import StoreDamagedError
-from .files import StoreFiles, partial_name, sync_folder, writing
+from .files import StoreFiles, partial_name, sync_folder, take_lock, writing
 from .layout import ArraySpec
 from .readable import ReadableFiles, ShardFile
 from .seal import SealedFile
@@ -416,12 +415,13 @@ class ShardWriter:
             with writing(files.root / path), files.folder_of(path) as folder:
                 handle = os.open(partial, flags, 0o666, dir_fd=folder)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
+                # The file may have been renamed to its final name, or removed, before we got the lock.
+                ours = take_lock(handle, files.root / path, wait=wait) and _is_at(files, path, handle)
+            except BaseException as error:
                 os.close(handle)
-                return None
-            # The file may have been renamed to its final name, or removed, before we got the lock.
-            ours = _is_at(files, path, handle)
+                if isinstance(error, BlockingIOError):
+                    return None
+                raise
             if not ours:
                 os.close(handle)
                 if is_done():

@@ -103,29 +103,31 @@ class ChunkStats(NamedTuple):
         Raises:
             FloatingPointError: a value is not finite.
         """
-        values = bits_to_float32(bits)
-        unrounded = None if exact is None else bits_to_float32(exact)
-        n_contexts, length, d_model = values.shape
+        n_contexts, length, d_model = bits.shape
         squares = np.zeros(d_model)
         sums = np.zeros((length, d_model))
         norm_sums = np.zeros(length)
         norm_counts = np.zeros((length, NORM_BINS), np.int64)
         rounding = np.zeros((2, length))
         positions = np.arange(length, dtype=np.int64)
+        # In float64 from the start: a float32 square overflows from 2^64 on. One context at a time stays in
+        # the processor's cache.
+        rows = np.empty((length, d_model))
         for context in range(n_contexts):
-            norms = np.sqrt(np.einsum("pd,pd->p", values[context], values[context], dtype=np.float64))
+            values = bits_to_float32(bits[context])
+            with np.errstate(invalid="ignore"):  # a signalling NaN, told below
+                np.copyto(rows, values)
+            norms = np.sqrt(np.einsum("pd,pd->p", rows, rows))
             if not np.isfinite(norms).all():
                 raise FloatingPointError(int(np.flatnonzero(~np.isfinite(norms))[0]))
             norm_sums += norms
             norm_counts[positions, norm_bin(norms)] += 1
-            if unrounded is not None:
-                rounding += _rounding_errors(unrounded[context], values[context], ordinary[context])
-            rows = values[context]
+            if exact is not None:
+                rounding += _rounding_errors(bits_to_float32(exact[context]), values, ordinary[context])
             if not ordinary[context].all():
                 rows[~ordinary[context]] = 0
             sums += rows
-            # In float64 from the start: a float32 square overflows from 2^64 on.
-            squares += np.square(rows, dtype=np.float64).sum(axis=0)
+            squares += np.einsum("pd,pd->d", rows, rows)
         # Of the first context alone: bytes of one in eight are plenty, and counting costs time.
         counts = np.bincount(bits[0].reshape(-1), minlength=2**16).reshape(256, 256)
         byte_counts = np.stack([counts.sum(axis=1), counts.sum(axis=0)]).astype(np.int64)

@@ -8,8 +8,9 @@ lock.
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -195,10 +196,27 @@ class StoreWriter:
         shards = range(self.manifest.n_shards)
         return [shard for shard in shards if not all(self.is_committed(layer, shard) for layer in layers)]
 
+    def standing_shards(self, layers: Sequence[int]) -> set[int]:
+        """The shards whose files stand in all of ``layers``: a look into folders, cheap where files are many.
+
+        Nothing is checked: enough to tell how far other processes are.
+        """
+        standing = set(range(self.manifest.n_shards))
+        for layer in layers:
+            spec = layer_spec(self.manifest, layer)
+            names = self.files.names(spec.path)
+            standing = {shard for shard in standing if spec.shard_path(shard).rpartition("/")[2] in names}
+        return standing
+
     def lock_each(self, layers: Sequence[int], shards: Sequence[int]) -> "Iterator[ShardOfLayers]":
         """Lock one shard after the other, for the caller to fill: first those that are free.
 
-        Then come those that another process had and did not finish.
+        Then come those that another process had and did not finish. A caller that commits a shard only after
+        it has asked for the next one must do so in another thread: others may wait for it.
+
+        Args:
+            layers: to be filled; a shard is locked in those of them that lack it.
+            shards: which, in the order to try them in.
 
         Raises:
             StoreWriteError: the disk refused.
@@ -315,7 +333,9 @@ class StoreWriter:
 class ShardOfLayers:
     """One shard of several layers, being written batch after batch. A context manager.
 
-    Chunks are encoded, and their statistics made, by a pool's threads; at most a few batches wait.
+    Chunks are encoded, and their statistics made, by a pool's threads; each layer has a thread that takes
+    them in order, digests and writes them. At most a few batches wait, so whoever appends waits only where
+    encoding or the disk is slower than that.
     """
 
     def __init__(self, store: StoreWriter, shard: int, writers: dict[int, ShardWriter]) -> None:
@@ -327,7 +347,8 @@ class ShardOfLayers:
         self._stats: dict[int, ChunkStats] = {}
         self._rounding: dict[int, NDArray[np.float64]] = {}
         self._adopted: dict[int, Mapping[str, bytes]] = {}
-        self._waiting: list[tuple[int, Future[tuple[list[bytes], ChunkStats]]]] = []
+        self._threads = {layer: ThreadPoolExecutor(1, f"posae-write-{layer}") for layer in writers}
+        self._waiting: deque[tuple[Encoding, Future[None]]] = deque()
         self._taken = dict.fromkeys(writers, 0)
 
     @property
@@ -341,8 +362,10 @@ class ShardOfLayers:
 
     def __exit__(self, *_: object) -> None:
         """Free the locks; what is not committed is removed."""
-        for waiting in self._waiting:
-            waiting[1].cancel()
+        for encoding, _writing in self._waiting:
+            encoding.cancel()
+        for thread in self._threads.values():
+            thread.shutdown(cancel_futures=True)
         _abandon(self._writers.values())
 
     def append(
@@ -352,15 +375,18 @@ class ShardOfLayers:
         ordinary: NDArray[np.bool_],
         pool: Executor,
         encoded: Sequence[bytes | None] = (),
-    ) -> None:
+    ) -> "list[Encoding]":
         """Take the next contexts of one layer, a whole number of chunks unless the shard ends.
 
         Args:
             layer: one of ``layers``.
-            bits: bfloat16 bits [contexts, positions, d_model]; not to be changed afterwards.
+            bits: bfloat16 bits [contexts, positions, d_model]; not to be changed until they are encoded.
             ordinary: bool [contexts, positions]: tokens that the position means are over.
             pool: threads to encode in.
             encoded: of each chunk the bytes that encode it, where they are known; those are written.
+
+        Returns:
+            What encodes them, chunk by chunk: once all are done, nobody reads ``bits`` any more.
 
         Raises:
             ValueError: part of a chunk before the shard's end, or contexts past it.
@@ -374,13 +400,16 @@ class ShardOfLayers:
         left = len(self.contexts) - self._taken[layer]
         if left < 0 or (left and len(bits) % step):
             raise ValueError(f"{len(bits)} contexts are not whole chunks of {step} up to the shard's end")
+        encodings: list[Encoding] = []
         for number, start in enumerate(range(0, len(bits), step)):
             part, mask = bits[start : start + step], ordinary[start : start + step]
             known = encoded[number] if encoded else None
-            future = pool.submit(_encode_and_count, spec, part, mask, manifest.mantissa_bits, known)
-            self._waiting.append((layer, future))
+            encoding = pool.submit(_encode_and_count, spec, part, mask, manifest.mantissa_bits, known)
+            self._waiting.append((encoding, self._threads[layer].submit(self._write, layer, encoding)))
+            encodings.append(encoding)
         # Bounded: two batches of every layer may wait for the pool, no more.
         self._drain(2 * len(self._writers) * max(1, len(bits) // step))
+        return encodings
 
     def adopt(self, layer: int, source: ShardReader, shard: int, statistics: Mapping[str, bytes]) -> None:
         """Take a whole shard of a sealed store for one layer, in place of ``append``.
@@ -407,30 +436,38 @@ class ShardOfLayers:
         """
         self._rounding[layer] = rounding
 
+    def _write(self, layer: int, encoding: "Encoding") -> None:
+        """Write the next chunk of one layer; in its thread."""
+        encoded, stats = encoding.result()
+        for chunk in encoded:
+            self._writers[layer].append(chunk)
+        if layer in self._stats:
+            self._stats[layer].add(stats)
+        else:
+            self._stats[layer] = stats
+
     def _drain(self, keep: int) -> None:
         while len(self._waiting) > keep:
-            layer, future = self._waiting.pop(0)
-            encoded, stats = future.result()
-            for chunk in encoded:
-                self._writers[layer].append(chunk)
-            if layer in self._stats:
-                self._stats[layer].add(stats)
-            else:
-                self._stats[layer] = stats
+            self._waiting.popleft()[1].result()
 
     def commit(self) -> None:
-        """Commit the shard in every layer: statistics first, then the rename.
+        """Commit the shard in every layer, side by side: statistics first, then the rename.
 
         Raises:
             FloatingPointError: an activation is not finite.
             StoreWriteError: the disk refused.
         """
         self._drain(0)
-        for layer, writer in self._writers.items():
-            statistics = self._adopted.get(layer) or self._statistics(layer, writer.finish().sha256)
-            for name, spec in stats_specs(self._store.manifest, layer).items():
-                self._store.files.write(spec.shard_path(self.shard), statistics[name])
-            writer.commit()
+        committing = [thread.submit(self._commit, layer) for layer, thread in self._threads.items()]
+        for committed in committing:
+            committed.result()
+
+    def _commit(self, layer: int) -> None:
+        writer = self._writers[layer]
+        statistics = self._adopted.get(layer) or self._statistics(layer, writer.finish().sha256)
+        for name, spec in stats_specs(self._store.manifest, layer).items():
+            self._store.files.write(spec.shard_path(self.shard), statistics[name])
+        writer.commit()
 
     def _statistics(self, layer: int, sha256: bytes) -> dict[str, bytes]:
         """The files of the shard's entries, by short name."""
@@ -439,6 +476,10 @@ class ShardOfLayers:
             entries["rounding"] = self._rounding[layer]
         specs = stats_specs(self._store.manifest, layer)
         return {name: shard_bytes(spec, entries[name][np.newaxis]) for name, spec in specs.items()}
+
+
+Encoding = Future[tuple[list[bytes], ChunkStats]]
+"""A chunk being encoded, and its statistics made."""
 
 
 def _encode_and_count(

@@ -1,6 +1,7 @@
 """A harvest killed, or refused by the disk, at any moment: doing it again finishes it with the same bytes."""
 
 import errno
+import fcntl
 import os
 import resource
 import shutil
@@ -350,6 +351,35 @@ def test_the_lock_of_the_store_is_had_by_one_at_a_time_and_freed_by_a_kill(tmp_p
     ended(second)
     os.close(told)
     os.close(tell)
+    # What the killed left is used by the next, and nothing stays.
+    with exclusive(tmp_path):
+        assert len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_another_machine_removed_is_taken_anew(tmp_path: Path) -> None:
+    flock, calls = fcntl.flock, [0]
+
+    def stale_at_first(handle: int, operation: int) -> None:
+        calls[0] += 1
+        if calls[0] == 1:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        flock(handle, operation)
+
+    with patch("fcntl.flock", stale_at_first), exclusive(tmp_path):
+        assert calls == [2]
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path) -> None:
+    def refuse_lock(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    with (
+        patch("fcntl.flock", refuse_lock),
+        pytest.raises(StoreWriteError, match="has no locks"),
+        exclusive(tmp_path),
+    ):
+        pass
 
 
 @contextmanager
