@@ -411,6 +411,20 @@ class MergeSettings(Settings):
         return self
 
 
+class ImportSaeSettings(Settings):
+    """Settings of ``posae import-sae``: an autoencoder of another program made a run."""
+
+    layer: int | None = Field(default=None, ge=0)
+    """Layer that it was trained on; by default what it says itself."""
+
+    ranges: str | None = None
+    """Position ranges that it is scored by: a count of equal ones, or edges such as 0:1,1:4,4:128. By
+    default 4."""
+
+    special_tokens: bool = False
+    """Score special tokens (BOS, EOS …) as all others."""
+
+
 PILE = {"dataset": "monology/pile-uncopyrighted", "attention": "eager"}
 
 HARVEST_PRESETS: dict[str, dict[str, Any]] = {
@@ -563,7 +577,7 @@ def read_config(path: Path, table: str) -> dict[str, Any]:
     Raises:
         SettingsError: no such file, no TOML, or tables that posae does not have.
     """
-    tables = ("harvest", "train", "evaluate", "plant", "merge")
+    tables = ("harvest", "train", "evaluate", "plant", "merge", "import-sae")
     parsed = read_toml(path)
     for name in parsed:
         if name not in tables:
