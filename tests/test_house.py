@@ -36,7 +36,7 @@ ONLY_IN = {
 }
 STAGES = {"harvest", "train", "evaluate", "report", "sweep", "plant", "copy", "merge"}
 STAGES |= {"import_sae"}  # from other programs
-STAGES |= {"saelens"}  # doors for other programs, which stand beside the stages
+STAGES |= {"saelens", "activation_dataset"}  # doors for other programs, which stand beside the stages
 SPOKEN_BY_ALL = {"progress"}  # a protocol: how a stage, or a part that works for one, says what it does
 FILES = sorted(path.relative_to(ROOT) for folder in MAY_USE for path in (ROOT / folder).rglob("*.py"))
 
