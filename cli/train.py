@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..pipeline.controls import is_position_aware
+from ..pipeline.controls import is_position_aware, refuse_unknown_positions
 from ..pipeline.settings import TRAIN_PRESETS, EvaluateSettings, TrainSettings, resolve_settings
 from ..pipeline.sweep import Plan, Study, read_sweep
 from ..store.errors import SettingsError
@@ -64,6 +64,8 @@ def train(
             title = f"{name} and its controls"
             studies = [Study(str(run), name, title, None, {name: settings}, (seeds,))]
     opened = ActivationStore.open(store)
+    for settings in all_settings:
+        refuse_unknown_positions(settings.model_dump(), opened.manifest.unknown, opened.root)
     # Damage and hostile files are found before anything heavy is loaded.
     for layer in sorted({opened.layer_or_middle(settings.layer) for settings in all_settings}):
         opened.check_layer(layer)

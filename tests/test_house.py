@@ -35,7 +35,7 @@ ONLY_IN = {
     "paramiko": "store/sftp.py",
 }
 STAGES = {"harvest", "train", "evaluate", "report", "sweep", "plant", "copy", "merge"}
-STAGES |= {"import_sae"}  # from other programs
+STAGES |= {"import_sae", "import_activations"}  # from other programs
 STAGES |= {"saelens", "activation_dataset"}  # doors for other programs, which stand beside the stages
 SPOKEN_BY_ALL = {"progress"}  # a protocol: how a stage, or a part that works for one, says what it does
 FILES = sorted(path.relative_to(ROOT) for folder in MAY_USE for path in (ROOT / folder).rglob("*.py"))
