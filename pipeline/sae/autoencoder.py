@@ -421,12 +421,18 @@ class Autoencoder(nn.Module, ABC):
         return inspect.signature(cls).parameters.keys() - {"common"}
 
     @property
+    def ignores_positions(self) -> bool:
+        """Whether codes are the same at every position, and SAELens has such autoencoders."""
+        is_plain = self.position_mean.is_none and self.position_adapter.form == "none"
+        return is_plain and self.saelens_architecture is not None
+
+    @property
     def saelens_name(self) -> str:
         """The architecture in ``cfg.json``: SAELens' own where it computes the same, else one of ours.
 
         SAELens refuses ours, unless ``pipeline/saelens.py`` was imported.
         """
-        if self.saelens_architecture and self.position_mean.is_none and self.position_adapter.form == "none":
+        if self.ignores_positions and self.saelens_architecture:
             return self.saelens_architecture
         return f"posae_{self.architecture}"
 

@@ -74,7 +74,7 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path | str, metadata: Map
     """
     folder = Path(folder)
     weights, settings = autoencoder.weights_for_raw_units(), dict[str, Setting]()
-    if autoencoder.saelens_name == autoencoder.saelens_architecture:
+    if autoencoder.ignores_positions:
         weights, settings = autoencoder.saelens_weights(weights), autoencoder.saelens_settings()
     weights = {name: weight.to("cpu", torch.float32).contiguous() for name, weight in weights.items()}
     weights_bytes = safetensors.torch.save(weights)
