@@ -9,6 +9,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from posae.pipeline.import_activations import Import
+from posae.pipeline.settings import ImportSettings
+
 if TYPE_CHECKING:
     from ..conftest import MakeStore
     from .conftest import Posae
@@ -54,6 +57,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def without_positions(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of them."""
+    store = tmp_path_factory.mktemp("store") / "s.zarr"
+    Import(rows, store, ImportSettings(layer=3, context_length=10)).run()
+    return store
+
+
 def test_rows_are_imported_inspected_trained_on_and_scored(
     rows: Path, posae: "Posae", tmp_path: Path
 ) -> None:
@@ -95,10 +106,9 @@ def test_rows_are_imported_inspected_trained_on_and_scored(
     ],
 )
 def test_what_depends_on_positions_is_refused_in_one_line(
-    words: tuple[str, ...], what: str, rows: Path, posae: "Posae", tmp_path: Path
+    words: tuple[str, ...], what: str, without_positions: Path, posae: "Posae", tmp_path: Path
 ) -> None:
-    assert posae("import", rows, tmp_path / "s.zarr", "--layer", 3, "--context-length", 10).code == 0
-    ended = posae("train", tmp_path / "s.zarr", tmp_path / "run", *words)
+    ended = posae("train", without_positions, tmp_path / "run", *words)
     assert ended.code == 1
     told = " ".join(ended.err.split())
     assert f"was imported without positions, and {what}" in told

@@ -35,6 +35,15 @@ ACTIVATIONS = values(N, LENGTH, D_MODEL)
 BITS = torch.as_tensor(ACTIVATIONS).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
 
 
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the disk keeps is tested elsewhere."""
+
+    def passed_over(_: object) -> None: ...
+
+    monkeypatch.setattr("os.fsync", passed_over)
+
+
 def imported(source: Path, path: Path, **settings: Any) -> ImportedStore:
     return Import(source, path, build(ImportSettings, {"layer": LAYER} | settings, "")).run()
 
