@@ -321,7 +321,9 @@ class _DatasetCache(Cache):
         self.hook_name = _chosen(folder, shapes, dtypes, column)
         self.shape = _as_shape(folder, shapes[self.hook_name], dtypes[self.hook_name])
         self.has_tokens = "token_ids" in features
-        self.files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        # Not all that lies there: datasets keeps what it computes later beside them.
+        paths = [Path(file["filename"]) for file in loaded.cache_files]
+        self.files = {path.name: path.stat().st_size for path in paths}
         self._folder = folder
         self._rows = loaded.with_format("numpy")
 

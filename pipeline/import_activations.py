@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..store.corpus import corpus_counts
 from ..store.errors import ForeignFileError, SettingsError
 from ..store.layout import CHUNK_CONTEXTS, shard_contexts
 from ..store.manifest import MAX_LAYERS, Imported, Manifest, layer_spec
@@ -214,12 +213,8 @@ class Import:
         writer = StoreWriter.begin(self.path, self.manifest)
         with writer.lock():
             if not writer.has_tokens:
-                counts = (
-                    corpus_counts(self.tokens, self.manifest.special_token_ids, n_documents=0, n_left_out=0)
-                    if self.cache.has_tokens
-                    else {}
-                )
-                writer.write_tokens(self.tokens, np.zeros(self.tokens.shape, np.int64), counts)
+                # No counts: of the corpus nothing is known.
+                writer.write_tokens(self.tokens, np.zeros(self.tokens.shape, np.int64), {})
             layers = writer.begin_layers([self.layer])
         n_tokens = self._fill(writer, progress) if layers else 0
         with writer.lock():
