@@ -25,10 +25,10 @@ class Rows(NamedTuple):
     """[rows, d_model]."""
 
     positions: Tensor
-    """int64 [rows]: the position of each in its context."""
+    """int64 [rows]: the position of each in its context; of no meaning if an imported store knows none."""
 
     tokens: Tensor
-    """int32 [rows]: token ids."""
+    """int32 [rows]: token ids; 0 if an imported store knows none."""
 
 
 class ActivationDataset(IterableDataset[Rows]):
