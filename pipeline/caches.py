@@ -116,6 +116,11 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
+def _line(error: Exception) -> str:
+    """What a library says, in one line that is not too long."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def bits_of(values: Any) -> NDArray[np.uint16]:
     """The bits of values as bfloat16, rounded to nearest; of bfloat16 exactly.
 
@@ -236,10 +241,9 @@ class _FileCache(Cache):
                 SafetensorError,
                 pickle.UnpicklingError,
             ) as error:
-                problem = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
                 raise ForeignFileError(
-                    f"{path}: damaged, or not plain tensors, and nothing else is read ({problem}); save it "
-                    "anew, as tensors"
+                    f"{path}: damaged, or not plain tensors, which alone are read ({_line(error)}); save "
+                    "it anew, as tensors"
                 ) from None
         return self._opened[1]
 
@@ -313,7 +317,9 @@ class _DatasetCache(Cache):
         try:
             loaded = datasets.load_from_disk(str(folder))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ForeignFileError(f"{folder}: datasets cannot read it: {error}; write it anew") from None
+            raise ForeignFileError(
+                f"{folder}: datasets cannot read it ({_line(error)}); write it anew"
+            ) from None
         features: dict[str, Any] = dict(getattr(loaded, "features", None) or {})
         fit = {name: found for name, found in features.items() if isinstance(found, datasets.Array2D)}
         shapes = {name: (len(loaded), *found.shape) for name, found in fit.items()}

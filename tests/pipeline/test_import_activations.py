@@ -256,6 +256,8 @@ REFUSED: list[tuple[str, dict[str, Any], type[PosaeError], str]] = [
     ("uneven", {}, ForeignFileError, "not of the form"),
     ("mlp", {"layer": None}, SettingsError, "residual stream after a block"),
     ("cached", {"layer": 2}, SettingsError, "which is layer 3"),
+    ("torn", {}, ForeignFileError, "datasets cannot read it"),
+    ("cut", {}, ForeignFileError, "datasets cannot read it"),
 ]
 
 
@@ -289,6 +291,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(root / "uneven" / "b.npy", values(9, 5, 4))
     as_dataset(root / "mlp", f"blocks.{LAYER}.hook_mlp_out")
     as_dataset(root / "cached")
+    as_dataset(root / "torn")
+    (root / "torn" / "state.json").write_text("{}")
+    data = next(as_dataset(root / "cut").glob("data-*"))
+    data.write_bytes(data.read_bytes()[:-5000])
     return root
 
 
