@@ -22,6 +22,8 @@ from .copy import copy
 from .display import errors, show_error
 from .evaluate import evaluate
 from .harvest import harvest
+from .import_activations import import_activations
+from .import_sae import import_sae
 from .inspect_store import inspect_store
 from .merge import merge
 from .plant import plant
@@ -43,6 +45,8 @@ app.command("report")(report)
 app.command("copy")(copy)
 app.command("plant")(plant)
 app.command("merge")(merge)
+app.command("import")(import_activations)
+app.command("import-sae")(import_sae)
 
 
 def _version(wanted: bool) -> None:

@@ -111,9 +111,9 @@ def _option_type(annotation: Any) -> Any:
 
 
 def _value(name: str, given: Any) -> Any:
-    if name == "layers" and isinstance(given, str):
+    if name in ("layers", "special_token_ids") and isinstance(given, str):
         try:
             return tuple(int(part) for part in given.split(","))
         except ValueError:
-            raise SettingsError(f"layers {given!r}: write them as 5,12,19") from None
+            raise SettingsError(f"{name} {given!r}: write them as 5,12,19") from None
     return given

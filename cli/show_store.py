@@ -60,6 +60,9 @@ def show_store(store: ActivationStore, facts: dict[str, Any]) -> None:
     if manifest.origin:
         pieces = zip(manifest.origin.contexts, manifest.origin.stores, strict=False)
         rows["made of"] = ", ".join(f"{contexts} of {store[:16]}" for contexts, store in pieces)
+    if manifest.imported:
+        unknown = ", ".join(manifest.unknown).replace("_", " ")
+        rows["imported"] = f"from {manifest.imported.kind} of {manifest.imported.dtype}; not known: {unknown}"
     if corpus:
         rows["corpus"] = (
             f"{corpus['documents']:,} documents ({corpus['documents_left_out']:,} left out), "
@@ -127,6 +130,14 @@ def show_context(store: ActivationStore, context: int, tokenizer: str | None) ->
         SettingsError: which tokenizer it was cannot be told.
         StoreFormatError: the tokenizer is another one.
     """
+    if "tokens" in store.manifest.unknown:
+        raise SettingsError(
+            f"{store.root} was imported without token ids, so its contexts have no text to show"
+        )
+    if store.manifest.imported and tokenizer is None:
+        raise SettingsError(
+            f"{store.root} was imported and does not say which tokenizer; name it with --tokenizer"
+        )
     tokens = store.tokens([context])[0]
     documents = store.documents([context])[0]
     from ..pipeline.language_model import load_tokenizer
@@ -138,7 +149,7 @@ def show_context(store: ActivationStore, context: int, tokenizer: str | None) ->
             f"this store was made with a model in a local folder, {source}; name that folder with --tokenizer"
         )
     decoder = load_tokenizer(source, None if tokenizer else store.manifest.model_revision)
-    if tokenizer_hash(decoder) != store.manifest.tokenizer_hash:
+    if not store.manifest.imported and tokenizer_hash(decoder) != store.manifest.tokenizer_hash:
         raise StoreFormatError(
             f"{source} has another tokenizer than this store was made with; "
             "name the right one with --tokenizer"

@@ -18,8 +18,10 @@ mean for all positions is what shuffling leaves of them, so both controls are on
 Settings here are plain values by name; nothing is computed but a size, on the caller's count.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
+
+from ..store.errors import SettingsError
 
 CONTROLS = ("agnostic", "shared", "shuffled", "more-active")
 """In the order in which they are trained."""
@@ -51,6 +53,28 @@ def is_position_aware(settings: Values) -> bool:
     if settings.get("shared_adapters") or settings.get("shuffle_positions"):
         return False
     return _has_adapters(settings) or _has_means(settings)
+
+
+def refuse_unknown_positions(settings: Values, unknown: Collection[str], store: object) -> None:
+    """Refuse a training that depends on positions, from a store that does not know them.
+
+    Args:
+        settings: of the training.
+        unknown: what is not known of the store, as its manifest says.
+        store: how it is called in the error.
+
+    Raises:
+        SettingsError: it does.
+    """
+    if "positions" in unknown and (_has_adapters(settings) or _has_means(settings)):
+        kind = settings["architecture"]
+        names = ("position_mean", "position_adapter")
+        parts = [name for name in names if settings.get(name, "none") != "none"]
+        what = kind if kind in _OF_RANGES else f"{kind} with a {' and a '.join(parts)}"
+        raise SettingsError(
+            f"{store} was imported without positions, and {what.replace('_', ' ')} depends on them; train "
+            "one that does not, such as --architecture batchtopk"
+        )
 
 
 def controls_of(settings: Values, n_parameters: Callable[[Values], int]) -> dict[str, dict[str, Any]]:

@@ -380,6 +380,7 @@ def _language_model(held_out: _HeldOut, model: str | None) -> CausalLanguageMode
     """The model that the store was made with, or the one named ``model`` if it is the same."""
     store, manifest = held_out.store, held_out.store.manifest
     _refuse_planted(store)
+    _refuse_imported(store)
     of_folder = (manifest.model_revision or "").startswith("sha256:")
     if model is None and of_folder and manifest.model != "demo":
         raise ModelError(
@@ -407,12 +408,21 @@ def _refuse_planted(store: ActivationStore) -> None:
         )
 
 
+def _refuse_imported(store: ActivationStore) -> None:
+    if store.manifest.imported:
+        raise ModelError(
+            f"{store.root} was imported, and nobody can check which model and tokenizer its activations are "
+            "of; score the run without --ce-loss and --probing"
+        )
+
+
 def _probe(held_out: _HeldOut, settings: EvaluateSettings, progress: Progress) -> ProbingResult:
     """Sparse probing of the activations and their codes, offline or on SAEBench's datasets."""
     store, layer, autoencoder, device = held_out.store, held_out.layer, held_out.autoencoder, held_out.device
     manifest = store.manifest
     if settings.probing == "saebench":
         _refuse_planted(store)
+    _refuse_imported(store)
     name = settings.model or manifest.language_model
     revision = None if settings.model else manifest.model_revision
     if not settings.model and name != "demo":

@@ -412,6 +412,57 @@ class MergeSettings(Settings):
         return self
 
 
+class ImportSettings(Settings):
+    """Settings of ``posae import``: activations of another program made a store."""
+
+    layer: int | None = Field(default=None, ge=0)
+    """Layer that the activations are of; by default what the files say, if they do."""
+
+    tensor: str | None = None
+    """Name of the tensor, or column, of activations, where a file has several."""
+
+    context_length: int | None = Field(default=None, ge=2)
+    """Rows to a context, where the files have rows and no contexts; by default 128."""
+
+    positions: bool | None = None
+    """Whether a context's rows are the tokens of one context of the model, in order, so that their positions
+    are known; by default so of activations with three axes, and not of rows."""
+
+    model: str = Field(default="unknown", min_length=1)
+    """Language model that they are of, for people to read."""
+
+    special_token_ids: tuple[int, ...] | None = None
+    """Ids of special tokens (BOS, EOS …), as 0,1,2; training leaves them out."""
+
+    held_out: float = Field(default=0.05, ge=0, le=0.5)
+    """Share of the contexts that training never reads: the last."""
+
+    codec: Literal["small", "fast", "raw"] = "small"
+    """Compression: small (zstd), fast (lz4), or raw (none, rows readable from the memory map)."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.special_token_ids and not all(0 <= found < 2**31 - 1 for found in self.special_token_ids):
+            raise ValueError("special token ids are whole numbers from 0 to 2^31 - 2")
+        if not self.model.isprintable() or len(self.model) > 200:
+            raise ValueError("a model is named in one printable line")
+        return self
+
+
+class ImportSaeSettings(Settings):
+    """Settings of ``posae import-sae``: an autoencoder of another program made a run."""
+
+    layer: int | None = Field(default=None, ge=0)
+    """Layer that it was trained on; by default what it says itself."""
+
+    ranges: str | None = None
+    """Position ranges that it is scored by: a count of equal ones, or edges such as 0:1,1:4,4:128. By
+    default 4."""
+
+    special_tokens: bool = False
+    """Score special tokens (BOS, EOS …) as all others."""
+
+
 PILE = {"dataset": "monology/pile-uncopyrighted", "attention": "eager"}
 
 HARVEST_PRESETS: dict[str, dict[str, Any]] = {
@@ -618,7 +669,7 @@ def read_config(path: Path, table: str) -> dict[str, Any]:
     Raises:
         SettingsError: no such file, no TOML, or tables that posae does not have.
     """
-    tables = ("harvest", "train", "evaluate", "plant", "merge")
+    tables = ("harvest", "train", "evaluate", "plant", "merge", "import", "import-sae")
     parsed = read_toml(path)
     for name in parsed:
         if name not in tables:

@@ -25,6 +25,7 @@ from ..store.ranges import PositionRange, parse_ranges
 from ..store.reader import ActivationStore
 from ..store.stats import LayerStats
 from .batches import Batch, DecodedLayer, ShuffledBatches
+from .controls import refuse_unknown_positions
 from .device import choose_device, free_bytes
 from .interrupts import held_back
 from .metrics import ScoreKeeper
@@ -403,6 +404,7 @@ def resolve(store: ActivationStore, settings: TrainSettings) -> TrainSettings:
     layer = store.layer_or_middle(settings.layer)
     parse_ranges(settings.ranges, store.context_length)
     _refuse_what_means_nothing(settings)
+    refuse_unknown_positions(settings.model_dump(), store.manifest.unknown, store.root)
     warmup, ramp = settings.warmup_steps, settings.ramp_steps
     if warmup is None:
         # Not below a whole number that rounding hides: 1/11 of 11,000 is 1,000.

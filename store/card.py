@@ -83,6 +83,7 @@ def card(store: ActivationStore) -> str:
         _metadata(manifest),
         f"# Activations of {_code(manifest.model)} on {_code(manifest.dataset)}",
         *([_PLANTED] if manifest.planted else []),
+        *([_imported(manifest)] if manifest.imported else []),
         "\n".join(f"- **{name}**: {words}" for name, words in _facts(store)),
         "## Layers",
         "\n".join(_layers(store, norms)),
@@ -105,6 +106,14 @@ _PLANTED = (
     "**This is no harvest.** An effect of position was planted into the activations on purpose, to see "
     "whether a method finds it."
 )
+
+
+def _imported(manifest: Manifest) -> str:
+    return (
+        "**This was imported** from files of another program. Not known: "
+        f"{_code(', '.join(manifest.unknown).replace('_', ' ') or 'nothing')}."
+    )
+
 
 _LICENCES = """\
 To be filled in by the owner, here and at `license` at the top. Activations come from a model and from text; \
@@ -166,8 +175,12 @@ def _facts(store: ActivationStore) -> Iterator[tuple[str, str]]:
     packing = {"pack": "documents are joined", "truncate": "the first tokens of each document"}
     yield (
         "contexts",
-        f"{manifest.n_contexts:,} of {manifest.context_length:,} tokens, in random order; "
-        f"{packing[manifest.packing]}",
+        f"{manifest.n_contexts:,} of {manifest.context_length:,} tokens, "
+        + (
+            "in the order of those files"
+            if manifest.imported
+            else f"in random order; {packing[manifest.packing]}"
+        ),
     )
     yield "tokens", f"{manifest.n_contexts * manifest.context_length:,} in each layer"
     start, stop = manifest.held_out
@@ -217,6 +230,8 @@ def _special_tokens(manifest: Manifest) -> str:
 
 
 def _type(manifest: Manifest) -> str:
+    if manifest.imported:
+        return f"{manifest.dtype}, from {_code(manifest.imported.dtype)}"
     if manifest.mantissa_bits is None:
         return f"{manifest.dtype}, as the model gave it"
     return f"{manifest.dtype}, rounded to {manifest.mantissa_bits} of 7 bits of mantissa"

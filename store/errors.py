@@ -15,6 +15,7 @@ and exits with 1. Anything that is no ``PosaeError`` is a bug and keeps its trac
     │   └── StoreRemoteError (ConnectionError)  a server refused, or does not answer
     ├── ModelError (ValueError)                 a language model that is missing, gated or unfit
     ├── CorpusError (ValueError)                text that is missing, too little or not text
+    ├── ForeignFileError (ValueError)           a file of another program that cannot be imported
     └── RunError
         ├── RunNotFoundError (FileNotFoundError)  there is no run here
         ├── RunBusyError (BlockingIOError)      another process trains the run
@@ -93,6 +94,10 @@ class ModelError(PosaeError, ValueError):
 
 class CorpusError(PosaeError, ValueError):
     """Text that is missing, too little or not text."""
+
+
+class ForeignFileError(PosaeError, ValueError):
+    """A file of another program that cannot be imported."""
 
 
 class RunError(PosaeError):

@@ -15,7 +15,7 @@ from .errors import StoreFormatError
 from .layout import FORMAT, MAX_SHARDS, ArraySpec, Json, refuse_newer
 from .rounding import MANTISSA_BITS
 
-_ADDED = {"mantissa_bits": None, "byte_counts": False, "planted": None, "origin": None}
+_ADDED = {"mantissa_bits": None, "byte_counts": False, "planted": None, "origin": None, "imported": None}
 """Keys that the first stores lack, each with what its absence means; so written they are left out."""
 
 MAX_TEXT = 4096
@@ -42,6 +42,21 @@ class Origin(BaseModel):
 
     corpus: Annotated[tuple[Interval, ...], Field(min_length=1, max_length=MAX_PIECES)]
     """Contexts of the corpus that the pieces' stores were harvested from, in rising order."""
+
+
+class Imported(BaseModel):
+    """Which files of another program a store's activations were taken from, and what these did not say."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    kind: Text
+    """Kind of the files: ``saelens``, ``safetensors``, ``npy`` or ``pt``."""
+
+    dtype: Text
+    """Type of the values there, before they became bfloat16."""
+
+    unknown: Annotated[tuple[Text, ...], Field(max_length=64)]
+    """What is not known: of ``documents``, ``model``, ``positions``, ``special_tokens``, ``tokens``."""
 
 
 class Manifest(BaseModel):
@@ -147,6 +162,9 @@ class Manifest(BaseModel):
     origin: Origin | None = None
     """Which pieces of other stores this one is made of; None: none, it was harvested."""
 
+    imported: Imported | None = None
+    """What is known of activations that another program left; None: they were harvested."""
+
     chunk_contexts: Annotated[int, Field(ge=1, lt=2**20, strict=True)]
     """Contexts to a chunk."""
 
@@ -171,6 +189,11 @@ class Manifest(BaseModel):
     def language_model(self) -> str:
         """The model that the tokens went through: ``model``, less what was planted."""
         return (self.planted or {}).get("model", self.model)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """What is not known of activations that were imported; nothing of a harvest."""
+        return self.imported.unknown if self.imported else ()
 
     @property
     def corpus_contexts(self) -> list[range]:

@@ -507,8 +507,8 @@ def _check_same(root: Path, found: Manifest, wanted: Manifest) -> None:
     # Within a format every posae writes the same bytes; of other libraries nobody can say that.
     for manifest in (before, now):
         manifest["versions"].pop("posae", None)
-        # Of what was planted, and of pieces of other stores, what differs is told key by key.
-        for name in ("planted", "origin"):
+        # What differs within one of these is told key by key.
+        for name in ("planted", "origin", "imported"):
             inner: Json = manifest.pop(name) or {}
             manifest |= {f"{name} {key}": value for key, value in inner.items()}
     differ = [

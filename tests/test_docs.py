@@ -26,7 +26,15 @@ from posae.pipeline.settings import (
 from posae.store import errors
 from posae.store.codecs import CODECS
 from posae.store.layout import ArraySpec
-from posae.store.manifest import Manifest, Origin, layer_spec, parse_manifest, root_json, token_specs
+from posae.store.manifest import (
+    Imported,
+    Manifest,
+    Origin,
+    layer_spec,
+    parse_manifest,
+    root_json,
+    token_specs,
+)
 from posae.store.reader import ActivationStore
 from posae.store.stats import stats_specs
 from posae.store.writer import StoreWriter
@@ -187,8 +195,12 @@ def manifest() -> Manifest:
     return parse_manifest(json.loads(example("root", "json")))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("manifest", Manifest), ("origin", Origin)])
-def test_manifest_tables_have_one_row_a_field_in_order(name: str, kind: type[Manifest | Origin]) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"), [("manifest", Manifest), ("origin", Origin), ("imported", Imported)]
+)
+def test_manifest_tables_have_one_row_a_field_in_order(
+    name: str, kind: type[Manifest | Origin | Imported]
+) -> None:
     schema = kind.model_json_schema(mode="serialization")["properties"]
     expected = [(field, json_type(schema[field])) for field in kind.model_fields]
     assert [(row[0], row[1]) for row in table(name)] == expected

@@ -10,10 +10,14 @@ import posae.cli
 import posae.pipeline
 import posae.store
 
+NEED_MORE = ("posae.pipeline.saelens", "posae.pipeline.saebench")
+"""What needs packages that are not installed by default, and has no examples."""
+
 MODULES = [
     m.name
     for p in (posae.store, posae.pipeline, posae.cli)
     for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")
+    if m.name not in NEED_MORE
 ]
 
 

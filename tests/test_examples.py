@@ -1,7 +1,9 @@
 """The examples run, whole, on a small store."""
 
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,3 +21,21 @@ def test_exploring_a_store(make_store: "MakeStore", tmp_path: Path) -> None:
     assert "layers [1, 4], 80 contexts of 8, sealed" in ended.stdout
     assert "16 contexts are held out" in ended.stdout
     assert "xarray: {'context': 8, 'feature': 16} uint16" in ended.stdout
+
+
+def test_training_elsewhere(make_store: "MakeStore", tmp_path: Path) -> None:
+    made = make_store(tmp_path / "a.zarr", n_contexts=80, context_length=32, held_out=16)
+    environment = dict(os.environ)
+    if find_spec("nnsight") is None:
+        # dictionary_learning imports it for its own harvesting, which is not used here.
+        (tmp_path / "nnsight.py").write_text("class LanguageModel: ...\n")
+        environment["PYTHONPATH"] = str(tmp_path)
+    words = [sys.executable, EXAMPLES / "train_elsewhere.py", made.root]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    plain, theirs = ended.stdout.splitlines()[:1], ended.stdout.splitlines()[-1:]
+    assert "plain PyTorch, 60 steps" in plain[0]
+    if find_spec("dictionary_learning") is None:
+        assert "not installed" in theirs[0]
+    else:
+        assert "dictionary_learning, 60 steps of TopK" in theirs[0]

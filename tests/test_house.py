@@ -22,6 +22,7 @@ MAY_USE = {
         "sklearn",  # SAEBench's probes are its logistic regression
         *("huggingface_hub", "pyarrow"),  # the hub's errors and revisions; parquet: both come with datasets
         *("scipy", "plotly", "psutil"),  # intervals; figures; free memory: ONLY_IN says where
+        *("sae_lens", "sae_bench"),  # what autoencoders become classes of; an extra, and on one's own
     },
     "cli": {"store", "pipeline", "typer", "rich"},
 }
@@ -29,11 +30,17 @@ ONLY_IN = {
     "scipy": "pipeline/results/verdicts.py",
     "plotly": "pipeline/results/page.py",
     "psutil": "pipeline/device.py",
+    "sae_lens": "pipeline/saelens.py",
+    "sae_bench": "pipeline/saebench.py",
     **dict.fromkeys(("boto3", "botocore", "urllib3"), "store/s3.py"),
     "google": "store/gs.py",
     "paramiko": "store/sftp.py",
 }
-STAGES = {"harvest", "train", "evaluate", "explore", "report", "sweep", "plant", "copy", "merge"}
+STAGES = {
+    *("harvest", "train", "evaluate", "explore", "report", "sweep", "plant", "copy", "merge"),
+    *("import_activations", "import_sae"),
+    *("saelens", "saebench", "activation_dataset"),  # doors for other programs, beside the stages
+}
 SPOKEN_BY_ALL = {"progress"}  # a protocol: how a stage, or a part that works for one, says what it does
 FILES = sorted(path.relative_to(ROOT) for folder in MAY_USE for path in (ROOT / folder).rglob("*.py"))
 

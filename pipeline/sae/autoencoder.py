@@ -17,7 +17,7 @@ range, so that each range is a slice; ``encode`` sorts them itself and so copies
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, NotRequired, TypedDict
 
@@ -125,7 +125,7 @@ class Autoencoder(nn.Module, ABC):
 
     Attributes:
         architecture: its name in settings.
-        saelens_architecture: its name in ``cfg.json``; SAELens opens those that it knows.
+        saelens_architecture: what SAELens calls it where positions change nothing; None where it has none.
         expansion: features for each number of an activation, where none are named.
         is_centred: whether the mean activation is taken off before encoding, from the start.
         ranges: the position ranges, from position 0 to the context length.
@@ -143,7 +143,7 @@ class Autoencoder(nn.Module, ABC):
     """
 
     architecture: ClassVar[str]
-    saelens_architecture: ClassVar[str]
+    saelens_architecture: ClassVar[str | None] = None
     expansion: ClassVar[int] = 1
     is_centred: ClassVar[bool] = False
 
@@ -439,6 +439,34 @@ class Autoencoder(nn.Module, ABC):
     def keywords(cls) -> set[str]:
         """The constructor's keywords that are this architecture's own."""
         return inspect.signature(cls).parameters.keys() - {"common"}
+
+    @property
+    def ignores_positions(self) -> bool:
+        """Whether codes are the same at every position, and SAELens has such autoencoders."""
+        is_plain = self.position_mean.is_none and self.position_adapter.form == "none"
+        return is_plain and self.saelens_architecture is not None
+
+    @property
+    def saelens_name(self) -> str:
+        """The architecture in ``cfg.json``: SAELens' own where it computes the same, else one of ours.
+
+        SAELens refuses ours, unless ``pipeline/saelens.py`` was imported.
+        """
+        if self.ignores_positions and self.saelens_architecture:
+            return self.saelens_architecture
+        return f"posae_{self.architecture}"
+
+    def saelens_settings(self) -> dict[str, Setting]:
+        """Further keys that SAELens' architecture has in ``cfg.json``."""
+        return {}
+
+    def saelens_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``weights_for_raw_units`` in the shapes and units of SAELens' architecture."""
+        return dict(weights)
+
+    def take_saelens_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The reverse: weights for ``load_state_dict``. What they are not is left for that to refuse."""
+        return dict(weights)
 
     def weights_for_raw_units(self) -> dict[str, Tensor]:
         """Copies of all weights, by name, for which an ``activation_scale`` of 1 is right.

@@ -83,7 +83,6 @@ class Hierarchical(Autoencoder):
     """
 
     architecture: ClassVar[str] = "hierarchical"
-    saelens_architecture: ClassVar[str] = "posae_hierarchical"
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ activations, which makes λ a share of the loss at the start. Cost: as ``standar
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Unpack, cast
 
@@ -49,6 +49,7 @@ class JumpReLU(Plain):
 
     Attributes:
         threshold: θ, as a share of √d_model: in the unit of the paper above, so that its learning rates hold.
+        threshold_unit: what it is a share of: √d_model, or 1 of one that was loaded and holds θ itself.
         target_l0: how many features are to be active on a token, on average.
         l0_coefficient: λ.
         bandwidth: how wide the step is made for its gradient, as a share of √d_model.
@@ -56,7 +57,7 @@ class JumpReLU(Plain):
     """
 
     architecture: ClassVar[str] = "jumprelu"
-    saelens_architecture: ClassVar[str] = "posae_jumprelu"
+    saelens_architecture: ClassVar[str | None] = "jumprelu"
     expansion: ClassVar[int] = 8
     is_centred: ClassVar[bool] = True
 
@@ -85,6 +86,7 @@ class JumpReLU(Plain):
         self.l0_coefficient = l0_coefficient
         self.bandwidth = bandwidth
         self.auxiliary_coefficient = auxiliary_coefficient
+        self.threshold_unit = math.sqrt(self.d_model)
         self.threshold = empty_weight(self.dictionary_size, device=self.W_enc.device)
         self._start()
 
@@ -94,10 +96,19 @@ class JumpReLU(Plain):
 
     def _codes(self, scaled: Tensor, rows: Rows) -> Codes:
         before = self._activations(scaled, rows)
-        norm = math.sqrt(self.d_model)
+        width = math.sqrt(self.d_model) * self.bandwidth
         jump = cast("Callable[..., tuple[Tensor, Tensor]]", _Jump.apply)  # pyright: ignore[reportUnknownMemberType]
-        is_active, code = jump(before, norm * self.threshold, norm * self.bandwidth)
+        is_active, code = jump(before, self.threshold_unit * self.threshold, width)
         return Codes(code, activations_of=partial(torch.index_select, before, 1), is_active=is_active)
+
+    def saelens_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Thresholds as codes are compared with them."""
+        return {**weights, "threshold": self.threshold_unit * weights["threshold"]}
+
+    def take_saelens_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same weights: from here on a threshold is θ itself."""
+        self.threshold_unit = 1.0
+        return dict(weights)
 
     def _sparsity(self, codes: Codes) -> Tensor:
         assert codes.is_active is not None

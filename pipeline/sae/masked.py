@@ -31,7 +31,7 @@ class Masked(Standard):
     """
 
     architecture: ClassVar[str] = "masked"
-    saelens_architecture: ClassVar[str] = "posae_masked"
+    saelens_architecture: ClassVar[str | None] = None
 
     weights_by_position: Tensor
     """m: [positions, dictionary_size], or [1, dictionary_size] where all positions share one."""

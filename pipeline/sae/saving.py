@@ -1,7 +1,9 @@
 """An autoencoder on disk: ``sae_weights.safetensors`` and ``cfg.json``, named as in SAELens 6.
 
-What lies there works on raw activations: the activation scale is folded into the weights. SAELens
-opens architectures that it knows (``standard``) with ``SAE.load_from_disk`` and decodes the same.
+What lies there works on raw activations: the activation scale is folded into the weights. Where positions
+change nothing, SAELens opens ``standard``, ``topk``, ``jumprelu`` and ``batchtopk`` (as ``jumprelu``) with
+``SAE.load_from_disk``, and encodes and decodes the same. All others have an architecture that it refuses
+until ``posae.pipeline.saelens`` is imported, and their weights are as they are here.
 Whatever it does not know stands under ``posae`` in ``cfg.json``, which it passes over.
 
 Each file is written under a temporary name, made durable, and renamed; ``cfg.json`` holds the
@@ -51,6 +53,7 @@ class _Configuration(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
+    architecture: str
     d_in: PositiveInt
     d_sae: PositiveInt
     dtype: Literal["float32"]
@@ -70,13 +73,13 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path | str, metadata: Map
         StoreWriteError: the disk refused.
     """
     folder = Path(folder)
-    weights = {
-        name: weight.to("cpu", torch.float32).contiguous()
-        for name, weight in autoencoder.weights_for_raw_units().items()
-    }
+    weights, settings = autoencoder.weights_for_raw_units(), dict[str, Setting]()
+    if autoencoder.ignores_positions:
+        weights, settings = autoencoder.saelens_weights(weights), autoencoder.saelens_settings()
+    weights = {name: weight.to("cpu", torch.float32).contiguous() for name, weight in weights.items()}
     weights_bytes = safetensors.torch.save(weights)
     configuration = {
-        "architecture": autoencoder.saelens_architecture,
+        "architecture": autoencoder.saelens_name,
         "d_in": autoencoder.d_model,
         "d_sae": autoencoder.dictionary_size,
         "dtype": "float32",
@@ -84,6 +87,7 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path | str, metadata: Map
         "apply_b_dec_to_input": "b_dec" in weights,
         "normalize_activations": "none",
         "reshape_activations": "none",
+        **settings,
         # SAELens rewrites the metadata of anything older than 6.
         "metadata": {**metadata, "sae_lens_version": "6.0.0"},
         "posae": {
@@ -116,8 +120,24 @@ def load_autoencoder(folder: Path | str) -> Autoencoder:
     configuration = _read_configuration(folder)
     autoencoder = _without_values(configuration, folder)
     autoencoder.load_state_dict(_read_weights(autoencoder, configuration, folder), assign=True)
-    autoencoder.alpha = configuration.posae.alpha
-    return autoencoder.eval()
+    return autoencoder
+
+
+def without_values(configuration: Mapping[str, Any], folder: Path | str) -> Autoencoder:
+    """The autoencoder that a ``cfg.json`` speaks of, in ``eval()`` mode, its weights only shapes as yet.
+
+    Args:
+        configuration: what the file holds.
+        folder: where it lies, to be told in errors.
+
+    Raises:
+        RunError: posae has not saved it so.
+    """
+    try:
+        parsed = _Configuration.model_validate_json(json.dumps(configuration))
+    except ValidationError as error:
+        raise _misread(Path(folder), error) from None
+    return _without_values(parsed, Path(folder))
 
 
 def _read(folder: Path, name: str) -> bytes:
@@ -145,13 +165,15 @@ def _without_values(configuration: _Configuration, folder: Path) -> Autoencoder:
     try:
         kind = architecture_class(ours.architecture)
         own = _keywords(kind).model_validate(ours.model_extra or {}).model_dump(exclude_unset=True)
-        return kind(
+        autoencoder = kind(
             d_model=configuration.d_in,
             dictionary_size=configuration.d_sae,
             ranges=[PositionRange(*edges) for edges in ours.ranges],
             generator=None,
             **own,
         )
+        autoencoder.alpha = ours.alpha
+        return autoencoder.eval()
     except ValidationError as error:
         raise _misread(folder, error, "posae.") from None
     except (SettingsError, TypeError, RuntimeError, OverflowError) as error:
@@ -189,6 +211,9 @@ def _read_weights(autoencoder: Autoencoder, configuration: _Configuration, folde
         weights = safetensors.torch.load(content)
     except SafetensorError as error:
         raise RunError(f"{path}: not a safetensors file: {error}") from error
+    # Also of runs from before SAELens' names were given to all that it knows: those are not in its units.
+    if configuration.architecture == autoencoder.saelens_architecture:
+        weights = autoencoder.take_saelens_weights(weights)
     wanted = {name: _kind(weight) for name, weight in autoencoder.state_dict().items()}
     found = {name: _kind(weight) for name, weight in weights.items()}
     for name in sorted(wanted.keys() | found.keys()):

@@ -24,7 +24,7 @@ class Separate(Standard):
     """
 
     architecture: ClassVar[str] = "separate"
-    saelens_architecture: ClassVar[str] = "posae_separate"
+    saelens_architecture: ClassVar[str | None] = None
 
     def __init__(self, *, l1_coefficient: float, **common: Unpack[CommonSettings]) -> None:
         """Make the weights; see ``Standard``. With shared adapters there is one encoder, as if one range."""

@@ -22,7 +22,7 @@ class Standard(Plain):
     """ReLU and L1; its ranges only say by which ranges it is scored."""
 
     architecture: ClassVar[str] = "standard"
-    saelens_architecture: ClassVar[str] = "standard"
+    saelens_architecture: ClassVar[str | None] = "standard"
 
     def __init__(self, *, l1_coefficient: float, **common: Unpack[CommonSettings]) -> None:
         """Make the weights: tied at the start, feature directions random.

@@ -13,6 +13,7 @@ Dead features are brought back by the auxiliary loss of plain.py. Cost: finding 
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar, Unpack
 
@@ -21,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .autoencoder import Codes, CommonSettings, require
+from .autoencoder import Codes, CommonSettings, Setting, require
 from .plain import Plain
 from .position_adapter import Rows
 from .sparse import encoded
@@ -41,7 +42,7 @@ class TopK(Plain):
     """
 
     architecture: ClassVar[str] = "topk"
-    saelens_architecture: ClassVar[str] = "posae_topk"
+    saelens_architecture: ClassVar[str | None] = "topk"
     expansion: ClassVar[int] = 8
     is_centred: ClassVar[bool] = True
 
@@ -66,6 +67,10 @@ class TopK(Plain):
     def usual_learning_rate(cls, dictionary_size: int) -> float:
         """The larger a dictionary, the slower: found by sweeps of dictionary_learning for TopK."""
         return 2e-4 * math.sqrt(2**14 / dictionary_size)
+
+    def saelens_settings(self) -> dict[str, Setting]:
+        """How many are kept; norms of the decoder do not choose among them."""
+        return {"k": self.target_l0, "rescale_acts_by_decoder_norm": False}
 
     def _codes(self, scaled: Tensor, rows: Rows) -> Codes:
         if self._is_listed(scaled):
@@ -106,7 +111,7 @@ class BatchTopK(TopK):
     """The largest activations of each batch; ``target_l0`` of a token on average."""
 
     architecture: ClassVar[str] = "batchtopk"
-    saelens_architecture: ClassVar[str] = "posae_batchtopk"
+    saelens_architecture: ClassVar[str | None] = "jumprelu"
 
     threshold: Tensor
     """A scalar: outside of training what lies above is kept; below 0 until a batch was seen."""
@@ -117,6 +122,21 @@ class BatchTopK(TopK):
         """Make the weights; see ``TopK``."""
         super().__init__(target_l0=target_l0, auxiliary_coefficient=auxiliary_coefficient, **common)
         self.register_buffer("threshold", torch.full((), -1.0, device=self.W_enc.device))
+
+    def saelens_settings(self) -> dict[str, Setting]:
+        """None: SAELens, too, has BatchTopK as JumpReLU, once it is trained."""
+        return {}
+
+    def saelens_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same threshold for every feature."""
+        return {**weights, "threshold": weights["threshold"].expand(self.dictionary_size)}
+
+    def take_saelens_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The threshold that all features share."""
+        found = weights.get("threshold")
+        if found is not None and found.shape == (self.dictionary_size,) and bool((found == found[0]).all()):
+            return {**weights, "threshold": found[0].clone()}
+        return dict(weights)
 
     def _largest(self, activations: Tensor) -> Tensor:
         if not self.training:

@@ -1,0 +1,46 @@
+"""``posae import``: activations that another program left on disk, made a store."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from ..pipeline.settings import ImportSettings, resolve_settings
+from .display import LiveProgress, console
+from .options import Config, with_settings
+
+
+@with_settings(ImportSettings)
+def import_activations(
+    source: Annotated[
+        Path,
+        typer.Argument(help="File or folder: SAELens' cached activations, .safetensors, .npy or .pt."),
+    ],
+    store: Annotated[Path, typer.Argument(help="Folder of the new store.")],
+    options: dict[str, Any],
+    config: Config = None,
+) -> None:
+    """Make a store of activations that another program left on disk.
+
+    What is not known of them, such as positions, is marked in the store. Nothing is unpickled. Run again with
+    the same words it goes on where it stopped.
+
+    Example: posae import cached_activations theirs.zarr --layer 12
+    """
+    settings = resolve_settings(ImportSettings, "import", presets={}, config=config, options=options)
+    from ..pipeline.import_activations import Import
+
+    work = Import(source, store, settings)
+    with LiveProgress() as progress:
+        done = work.run(progress)
+    before = "" if done.n_tokens else "finished before, "
+    manifest = done.store.manifest
+    told = (
+        f"{store}: {before}{manifest.n_contexts:,} contexts of {manifest.context_length} tokens in layer "
+        f"{work.layer}, sealed as {str(done.store.identity)[:16]}"
+    )
+    console.print(Text(told), soft_wrap=True)
+    console.print(Text(f"not known: {', '.join(work.unknown).replace('_', ' ')}"), soft_wrap=True)
+    if done.n_left_out:
+        console.print(f"{done.n_left_out} rows at the end fill no context and were left out", soft_wrap=True)
