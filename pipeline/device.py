@@ -1,6 +1,7 @@
-"""Which device a stage runs on, how much memory is free there, and what becomes of freed memory."""
+"""Which device a stage runs on, what of processors and memory there is, and what becomes of freed memory."""
 
 import ctypes
+import os
 
 import psutil
 import torch
@@ -36,6 +37,13 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
 def _gpu(local_rank: int) -> torch.device:
     # Where each process is shown but one GPU, that is number 0 to all of them.
     return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def n_cores() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not everywhere
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def free_bytes(device: torch.device) -> int:

@@ -35,6 +35,7 @@ from .metrics import ABOVE, ScoreKeeper
 from .probing.hub import probe_saebench
 from .probing.offline import probe_store
 from .probing.results import ProbingResult
+from .processes import processes_here
 from .progress import Progress, Silent
 from .runs import EVALUATION, Run
 from .sae.autoencoder import Autoencoder
@@ -147,7 +148,7 @@ class _HeldOut(NamedTuple):
                 f"{store.root} holds no contexts out of training, so nothing can be scored; harvest at least "
                 "16 contexts, with --held-out above 0"
             )
-        device = choose_device(settings.device)
+        device = choose_device(settings.device, processes_here().local_rank)
         return cls(
             run,
             config,

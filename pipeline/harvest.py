@@ -8,7 +8,6 @@ finished shard is made durable while the next one begins. Memory: the model, the
 batches of the layers' activations, however much is harvested.
 """
 
-import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +30,7 @@ from ..store.rounding import MANTISSA_BITS
 from ..store.shards import ShardReader
 from ..store.stats import ordinary_tokens
 from ..store.writer import ShardOfLayers, StoreWriter, committed_manifest
-from .device import choose_device
+from .device import choose_device, n_cores
 from .host_copies import HostCopies, HostCopy
 from .language_model import (
     LanguageModel,
@@ -289,7 +288,7 @@ class Harvest:
 
     @property
     def _n_encoders(self) -> int:
-        return max(2, len(os.sched_getaffinity(0)) // self.processes.n_local)
+        return max(2, n_cores() // self.processes.n_local)
 
     def _load_model(self) -> LanguageModel:
         return LanguageModel.load(

@@ -29,6 +29,7 @@ from .controls import refuse_unknown_positions
 from .device import choose_device, free_bytes
 from .interrupts import held_back
 from .metrics import ScoreKeeper
+from .processes import processes_here
 from .progress import Progress, Silent
 from .runs import Run
 from .sae.autoencoder import Autoencoder, CommonSettings, Output
@@ -72,7 +73,7 @@ class Training:
         self.layer = self.settings.layer
         store.check_layer(self.layer)
         self.ranges: tuple[PositionRange, ...] = parse_ranges(self.settings.ranges, store.context_length)
-        self.device = choose_device(self.settings.device)
+        self.device = choose_device(self.settings.device, processes_here().local_rank)
         self.n_contexts = self._n_contexts()
         self.leave_out = () if self.settings.special_tokens else store.manifest.special_token_ids
         self.new_autoencoder(None)  # refuses what the architecture cannot be, before a run is begun
