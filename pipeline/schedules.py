@@ -6,6 +6,7 @@ what it saw is a part of a checkpoint.
 
 import math
 import time
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -83,23 +84,42 @@ def learning_rate_factor(step: int, steps: int, *, warmup: float, decay: float) 
 
 
 class Clock:
-    """How long a training has taken, over all times that it was begun or went on."""
+    """How long the steps of a training have taken, over all times that it was begun or went on.
+
+    It runs within its ``with`` blocks: others that train side by side with it are not counted.
+    """
 
     def __init__(self, before: Tensor | None = None) -> None:
-        """Start; ``before`` is the ``tensor`` of an earlier clock."""
-        earlier, earlier_cpu = (float(value) for value in before) if before is not None else (0.0, 0.0)
-        self._start = time.perf_counter() - earlier
-        self._cpu_start = time.process_time() - earlier_cpu
+        """Stand; ``before`` is the ``tensor`` of an earlier clock."""
+        self._told = [float(value) for value in before] if before is not None else [0.0, 0.0]
+        self._started: list[float] | None = None
+
+    def __enter__(self) -> Self:
+        """Run."""
+        self._started = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stand."""
+        self._told, self._started = [self.seconds, self.cpu_seconds], None
+
+    @staticmethod
+    def _now() -> list[float]:
+        return [time.perf_counter(), time.process_time()]
+
+    def _since(self, kind: int) -> float:
+        running = 0.0 if self._started is None else self._now()[kind] - self._started[kind]
+        return self._told[kind] + running
 
     @property
     def seconds(self) -> float:
         """By the wall."""
-        return time.perf_counter() - self._start
+        return self._since(0)
 
     @property
     def cpu_seconds(self) -> float:
         """Of all of this process's threads."""
-        return time.process_time() - self._cpu_start
+        return self._since(1)
 
     def tensor(self) -> Tensor:
         """Both; float64 [2]."""

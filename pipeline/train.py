@@ -364,6 +364,10 @@ class Ongoing:
 
     def take(self, batch: Batch, x: Tensor) -> str:
         """One step; says what was measured, if anything."""
+        with self.state.clock:
+            return self._take(batch, x)
+
+    def _take(self, batch: Batch, x: Tensor) -> str:
         s, run, state = self.training.settings, self.training.run, self.state
         if self.step == s.warmup_steps:
             run.save_base_phase(state.autoencoder.W_dec)
