@@ -64,8 +64,16 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert shaped == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
 
 
-def test_a_clock_goes_on() -> None:
+def test_a_clock_goes_on_and_stands_between_its_blocks() -> None:
     clock = Clock(torch.tensor([100.0, 50.0], dtype=torch.float64))
-    assert 100 <= clock.seconds < 101
-    assert 50 <= clock.cpu_seconds < 52
-    assert Clock(clock.tensor()).seconds > 100
+    assert (clock.seconds, clock.cpu_seconds) == (100, 50)
+    with clock:
+        sum(range(10**5))
+        assert 100 < clock.seconds < 101
+        assert 50 < clock.cpu_seconds < 52
+    before = clock.seconds
+    sum(range(10**5))
+    assert clock.seconds == before
+    later = Clock(clock.tensor())
+    with later:
+        assert later.seconds >= before
