@@ -210,9 +210,9 @@ class Evaluation(_Part):
     clusters: ClusterScores | None = None
     """Groups of features by where they fire; null where too few features fired often enough."""
     training_seconds: Number = None
-    """Wall-clock seconds of training, pauses left out; null where the run kept none."""
+    """Wall-clock seconds of its training steps; null where the run kept none."""
     training_cpu_seconds: Number = None
-    """CPU seconds of training; null where the run kept none."""
+    """CPU seconds of the process in these steps; null where the run kept none."""
     ce_loss: CeLoss | None = None
     """What the language model loses; null until `posae evaluate RUN --ce-loss`."""
     probing: dict[str, Any] | None = None
