@@ -4,8 +4,8 @@ A window of contexts (2,048 by default) is decoded into a buffer while the one b
 used; its tokens are permuted and cut into batches of nearly equal size, nothing is carried over.
 The order follows from (data seed, window, batch size, training contexts, left-out ids) alone, so a
 run resumes at any step by decoding one window, and all runs that agree in these can share one pass.
-Where a step lies depends on how many tokens are left out before it, so going on at a step reads the token ids
-of the windows before it in its epoch, and of all once an epoch is past; beginning reads none.
+Where a step lies depends on how many tokens are left out before it, so going on at a step reads the token
+ids of the windows before it in its epoch, and all once an epoch is past; beginning reads one window's.
 Costs: two windows of memory, and per batch one gather on top of decoding. A layer that is kept
 decoded (``DecodedLayer``) costs its whole size in memory, and is read once for all epochs and passes. On a
 GPU batches are gathered into pinned memory and cross on a stream of their own, beside the training.
@@ -104,7 +104,7 @@ class _HostBuffer:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """The order of tokens: which rows stand in which batch. Pure arithmetic on counts, asked for as needed.
+    """The order of tokens: which rows stand in which batch. Arithmetic on counts, asked for as needed.
 
     Attributes:
         n_contexts: contexts that are read, from the first.
@@ -183,7 +183,7 @@ class Order:
         while True:
             chunks, window, is_empty = self.chunks_of_epoch(epoch), 0, True
             while window < self.n_windows:
-                # No window has more steps than a full one, so the step lies in none before the last of these.
+                # No window has more steps than a full one: the step lies in the last of these or later.
                 passed = chunks[window * size : (window + step // most + 1) * size]
                 wanted = np.add.reduceat(self.wanted_of(passed), np.arange(0, len(passed), size))
                 ends = np.cumsum(self._n_batches(wanted))
