@@ -299,7 +299,7 @@ def train_together(
         raise ValueError("trainings that read different batches cannot share a pass")
     steps = max(one.stop for one in trainings) - min(one.start for one in trainings)
     batches = first.batches((memory or LayerMemory("never")).of(first, steps))
-    if not int(batches.order.wanted_by_chunk.sum()):
+    if batches.is_empty:
         raise StoreIncompleteError(
             f"{first.store.root} has no token to train on in layer {first.layer}; harvest more contexts"
         )

@@ -1,12 +1,18 @@
-"""Counts of a store's tokens for people, made when the tokens are committed: ``stats/zarr.json``."""
+"""Counts of a store's tokens for people, made when the tokens are committed: ``stats/zarr.json``.
+
+Costs about 100 bytes of memory and some microseconds a context.
+"""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .layout import Json
+
+_COUNTED_CONTEXTS = 65536
 
 
 def corpus_counts(
@@ -20,17 +26,16 @@ def corpus_counts(
         n_documents: documents read from the corpus.
         n_left_out: documents among them that gave no token.
     """
-    ids, counts = np.unique(tokens, return_counts=True)
-    special = set(special_token_ids)
+    counts: Counter[int] = Counter()
+    for start in range(0, len(tokens), _COUNTED_CONTEXTS):
+        some = tokens[start : start + _COUNTED_CONTEXTS]
+        special = some[np.isin(some, np.array(special_token_ids, np.int64))]
+        counts.update(special.tolist())
     return {
         "documents": n_documents,
         "documents_left_out": n_left_out,
         "duplicate_contexts": count_duplicates(tokens),
-        "special_tokens": {
-            str(token): int(count)
-            for token, count in zip(ids.tolist(), counts.tolist(), strict=True)
-            if token in special
-        },
+        "special_tokens": {str(token): counts[token] for token in sorted(counts)},
     }
 
 

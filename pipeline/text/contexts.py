@@ -3,7 +3,7 @@
 ``take_contexts`` reads no more documents than it needs, holds a batch of them at a time (at most
 about 2 MiB of text) beside the arrays that it returns, 12 bytes a token, and never goes back to
 the first. It costs what the tokenizer costs: 1 to 2 MB of text a second and core.
-``permute_contexts`` needs room for a second copy of the arrays.
+``permute_contexts`` works in these arrays, and needs 128 bytes a context beside them.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _BATCH_DOCUMENTS = 256
 _BATCH_BYTES = 1 << 21
 _PIECE_CHARACTERS = 1 << 20
+_MOVED_BYTES = 128  # of each context at once: less is slower, as a context is 500 bytes or more
 
 
 class Contexts(NamedTuple):
@@ -265,7 +266,7 @@ def permute_contexts(contexts: Contexts, *, seed: int, held_out: int) -> Context
     The last ``held_out`` contexts stay the last, permuted among themselves; so are the others.
 
     Args:
-        contexts: in the corpus's order.
+        contexts: in the corpus's order; their arrays are the result's, permuted in place.
         seed: 0 or more.
         held_out: how many contexts, counted from the end, are held out.
 
@@ -284,7 +285,13 @@ def permute_contexts(contexts: Contexts, *, seed: int, held_out: int) -> Context
             np.random.Generator(np.random.PCG64([seed, 1])).permutation(held_out) + n_training,
         ]
     )
-    return contexts._replace(tokens=contexts.tokens[order], documents=contexts.documents[order])
+    for array in (contexts.tokens, contexts.documents):
+        # Some columns after the others: a copy of a whole array may be more than memory holds.
+        step = max(1, _MOVED_BYTES // array.itemsize)
+        for start in range(0, array.shape[1], step):
+            columns = slice(start, start + step)
+            array[:, columns] = array[order, columns]
+    return contexts
 
 
 def held_out_contexts(n_contexts: int, fraction: float, chunk_contexts: int = 8) -> int:

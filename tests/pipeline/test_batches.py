@@ -93,6 +93,62 @@ def test_a_batch_is_the_same_wherever_reading_begins(store: ActivationStore, sta
             )
 
 
+def order_of(counts: NDArray[np.int64], asked: list[int], **options: Any) -> Order:
+    """The order over made-up counts; ``asked`` gets the chunks that were asked for."""
+
+    def wanted_of(chunks: NDArray[np.int64]) -> NDArray[np.int64]:
+        asked.extend(chunks.tolist())
+        return counts[chunks]
+
+    contexts = {"n_contexts": 8 * len(counts), "context_length": LENGTH, "chunk_contexts": 8}
+    return Order(**contexts, wanted_of=wanted_of, **options)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 8 * LENGTH), min_size=1, max_size=40).filter(any),
+    window=st.integers(1, 12).map(lambda n: 8 * n),
+    batch_size=st.integers(1, 300),
+    step=st.integers(0, 600),
+    seed=st.integers(0, 2**32),
+)
+def test_a_step_is_found_where_counting_windows_one_by_one_finds_it(
+    counts: list[int], window: int, batch_size: int, step: int, seed: int
+) -> None:
+    asked: list[int] = []
+    order = order_of(np.array(counts), asked, window_contexts=window, batch_size=batch_size, seed=seed)
+    place = order.find(step)
+
+    passed: set[int] = set()
+    epoch, before = 0, 0
+    while True:
+        for number, chunks in enumerate(order.windows_of_epoch(epoch)):
+            rows = int(np.array(counts)[chunks].sum())
+            passed |= {*chunks.tolist()}
+            n_steps = max(1, round(rows / batch_size)) if rows else 0
+            if step < before + n_steps:
+                assert place == (epoch, number, step - before)
+                assert {*asked} == passed, "a chunk past the step was counted"
+                return
+            before += n_steps
+        epoch += 1
+
+
+def test_a_window_can_be_the_first(store: ActivationStore) -> None:
+    order = batches_of(store, window_contexts=32).order
+    windows = [chunks.tolist() for chunks in order.windows_of_epoch(3)]
+    assert len(windows) == order.n_windows
+    assert [chunks.tolist() for chunks in order.windows_of_epoch(3, 4)] == windows[4:]
+
+
+def test_where_no_token_is_wanted_there_is_no_batch(store: ActivationStore) -> None:
+    everything = range(int(store.tokens().max()) + 1)
+    batches = ShuffledBatches(store, 0, RANGES, leave_out=everything, window_contexts=32)
+    assert batches.is_empty
+    assert not list(batches.steps(0, 5))
+    assert not batches_of(store).is_empty
+
+
 def test_batches_of_a_window_differ_by_one_at_most(store: ActivationStore) -> None:
     batches = batches_of(store, batch_size=100, window_contexts=400)
     sizes = [len(batch.positions) for batch in batches.steps(0, steps_of_epoch(batches.order, 0))]
