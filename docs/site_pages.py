@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 SHOWN = (
     "*.md",
     "LICENSE",
+    "CITATION.cff",
     "docs/**/*.md",
     "docs/*.json",
     "examples/**/*.md",
