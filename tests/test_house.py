@@ -22,6 +22,7 @@ MAY_USE = {
         "sklearn",  # SAEBench's probes are its logistic regression
         *("huggingface_hub", "pyarrow"),  # the hub's errors and revisions; parquet: both come with datasets
         *("scipy", "plotly", "psutil"),  # intervals; figures; free memory: ONLY_IN says where
+        "wandb",  # curves in Weights & Biases; an extra
     },
     "cli": {"store", "pipeline", "typer", "rich"},
 }
@@ -29,6 +30,7 @@ ONLY_IN = {
     "scipy": "pipeline/results/verdicts.py",
     "plotly": "pipeline/results/page.py",
     "psutil": "pipeline/device.py",
+    "wandb": "pipeline/trackers.py",
     **dict.fromkeys(("boto3", "botocore", "urllib3"), "store/s3.py"),
     "google": "store/gs.py",
     "paramiko": "store/sftp.py",
