@@ -122,7 +122,7 @@ def _train_alone(
 
     training = Training(store, run, settings)
     errors.print(about_position(store.position_r2(training.layer)), soft_wrap=True)
-    with LiveProgress() as progress:
+    with LiveProgress(curve="FVU") as progress:
         was_left = train_one(training, EvaluateSettings(), progress, LayerMemory(resident), track)
     found = scores(run)
     if found is None:
