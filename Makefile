@@ -36,12 +36,16 @@ fuzz: .venv/ready  ## parsers of a stranger's bytes, for FUZZ_SECONDS; what it f
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python tests/fuzz.py data/fuzz/corpus -max_total_time=$(FUZZ_SECONDS) -timeout=5 -max_len=8192 -print_final_stats=1
 
+docs: .venv/ready  ## the site, of docs/, docstrings and what commands say of themselves, in build/site
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # not -q: then nothing counts as a warning
+
 lock:  ## renew constraints.txt
-	uv pip compile -q --universal --python-version 3.11 pyproject.toml --extra dev --extra fuzz -c pins.in -o constraints.txt
+	uv pip compile -q --universal --python-version 3.11 pyproject.toml --extra dev --extra docs --extra fuzz -c pins.in -o constraints.txt
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: demo paper paper-quick test check fuzz lock
+.PHONY: demo paper paper-quick test check fuzz docs lock

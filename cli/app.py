@@ -29,6 +29,7 @@ from .merge import merge
 from .plant import plant
 from .report import report
 from .train import train
+from .versions import versions
 
 app = typer.Typer(
     name="posae",
@@ -52,13 +53,21 @@ app.command("import-sae")(import_sae)
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"posae {__version__}")
+        for name, found in versions():
+            typer.echo(f"  {name:<13} {found}")
         raise typer.Exit
 
 
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option(
+            "--version",
+            callback=_version,
+            is_eager=True,
+            help="Show versions, of posae and of what matters to it.",
+        ),
     ] = False,
 ) -> None:
     """Sparse autoencoders that know the position of each token.

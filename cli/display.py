@@ -1,14 +1,14 @@
 """What people see: tables, progress, small plots, errors."""
 
 import math
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     SpinnerColumn,
@@ -16,6 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from ..store.plain_text import plot, quantity
@@ -58,41 +59,91 @@ def show_by_position(values: Sequence[float], digits: int = 1) -> None:
     console.print(f"{'':9} 0{end:>{max(1, len(lines[0]) - 1)}}  position")
 
 
+class _Count(ProgressColumn):
+    """Units done of all."""
+
+    def render(self, task: Task) -> Text:
+        """How many, with the unit."""
+        unit = task.fields["unit"]
+        if unit == "bytes":
+            return Text(f"{quantity(task.completed)}/{quantity(task.total or 0)}", no_wrap=True)
+        return Text(f"{task.completed:,.0f}/{task.total or 0:,.0f} {unit}", no_wrap=True)
+
+
 class _Rate(ProgressColumn):
     """Units, and bytes where a unit has some, to the second of this session."""
 
     def render(self, task: Task) -> Text:
-        """The rate so far."""
-        return Text(_rate(task.completed - task.fields["before"], task.elapsed or 0.0, task), style="cyan")
+        """The rate so far; the unit stands beside it."""
+        seconds = task.finished_time or task.elapsed or 0.0
+        rate = _per_second(task.completed - task.fields["before"], seconds)
+        text = f"{quantity(rate) if task.fields['unit'] == 'bytes' else f'{rate:,.0f}'}/s"
+        if task.fields["unit_bytes"]:
+            text += f", {quantity(rate * task.fields['unit_bytes'])}/s"
+        return Text(text, style="cyan", no_wrap=True)
+
+
+def _per_second(done: float, seconds: float) -> float:
+    return done / seconds if seconds > 0 else 0.0
 
 
 def _rate(done: float, seconds: float, task: Task) -> str:
-    rate = done / seconds if seconds > 0 else 0.0
+    rate = _per_second(done, seconds)
     text = f"{rate:,.0f} {task.fields['unit']}/s"
     if task.fields["unit_bytes"]:
         text += f", {quantity(rate * task.fields['unit_bytes'])}/s"
     return text
 
 
+def sparkline(values: Sequence[float], width: int = 24) -> str:
+    """A curve in one line, from its least to its greatest on a scale of logarithms; of numbers above 0.
+
+    >>> sparkline([1, 0.1, 0.01]), sparkline([0.5])
+    ('█▅▁', '▁')
+    """
+    logs = [math.log(value) for value in values if value > 0]
+    if not logs:
+        return ""
+    low, span = min(logs), max(logs) - min(logs) or 1.0
+    return plot([value - low + span / 7 for value in logs], width, 1, top=span * 8 / 7)[0]
+
+
+class _Bars(Progress):
+    """A bar, and below it what matters now."""
+
+    note: Text | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Both, a line each."""
+        yield self.make_tasks_table(self.tasks)
+        if self.note:
+            yield self.note
+
+
 class LiveProgress:
     """Progress as a bar on a terminal, and as a plain line every ten seconds elsewhere."""
 
-    def __init__(self) -> None:
-        """Draw on standard error, so that standard output stays for results."""
+    def __init__(self, curve: str = "") -> None:
+        """Draw on standard error, so that standard output stays for results.
+
+        Args:
+            curve: the word in notes whose number is drawn as a curve, as ``FVU`` in ``FVU 0.25``.
+        """
         self._is_live = errors.is_terminal
-        self._bars = Progress(
+        self._bars = _Bars(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=max(6, min(28, errors.width - 64))),
+            _Count(),
             _Rate(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
             console=errors,
             disable=not self._is_live,
         )
         self._task = None
         self._said = 0.0
+        self._number = re.compile(rf"\b{re.escape(curve)} ([\d.]+)") if curve else None
+        self._curve: list[float] = []
 
     def __enter__(self) -> "LiveProgress":
         """Ready to draw."""
@@ -108,6 +159,7 @@ class LiveProgress:
         self._task = self._bars.add_task(
             task, total=total, completed=done, unit=unit, note="", before=done, unit_bytes=unit_bytes
         )
+        self._curve.clear()
         self._said = time.monotonic()
         if not self._is_live:
             before = f" ({done:,} were there)" if done else ""
@@ -119,6 +171,8 @@ class LiveProgress:
         self._bars.advance(self._task, amount)
         if note:
             self._bars.update(self._task, note=note)
+            if self._is_live:
+                self._draw(note)
         if not self._is_live and time.monotonic() - self._said > _PLAIN_SECONDS:
             self._said = time.monotonic()
             self._say_plainly()
@@ -128,8 +182,16 @@ class LiveProgress:
         assert self._task is not None
         if not self._is_live:
             self._say_plainly()
+        self._bars.note = None
         self._bars.update(self._task, note="", refresh=True)
         self._bars.stop()
+
+    def _draw(self, note: str) -> None:
+        found = self._number.search(note) if self._number else None
+        if found:
+            self._curve.append(float(found[1]))
+        self._bars.note = Text(f"  {note}  ", no_wrap=True, overflow="ellipsis")
+        self._bars.note.append(sparkline(self._curve), style="cyan")
 
     def say(self, line: str) -> None:
         """A line that stays."""

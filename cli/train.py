@@ -1,5 +1,6 @@
 """``posae train``: an autoencoder from a store, or all of a sweep."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,6 +9,7 @@ import typer
 from ..pipeline.controls import is_position_aware
 from ..pipeline.settings import TRAIN_PRESETS, EvaluateSettings, TrainSettings, resolve_settings
 from ..pipeline.sweep import Plan, Study, read_sweep
+from ..pipeline.trackers import TrackerName
 from ..store.errors import SettingsError
 from ..store.reader import ActivationStore
 from .display import LiveProgress, console, errors
@@ -56,6 +58,15 @@ def train(
             "GPU or a server would be waited for, half of the memory holds it, and it is read again.",
         ),
     ] = "auto",
+    track: Annotated[
+        list[TrackerName] | None,
+        typer.Option(
+            "--track",
+            help="Show the curves in TensorBoard or Weights & Biases too; may be given twice. Each needs the "
+            "extra of its name.",
+            show_default=False,
+        ),
+    ] = None,
     cache: Cache = None,
     cache_size: CacheSize = None,
 ) -> None:
@@ -93,19 +104,26 @@ def train(
         from ..pipeline.train import LayerMemory
         from .trainings import fit_to, train_all
 
-        train_all(opened, run, Plan(studies, fit_to(opened, run)), LayerMemory(resident), together)
+        plan = Plan(studies, fit_to(opened, run))
+        train_all(opened, run, plan, LayerMemory(resident), together, track or ())
     else:
-        _train_alone(opened, run, all_settings[0], resident)
+        _train_alone(opened, run, all_settings[0], resident, track or ())
 
 
-def _train_alone(store: ActivationStore, run: Path, settings: TrainSettings, resident: Resident) -> None:
+def _train_alone(
+    store: ActivationStore,
+    run: Path,
+    settings: TrainSettings,
+    resident: Resident,
+    track: Sequence[TrackerName],
+) -> None:
     from ..pipeline.train import LayerMemory, Training
     from .trainings import about_position, scores, train_one
 
     training = Training(store, run, settings)
     errors.print(about_position(store.position_r2(training.layer)), soft_wrap=True)
-    with LiveProgress() as progress:
-        was_left = train_one(training, EvaluateSettings(), progress, LayerMemory(resident))
+    with LiveProgress(curve="FVU") as progress:
+        was_left = train_one(training, EvaluateSettings(), progress, LayerMemory(resident), track)
     found = scores(run)
     if found is None:
         console.print(f"{run}: trained; the store holds nothing out, so nothing was scored", soft_wrap=True)

@@ -18,6 +18,7 @@ from ..pipeline.progress import Progress
 from ..pipeline.runs import Run
 from ..pipeline.settings import EvaluateSettings, TrainSettings
 from ..pipeline.sweep import Fit, Fitted, Plan, Planned
+from ..pipeline.trackers import TrackerName, Trackers
 from ..pipeline.train import LayerMemory, Ongoing, Training, side_by_side, train_together
 from ..store.errors import RunError, RunNotFoundError, SettingsError
 from ..store.reader import ActivationStore
@@ -49,7 +50,13 @@ def scores(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def train_one(training: Training, scoring: EvaluateSettings, progress: Progress, memory: LayerMemory) -> bool:
+def train_one(
+    training: Training,
+    scoring: EvaluateSettings,
+    progress: Progress,
+    memory: LayerMemory,
+    track: Sequence[TrackerName] = (),
+) -> bool:
     """Train, or go on, and score on what the store holds out; False where all was done before.
 
     Args:
@@ -57,15 +64,23 @@ def train_one(training: Training, scoring: EvaluateSettings, progress: Progress,
         scoring: what else is scored; its device is the training's.
         progress: told what is done.
         memory: where its layer is kept decoded, if it is.
+        track: who else is handed its metrics.
 
     Raises:
-        PosaeError: as ``Training.train`` and ``evaluate``.
+        PosaeError: as ``Trackers``, ``Training.train`` and ``evaluate``.
     """
-    trained = training.train(progress, memory)
+    with Trackers(track, {training.run.folder: training.config}) as trackers:
+        trained = training.train(progress, memory, trackers)
+    _show_where(trackers)
     if not trained.steps_done and _is_scored(training.run.folder, scoring):
         return False
     _score(training, scoring, progress)
     return True
+
+
+def _show_where(trackers: Trackers) -> None:
+    for where in trackers.where:
+        errors.print(f"curves: {where}", soft_wrap=True)
 
 
 def _score(training: Training, scoring: EvaluateSettings, progress: Progress) -> None:
@@ -94,7 +109,14 @@ def fit_to(store: ActivationStore, folder: Path) -> Fit:
     return fit
 
 
-def train_all(store: ActivationStore, folder: Path, plan: Plan, memory: LayerMemory, together: int) -> None:
+def train_all(
+    store: ActivationStore,
+    folder: Path,
+    plan: Plan,
+    memory: LayerMemory,
+    together: int,
+    track: Sequence[TrackerName] = (),
+) -> None:
     """Train and score all of a sweep that is not done yet; several processes may do so at once.
 
     What is wrong with one run does not keep the others from being trained. What is wrong with the store or
@@ -106,12 +128,15 @@ def train_all(store: ActivationStore, folder: Path, plan: Plan, memory: LayerMem
         plan: its trainings.
         memory: where a layer is kept decoded, if it is.
         together: how many trainings may share a pass over the store.
+        track: who else is handed the metrics of each.
 
     Raises:
+        SettingsError: a tracker's library is not installed.
         RunMismatchError: a run was begun otherwise; before anything is trained.
         RunError: a folder holds something else, likewise; or runs failed, once all others are done.
         StoreError: the store is damaged, or the disk refused.
     """
+    Trackers(track, {})  # what is not installed is said before anything is trained
     trainings = plan.trainings
     for planned in trainings:
         for place in (folder, folder / planned.name):
@@ -131,7 +156,7 @@ def train_all(store: ActivationStore, folder: Path, plan: Plan, memory: LayerMem
     n_before = len(trainings) - len(left)
     before = f", {n_before} of them finished before" if n_before else ""
     errors.print(f"{len(trainings)} trainings{before}", soft_wrap=True)
-    rest = _Rest(folder, plan, left, memory)
+    rest = _Rest(folder, plan, left, memory, track)
     groups = side_by_side([_training(store, folder, planned) for planned in left], together)
     # First what is free; then what other processes had, which may have died.
     for wait in (False, True):
@@ -158,8 +183,15 @@ class _Rest:
         failed: what went wrong, a line for each run.
     """
 
-    def __init__(self, folder: Path, plan: Plan, left: Sequence[Planned], memory: LayerMemory) -> None:
-        self._folder, self._plan, self._memory = folder, plan, memory
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        left: Sequence[Planned],
+        memory: LayerMemory,
+        track: Sequence[TrackerName],
+    ) -> None:
+        self._folder, self._plan, self._memory, self._track = folder, plan, memory, track
         self._planned = {folder / planned.folder: planned for planned in left}
         self._n_all = len(plan.trainings)
         self._n_done = self._n_all - len(left)
@@ -184,8 +216,10 @@ class _Rest:
             else:
                 begun += [ongoing] if ongoing else []
         if begun:
-            with LiveProgress() as progress:
-                train_together(begun, _Labelled(progress, f"{numbers}/{self._n_all}"), self._memory)
+            configs = {one.training.run.folder: one.training.config for one in begun}
+            with LiveProgress() as progress, Trackers(self._track, configs) as trackers:
+                labelled = _Labelled(progress, f"{numbers}/{self._n_all}")
+                train_together(begun, labelled, self._memory, trackers)
         for training in group:
             self._score(training, broken.get(training.run.folder))
 

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .batches import as_torch as as_torch
     from .batches import shuffled_batches as shuffled_batches
+    from .runs import Run as Run
     from .sae.saving import load_autoencoder as load_autoencoder
 
 _HOMES = {
+    "Run": "runs",
     "as_torch": "batches",
     "load_autoencoder": "sae.saving",
     "shuffled_batches": "batches",

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..store.errors import RunError, RunMismatchError, RunNotFoundError
 from ..store.files import PARTIAL, StoreFiles, exclusive, writing
+from ..store.notebook import block, columns, facts, folded
 
 CONFIG, METRICS, EVALUATION = "config.json", "metrics.jsonl", "evaluation.json"
 CHECKPOINT = "checkpoint/state.safetensors"
@@ -223,6 +224,69 @@ class Run:
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{path} is damaged ({error}); remove it to train from the start") from None
         return step, tensors
+
+    def __repr__(self) -> str:
+        """A line for notebooks."""
+        return f"Run({str(self.folder)!r})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: what was trained on what, its scores if it has some, and all settings.
+
+        What cannot be read is said in its place. Costs reading two small files and the metrics.
+        """
+        title = str(self.folder)
+        try:
+            config = self.config
+        except RunError as error:
+            return block(title, facts({"state": str(error)}))
+        settings, store = (_object(config.get(name)) for name in ("settings", "store"))
+        told = {
+            "trained": f"{_shown(settings, 'architecture')}, layer {_shown(settings, 'layer')}, "
+            f"{_shown(settings, 'dictionary_size')} features, seed {_shown(settings, 'seed')}",
+            "store": f"{_shown(store, 'path')}: {_shown(store, 'model')} on {_shown(store, 'dataset')}",
+            "state": self._state(settings),
+        }
+        parts: list[str] = []
+        try:
+            parts = _scores_html(self.evaluation)
+        except RunNotFoundError:
+            told["scores"] = "none yet"
+        except RunError as error:
+            told["scores"] = str(error)
+        every_setting = facts({name: _shown(settings, name) for name in settings})
+        return block(title, facts(told), *parts, folded("all settings", every_setting))
+
+    def _state(self, settings: Mapping[str, Any]) -> str:
+        steps = _shown(settings, "steps")
+        if self.is_finished:
+            return f"finished, {steps} steps"
+        lines = self.metrics()
+        return f"at step {_shown(_object(lines[-1]), 'step') if lines else 0} of {steps}"
+
+
+def _scores_html(evaluation: Mapping[str, Any]) -> list[str]:
+    """Scores in all, and FVU by position range where both lists are there."""
+    names = {"FVU": "fvu", "L0": "l0", "dead": "dead_fraction", "parameters": "n_parameters"}
+    parts = [columns([*names], [[_shown(evaluation, key) for key in names.values()]])]
+    ranges, by_range = evaluation.get("ranges"), evaluation.get("fvu_by_range")
+    if isinstance(ranges, list) and isinstance(by_range, list):
+        told = [_word(value) for value in cast("list[Any]", by_range)]
+        parts.append(columns(["FVU by range", *map(str, cast("list[Any]", ranges))], [["", *told]]))
+    return parts
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    return _word(values.get(name))
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> Iterator[str]:

@@ -9,7 +9,7 @@ trains; two windows of the store, or the layer where it is kept decoded.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -45,6 +45,10 @@ _CALIBRATION_ROWS = 2**16
 _SHUFFLE = 0x5EED
 _COUNT_DEAD_STEPS = 100
 """How often it is counted anew which features are dead: it makes a GPU wait."""
+
+
+Watch = Callable[[Path, Mapping[str, Any]], None]
+"""Is told of each line of metrics, with the folder of its run."""
 
 
 class Trained(NamedTuple):
@@ -140,7 +144,12 @@ class Training:
         """
         self.run.check(self.config_to_check())
 
-    def train(self, progress: Progress | None = None, memory: "LayerMemory | None" = None) -> Trained:
+    def train(
+        self,
+        progress: Progress | None = None,
+        memory: "LayerMemory | None" = None,
+        watch: Watch | None = None,
+    ) -> Trained:
         """Train, or go on, to the last step.
 
         Raises:
@@ -157,7 +166,7 @@ class Training:
             ongoing = Ongoing.begin(self)
             if ongoing is None:
                 return Trained(self.run, 0)
-            train_together([ongoing], progress, memory)
+            train_together([ongoing], progress, memory, watch)
             return Trained(self.run, ongoing.step - ongoing.start)
 
     def batches(self, decoded: DecodedLayer | None = None) -> ShuffledBatches:
@@ -276,7 +285,10 @@ class LayerMemory:
 
 
 def train_together(
-    trainings: "Sequence[Ongoing]", progress: Progress | None = None, memory: "LayerMemory | None" = None
+    trainings: "Sequence[Ongoing]",
+    progress: Progress | None = None,
+    memory: "LayerMemory | None" = None,
+    watch: Watch | None = None,
 ) -> None:
     """Train several to their ends in one pass over their store; each to the weights that it has alone.
 
@@ -287,6 +299,7 @@ def train_together(
         trainings: at least one; of all ``reads`` is equal.
         progress: told of the tokens of all of them together.
         memory: where their layer is kept decoded, if it is.
+        watch: told of what is measured.
 
     Raises:
         StoreIncompleteError: the store has no token to train on.
@@ -312,7 +325,7 @@ def train_together(
             x = batch.on_device.to(torch.float32)
             taking = [one for one in trainings if one.start <= batch.step < one.stop]
             for one in taking:
-                progress.advance(size, one.take(batch, x))
+                progress.advance(size, one.take(batch, x, watch))
             for one in taking:
                 # What ends before the others is safe until all are at their end.
                 wanted = one.step == one.stop or one.step % one.training.settings.checkpoint_steps == 0
@@ -362,15 +375,23 @@ class Ongoing:
         run.rewind_metrics(start)
         return cls(training, state, start)
 
-    def take(self, batch: Batch, x: Tensor) -> str:
+    def take(self, batch: Batch, x: Tensor, watch: Watch | None = None) -> str:
         """One step; says what was measured, if anything."""
-        with self.state.clock:
-            return self._take(batch, x)
-
-    def _take(self, batch: Batch, x: Tensor) -> str:
-        s, run, state = self.training.settings, self.training.run, self.state
-        if self.step == s.warmup_steps:
+        run, state = self.training.run, self.state
+        if self.step == self.training.settings.warmup_steps:
             run.save_base_phase(state.autoencoder.W_dec)
+        with state.clock:
+            line = self._step(batch, x)
+        if not line:
+            return ""
+        line = {"step": self.step, **line}
+        run.add_metrics(line)
+        if watch:
+            watch(run.folder, line)
+        return _note(line)
+
+    def _step(self, batch: Batch, x: Tensor) -> dict[str, Any] | None:
+        s, state = self.training.settings, self.state
         state.schedule(self.step)
         # Also where the base phase ends: what becomes of the base is told from there.
         measure = (self.step + 1) % s.log_steps == 0 or self.step + 1 in (s.warmup_steps, s.steps)
@@ -378,10 +399,7 @@ class Ongoing:
         self.step += 1
         if self.step % _COUNT_DEAD_STEPS == 0:
             state.count_dead()
-        if not line:
-            return ""
-        run.add_metrics({"step": self.step, **line})
-        return _note(line)
+        return line
 
     def save_checkpoint(self) -> None:
         """Put what is needed to go on into the run."""

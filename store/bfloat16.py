@@ -10,8 +10,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
-from zarr.core.dtype.common import DataTypeValidationError, HasEndianness, HasItemSize
+import zarr.dtype
+import zarr.errors
+from zarr.core.dtype.common import HasEndianness, HasItemSize
 from zarr.dtype import ZDType, data_type_registry
+
+# Newer versions, which Python 3.12 and later get, have it among their errors, and warn where it was.
+DataTypeValidationError: type[ValueError] = (
+    getattr(zarr.errors, "DataTypeValidationError", None) or zarr.dtype.DataTypeValidationError
+)
 
 
 def bfloat16_bits(value: float) -> np.uint16:

@@ -29,6 +29,8 @@ from .errors import (
 from .files import StoreFiles
 from .layout import ArraySpec, Json
 from .manifest import Manifest, layer_path, layer_spec, parse_corpus, parse_manifest, token_specs
+from .notebook import block, columns, facts
+from .plain_text import quantity
 from .readable import ReadableFiles
 from .remote import is_url
 from .remote_files import READING_THREADS, RemoteFiles
@@ -488,6 +490,24 @@ class ActivationStore:
             f"ActivationStore({str(self.root)!r}: {self.manifest.model} on {self.manifest.dataset}, "
             f"layers {list(self.layers)}, {self.n_contexts} contexts of {self.context_length}, {state})"
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: where from, how much, and a line for each layer; sizes of files are read."""
+        manifest = self.manifest
+        told = {
+            "model": f"{manifest.model}, {manifest.hook_point}, {self.d_model} wide",
+            "text": manifest.dataset,
+            "contexts": f"{self.n_contexts:,} of {self.context_length} tokens, codec {manifest.codec}",
+            "state": f"sealed as {self.identity[:16]}" if self.identity else "unfinished",
+        }
+        rows: list[list[str]] = []
+        for layer in self.layers:
+            stored, raw = self.stored_bytes(layer), self.raw_bytes(layer)
+            ratio = f"{raw / stored:.3f}" if stored else "-"
+            n_contexts = self.contexts_by_layer[layer]
+            rows.append([str(layer), f"{n_contexts:,}", quantity(stored), quantity(raw), ratio])
+        by_layer = columns(["layer", "contexts", "on disk", "uncompressed", "ratio"], rows)
+        return block(str(self.root), facts(told), *([by_layer] if rows else []))
 
 
 def _check_index(shard: tuple[ShardReader, int]) -> None:

@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import pytest
 import typer.main
+import yaml
 
+import posae
 from posae.cli.app import app
 from posae.pipeline.settings import (
     HARVEST_PRESETS,
@@ -319,6 +322,19 @@ def test_reader_in_format_reads_every_array(store: Path) -> None:
         assert found.dtype == wanted.dtype
         assert (found[: len(wanted)].view(np.uint8) == wanted.view(np.uint8)).all(), path
         assert (found[len(wanted) :] == spec.fill).all(), path
+
+
+def test_citation_is_of_this_version() -> None:
+    said = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (said["title"], said["version"]) == (project["name"], posae.__version__)
+    assert (said["license"], said["authors"]) == (project["license"], project["authors"])
+
+
+def test_every_extra_for_users_is_explained() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    told = set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
+    assert told == extras.keys() - {"dev", "docs", "fuzz"}
 
 
 # Settings, errors, links, words

@@ -23,6 +23,7 @@ MAY_USE = {
         *("huggingface_hub", "pyarrow"),  # the hub's errors and revisions; parquet: both come with datasets
         *("scipy", "plotly", "psutil"),  # intervals; figures; free memory: ONLY_IN says where
         *("sae_lens", "sae_bench"),  # what autoencoders become classes of; an extra, and on one's own
+        "wandb",  # curves in Weights & Biases; an extra
     },
     "cli": {"store", "pipeline", "typer", "rich"},
 }
@@ -32,6 +33,7 @@ ONLY_IN = {
     "psutil": "pipeline/device.py",
     "sae_lens": "pipeline/saelens.py",
     "sae_bench": "pipeline/saebench.py",
+    "wandb": "pipeline/trackers.py",
     **dict.fromkeys(("boto3", "botocore", "urllib3"), "store/s3.py"),
     "google": "store/gs.py",
     "paramiko": "store/sftp.py",
@@ -83,8 +85,25 @@ def test_parts_of_the_pipeline_do_not_know_each_other(file: Path) -> None:
 def test_every_package_is_shipped_and_nothing_else() -> None:
     shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {".".join(("posae", *f.parent.parts)) for f in FILES}
-    assert set(shipped) == {"posae"} | folders
+    assert set(shipped) == {"posae", "posae.pipeline.demo_model"} | folders
     assert {p.name for p in ROOT.glob("*.py")} == {
         "__init__.py",
         "__main__.py",
     }  # root *.py files are shipped too
+
+
+def test_every_file_beside_the_code_is_shipped() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    shipped = {
+        file
+        for package, names in patterns.items()
+        for name in names
+        for file in ROOT.joinpath(*package.split(".")[1:]).glob(name)
+    }
+    beside = {
+        file
+        for folder in MAY_USE
+        for file in (ROOT / folder).rglob("*")
+        if file.is_file() and file.suffix not in (".py", ".pyc")
+    }
+    assert shipped == beside | {ROOT / "py.typed"}

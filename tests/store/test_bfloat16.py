@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from zarr.core.dtype.common import DataTypeValidationError
 
-from posae.store.bfloat16 import BFloat16, bfloat16_bits
+from posae.store.bfloat16 import BFloat16, DataTypeValidationError, bfloat16_bits
 
 bfloat16: Any = ml_dtypes.bfloat16
 
