@@ -38,6 +38,8 @@ from .seal import (
 from .shards import ShardReader, ShardWriter, encode_chunks, shard_bytes, write_array
 from .stats import ChunkStats, stats_specs
 
+_LARGE_FILE = SealedFile(10**10 - 1, "0" * 64)
+
 
 def committed_manifest(root: Path) -> Manifest | None:
     """The manifest of the store at ``root``, if its tokens are committed and so all is fixed.
@@ -171,13 +173,15 @@ class StoreWriter:
         What an unfinished store has begun is to be finished with them; what is sealed is not touched.
 
         Raises:
-            StoreWriteError: the disk refused.
+            StoreWriteError: the disk refused, or the store would have more files than its seal can name.
         """
         store = ActivationStore.open(self.root)
         if store.is_sealed:
             layers = tuple(sorted({*wanted} - {*store.layers}))
         else:
             layers = tuple(sorted({*wanted, *self.begun_layers()}))
+        # Told now, and not after days of work: what the seal would be with files of ten digits.
+        seal_bytes(dict.fromkeys(self._files_of(sorted({*store.layers, *layers})), _LARGE_FILE))
         self.add_layers(layers)
         return layers
 

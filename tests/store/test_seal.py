@@ -20,9 +20,10 @@ from posae.store.seal import (
     read_seal,
     seal_bytes,
 )
+from posae.store.writer import StoreWriter
 
 if TYPE_CHECKING:
-    from ..conftest import Made
+    from ..conftest import Made, MakeStore
 
 parts = st.text("ab._-0 ~!:{}[],", min_size=1, max_size=6).filter(lambda part: part not in (".", ".."))
 paths = st.lists(parts, min_size=1, max_size=4).map("/".join)
@@ -146,6 +147,22 @@ def test_a_seal_that_no_reader_would_take_is_not_made(monkeypatch: pytest.Monkey
     monkeypatch.setattr("posae.store.seal.MAX_SEAL_BYTES", size - 1)
     with pytest.raises(StoreWriteError, match="another store"):
         seal_bytes(sealed)
+
+
+def test_layers_that_no_seal_could_name_are_refused_before_they_are_begun(
+    make_store: "MakeStore", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_store(tmp_path / "a.zarr", n_contexts=64, shard_contexts=16, layers=(0,))
+    writer = StoreWriter.begin(made.root, made.manifest)
+    size = (made.root / "seal.json").stat().st_size
+    monkeypatch.setattr("posae.store.seal.MAX_SEAL_BYTES", int(1.5 * size))
+    before = sorted(made.root.rglob("*"))
+    with writer.lock(), pytest.raises(StoreWriteError, match="into another store"):
+        writer.begin_layers((1,))
+    assert sorted(made.root.rglob("*")) == before
+    monkeypatch.setattr("posae.store.seal.MAX_SEAL_BYTES", 3 * size)
+    with writer.lock():
+        assert writer.begin_layers((1,)) == (1,)
 
 
 @pytest.mark.parametrize("needed", [ROOT_PATH, CORPUS_PATH])
