@@ -589,7 +589,11 @@ class _State:
     def update(self, batch: Batch, x: Tensor, *, measure: bool) -> dict[str, Any] | None:
         """One step of AdamW on one batch, after ``schedule``; what was measured, if asked to."""
         x, offsets, positions = self.inputs(batch, x)
-        output = self.autoencoder(x, offsets, positions)
+        precision = self.settings.precision
+        if self.device.type == "cuda":  # one switch for the whole process, so set anew for each run
+            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            output = self.autoencoder(x, offsets, positions)
         self.optimizer.zero_grad(set_to_none=True)
         output.losses.total.backward()  # pyright: ignore[reportUnknownMemberType]
         norm = torch.nn.utils.clip_grad_norm_(self.autoencoder.parameters(), self.settings.clip_norm)
@@ -616,7 +620,7 @@ class _State:
         keeper = ScoreKeeper(x.shape[1], code.shape[1], len(offsets) - 1)
         base = None
         if output.base_code is not None:
-            base = self.autoencoder.decode(output.base_code, positions)
+            base = self.autoencoder.decode(output.base_code.float(), positions)
         keeper.add(x, output.reconstruction, code, offsets, base)
         scores = keeper.scores()
         silent = int(self.n_tokens) - self.last_fired

@@ -82,7 +82,8 @@ class TopK(Plain):
         """Whether active features are worth a list of them."""
         is_few = self.target_l0 * 8 <= self.dictionary_size
         adapted = self.position_adapter.changes_activations and self.alpha != 0.0
-        return self.training and is_few and not adapted and scaled.device.type == "cpu"
+        on_cpu = scaled.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        return self.training and is_few and not adapted and on_cpu
 
     def _listed(self, scaled: Tensor) -> Codes:
         bias = self._encoder_bias()
@@ -142,12 +143,12 @@ class BatchTopK(TopK):
         if not self.training:
             return torch.where(activations > self.threshold, activations, 0)
         if activations.device.type == "cpu":
-            places = torch.as_tensor(self._places(activations.detach().numpy()))
+            places = torch.as_tensor(self._places(activations.detach().float().numpy()))
             is_kept = torch.zeros(activations.numel(), dtype=torch.bool).index_fill_(0, places, True)
             return torch.where(is_kept.view_as(activations), activations, 0)
         place = activations.numel() - self.target_l0 * len(activations)
         least = activations.detach().flatten().kthvalue(place + 1).values
-        self._move_threshold(least)
+        self._move_threshold(least.float())
         # Fewer than are to be kept may be above 0: then the least is 0, and those are kept.
         return torch.where(activations >= least, activations, 0)
 

@@ -68,6 +68,20 @@ def test_every_preset_trains(preset: str, good_store: Made, tmp_path: Path) -> N
     assert all(np.isfinite(line["loss"]) for line in lines)
 
 
+@pytest.mark.parametrize("preset", TRAIN_PRESETS)
+def test_products_in_bfloat16_train_float32_weights_to_about_the_same(
+    preset: str, good_store: Made, tmp_path: Path
+) -> None:
+    lines: list[dict[str, Any]] = []
+    for precision in ("float32", "bfloat16"):
+        training = train(good_store, tmp_path / precision, **small(preset), precision=precision)
+        lines.append(training.run.metrics()[-1])
+        found = safetensors.torch.load_file(training.run.folder / "sae_weights.safetensors")
+        assert {weight.dtype for weight in found.values() if weight.is_floating_point()} == {torch.float32}
+    assert lines[0]["loss"] != lines[1]["loss"]
+    assert lines[1]["loss"] == pytest.approx(lines[0]["loss"], rel=0.05)
+
+
 def test_each_ends_with_the_weights_that_it_has_alone(good_store: Made, tmp_path: Path) -> None:
     # Of different lengths, ranges and architectures; some were interrupted before, at different steps.
     store = ActivationStore.open(good_store.root)
