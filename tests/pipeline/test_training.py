@@ -76,7 +76,7 @@ def test_products_in_bfloat16_train_float32_weights_to_about_the_same(
     for precision in ("float32", "bfloat16"):
         training = train(good_store, tmp_path / precision, **small(preset), precision=precision)
         lines.append(training.run.metrics()[-1])
-        found = safetensors.torch.load_file(training.run.folder / "sae_weights.safetensors")
+        found = safetensors.torch.load_file(training.run.folder / "sae_weights.safetensors")  # pyright: ignore[reportUnknownMemberType]
         assert {weight.dtype for weight in found.values() if weight.is_floating_point()} == {torch.float32}
     assert lines[0]["loss"] != lines[1]["loss"]
     assert lines[1]["loss"] == pytest.approx(lines[0]["loss"], rel=0.05)
