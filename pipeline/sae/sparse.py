@@ -25,19 +25,17 @@ Choose = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 """From activations [rows, features] to the places of the active ones in the flattened array, rising."""
 
 
-class SparseCode:
-    """Active features of some rows; ``code @ directions`` is what a dense code would give.
+class Places:
+    """Which features of which rows are active.
 
     Attributes:
-        values: activations, above 0 or 0; float32 [active].
-        features: which feature each is of; int64 [active].
+        features: of each entry, row after row; int64 [active].
         offsets: row r has the entries from ``offsets[r]`` up to ``offsets[r + 1]``; int64 [rows + 1].
         n_features: the dictionary's size.
     """
 
-    def __init__(self, values: Tensor, features: Tensor, offsets: Tensor, n_features: int) -> None:
-        """Of what ``encoded`` gives."""
-        self.values = values
+    def __init__(self, features: Tensor, offsets: Tensor, n_features: int) -> None:
+        """Of lists that fit each other."""
         self.features = features
         self.offsets = offsets
         self.n_features = n_features
@@ -45,10 +43,6 @@ class SparseCode:
     def __len__(self) -> int:
         """Rows."""
         return len(self.offsets) - 1
-
-    def __matmul__(self, directions: Tensor) -> Tensor:
-        """The sum of each row's features' directions, weighted; [rows, n] of [n_features, n]."""
-        return cast(Tensor, _Product.apply(self.values, directions, self))  # pyright: ignore[reportUnknownMemberType]
 
     @cached_property
     def rows(self) -> Tensor:
@@ -65,26 +59,47 @@ class SparseCode:
         order = np.argsort(small, kind="stable")
         return torch.as_tensor(order), torch.as_tensor(np.concatenate([[0], np.cumsum(counts)]))
 
+
+class SparseCode:
+    """Active features of some rows; ``code @ directions`` is what a dense code would give.
+
+    Attributes:
+        values: activations, above 0 or 0; float32 [active].
+        places: which features of which rows they are of.
+    """
+
+    def __init__(self, values: Tensor, places: Places) -> None:
+        """Of what ``encoded`` gives."""
+        self.values = values
+        self.places = places
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.places)
+
+    def __matmul__(self, directions: Tensor) -> Tensor:
+        """The sum of each row's features' directions, weighted; [rows, n] of [n_features, n]."""
+        return cast(Tensor, _Product.apply(self.values, directions, self.places))  # pyright: ignore[reportUnknownMemberType]
+
     def split(self, lengths: Sequence[int]) -> "list[SparseCode]":
         """Rows one part after another, as ``Tensor.split``."""
         parts: list[SparseCode] = []
+        features, offsets = self.places.features, self.places.offsets
         for first, last in pairwise(accumulate(lengths, initial=0)):
-            start, stop = int(self.offsets[first]), int(self.offsets[last])
-            offsets = self.offsets[first : last + 1] - start
-            parts.append(
-                SparseCode(self.values[start:stop], self.features[start:stop], offsets, self.n_features)
-            )
+            start, stop = int(offsets[first]), int(offsets[last])
+            places = Places(features[start:stop], offsets[first : last + 1] - start, self.places.n_features)
+            parts.append(SparseCode(self.values[start:stop], places))
         return parts
 
     def dense(self) -> Tensor:
         """The same with all that is 0; float32 [rows, n_features]."""
-        code = self.values.new_zeros(len(self), self.n_features)
-        return code.index_put((self.rows, self.features), self.values)
+        code = self.values.new_zeros(len(self), self.places.n_features)
+        return code.index_put((self.places.rows, self.places.features), self.values)
 
     def fired(self) -> Tensor:
         """Which features are above 0 somewhere; bool [n_features]."""
-        found = torch.zeros(self.n_features, dtype=torch.bool)
-        found[self.features[self.values > 0]] = True
+        found = torch.zeros(self.places.n_features, dtype=torch.bool)
+        found[self.places.features[self.values > 0]] = True
         return found
 
 
@@ -102,20 +117,9 @@ def encoded(x: Tensor, W_enc: Tensor, bias: Tensor, choose: Choose) -> SparseCod
         bias: [features].
         choose: given all activations, not yet rectified.
     """
-    places: list[NDArray[np.int64]] = []
-
-    def choose_once(activations: NDArray[np.float32]) -> NDArray[np.int64]:
-        places.append(choose(activations))
-        return places[0]
-
-    values = cast(Tensor, _Encoded.apply(x, W_enc, bias, choose_once))  # pyright: ignore[reportUnknownMemberType]
-    return SparseCode(values, *_listed(places[0], len(x), len(bias)), len(bias))
-
-
-def _listed(places: NDArray[np.int64], n_rows: int, n_features: int) -> tuple[Tensor, Tensor]:
-    """Features and offsets of places in a flattened array."""
-    offsets = np.searchsorted(places, np.arange(n_rows + 1) * n_features)
-    return torch.as_tensor(places % n_features), torch.as_tensor(offsets)
+    made: list[Places] = []
+    values = cast(Tensor, _Encoded.apply(x, W_enc, bias, choose, made))  # pyright: ignore[reportUnknownMemberType]
+    return SparseCode(values, *made)
 
 
 def _sums(of: Tensor, entries: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
@@ -126,58 +130,63 @@ def _sums(of: Tensor, entries: Tensor, offsets: Tensor, weights: Tensor) -> Tens
 
 
 class _Encoded(torch.autograd.Function):
-    """x, W_enc, bias -> the chosen activations, rectified."""
+    """x, W_enc, bias -> the chosen activations, rectified; where they are goes into a list."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, bias: Tensor, choose: Choose) -> Tensor:  # pyright: ignore
+    def forward(  # pyright: ignore
+        ctx: Any, x: Tensor, W_enc: Tensor, bias: Tensor, choose: Choose, made: list[Places]
+    ) -> Tensor:
         activations = torch.addmm(bias, x, W_enc)
-        places = choose(activations.numpy())
-        values = activations.view(-1)[torch.as_tensor(places)].relu_()
-        features, offsets = _listed(places, len(x), len(bias))
-        ctx.code = SparseCode(values, features, offsets, len(bias))
-        ctx.save_for_backward(x, W_enc)
+        n_rows, n_features = activations.shape
+        chosen = choose(activations.numpy())
+        offsets = np.searchsorted(chosen, np.arange(n_rows + 1) * n_features)
+        made.append(Places(torch.as_tensor(chosen % n_features), torch.as_tensor(offsets), n_features))
+        values = activations.view(-1)[torch.as_tensor(chosen)].relu_()
+        ctx.places = made[0]
+        ctx.save_for_backward(x, W_enc, values)
         return values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        code: SparseCode = ctx.code
-        x, W_enc = cast("tuple[Tensor, Tensor]", ctx.saved_tensors)
-        gradient = torch.where(code.values > 0, gradients[0], 0)
-        order, offsets = code.by_feature
-        of_encoder = _sums(x, code.rows[order], offsets, gradient[order]).T
-        of_bias = torch.zeros_like(W_enc[0]).index_add_(0, code.features, gradient)
-        of_x = _sums(W_enc.T, code.features, code.offsets, gradient) if ctx.needs_input_grad[0] else None
-        return of_x, of_encoder, of_bias, None
+        places: Places = ctx.places
+        x, W_enc, values = cast("tuple[Tensor, Tensor, Tensor]", ctx.saved_tensors)
+        gradient = torch.where(values > 0, gradients[0], 0)
+        order, offsets = places.by_feature
+        of_encoder = _sums(x, places.rows[order], offsets, gradient[order]).T
+        of_bias = torch.zeros_like(W_enc[0]).index_add_(0, places.features, gradient)
+        of_x = _sums(W_enc.T, places.features, places.offsets, gradient) if ctx.needs_input_grad[0] else None
+        return of_x, of_encoder, of_bias, None, None
 
 
 class _Product(torch.autograd.Function):
     """values, directions -> the dense code times directions."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, directions: Tensor, code: SparseCode) -> Tensor:  # pyright: ignore
-        ctx.code = code
+    def forward(ctx: Any, values: Tensor, directions: Tensor, places: Places) -> Tensor:  # pyright: ignore
+        ctx.places = places
         ctx.save_for_backward(values, directions)
-        return _sums(directions, code.features, code.offsets, values)
+        return _sums(directions, places.features, places.offsets, values)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        code: SparseCode = ctx.code
+        places: Places = ctx.places
         values, directions = cast("tuple[Tensor, Tensor]", ctx.saved_tensors)
         gradient = gradients[0].contiguous()
-        order, offsets = code.by_feature
-        of_directions = _sums(gradient, code.rows[order], offsets, values[order])
-        return _at_entries(gradient, directions, code), of_directions, None
+        order, offsets = places.by_feature
+        of_directions = _sums(gradient, places.rows[order], offsets, values[order])
+        return _at_entries(gradient, directions, places), of_directions, None
 
 
-def _at_entries(left: Tensor, right: Tensor, code: SparseCode) -> Tensor:
-    """Of left @ right.T what stands at the code's entries; [active]."""
+def _at_entries(left: Tensor, right: Tensor, places: Places) -> Tensor:
+    """Of left @ right.T what stands at some places; [active]."""
     if not torch.backends.mkl.is_available():
-        return (left @ right.T)[code.rows, code.features]
-    size = (len(code), code.n_features)
+        return (left @ right.T)[places.rows, places.features]
+    size = (len(places), places.n_features)
+    zeros = left.new_zeros(len(places.features))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         at = torch.sparse_csr_tensor(  # pyright: ignore[reportUnknownMemberType]
-            code.offsets, code.features, torch.zeros_like(code.values), size, check_invariants=False
+            places.offsets, places.features, zeros, size, check_invariants=False
         )
         product = torch.sparse.sampled_addmm(at, left, right.T, beta=0.0)  # pyright: ignore
         return cast(Tensor, product.values())  # pyright: ignore[reportUnknownMemberType]

@@ -1,5 +1,7 @@
 """Lists of active features: the same codes, reconstructions and gradients as the dense products."""
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from posae.pipeline.sae.autoencoder import Output
 from posae.pipeline.sae.registry import new_autoencoder
-from posae.pipeline.sae.sparse import SparseCode, encoded, split
+from posae.pipeline.sae.sparse import Places, SparseCode, encoded, split
 from posae.pipeline.sae.topk import TopK
 from posae.store.ranges import equal_ranges
 
@@ -26,7 +28,7 @@ def codes(draw: st.DrawFn) -> tuple[torch.Tensor, SparseCode]:
     places = np.flatnonzero(dense)
     offsets = np.searchsorted(places, np.arange(n_rows + 1) * n_features)
     values = torch.tensor(dense.reshape(-1)[places], dtype=torch.float32)
-    found = SparseCode(values, torch.tensor(places % n_features), torch.tensor(offsets), n_features)
+    found = SparseCode(values, Places(torch.tensor(places % n_features), torch.tensor(offsets), n_features))
     return torch.tensor(dense, dtype=torch.float32), found
 
 
@@ -42,7 +44,7 @@ def test_a_list_is_its_dense_code(made: tuple[torch.Tensor, SparseCode], width: 
         assert isinstance(part, SparseCode)
         assert isinstance(rows, torch.Tensor)
         assert torch.equal(part.dense(), rows)
-    directions = torch.randn(code.n_features, width, requires_grad=True)
+    directions = torch.randn(code.places.n_features, width, requires_grad=True)
     code.values.requires_grad_()
     weights = torch.randn(len(dense), width)
     ((code @ directions) * weights).sum().backward()  # pyright: ignore[reportUnknownMemberType]
@@ -50,7 +52,9 @@ def test_a_list_is_its_dense_code(made: tuple[torch.Tensor, SparseCode], width: 
     assert code.values.grad is not None
     torch.testing.assert_close(code @ directions, dense @ directions)
     torch.testing.assert_close(directions.grad, dense.T @ weights)
-    torch.testing.assert_close(code.values.grad, (weights @ directions.T).detach()[code.rows, code.features])
+    torch.testing.assert_close(
+        code.values.grad, (weights @ directions.T).detach()[code.places.rows, code.places.features]
+    )
 
 
 def test_encoding_rectifies_and_has_the_gradient_of_what_was_chosen() -> None:
@@ -65,6 +69,20 @@ def test_encoding_rectifies_and_has_the_gradient_of_what_was_chosen() -> None:
     found = [wanted.grad for wanted in (x, weight, bias)]
     for one, other in zip(found, torch.autograd.grad((expected * by).sum(), [x, weight, bias]), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_nothing_of_a_step_waits_for_the_garbage_collector() -> None:
+    x, weight = torch.randn(6, 5), torch.randn(5, 9, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        code = encoded(x, weight, torch.zeros(9), lambda activations: np.flatnonzero(activations > 0))
+        (code @ torch.randn(9, 5)).sum().backward()  # pyright: ignore[reportUnknownMemberType]
+        left = [weakref.ref(code.values), weakref.ref(code.places)]
+        del code
+        assert [reference() for reference in left] == [None, None]
+    finally:
+        gc.enable()
 
 
 def _never(*_: object) -> bool:
