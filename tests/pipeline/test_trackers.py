@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -87,6 +88,7 @@ def test_wandb_has_runs_side_by_side_and_goes_on_in_the_same(
                 train_together(begun, CutOff(2 * cut) if cut else None, watch=trackers)
         except RuntimeError:
             assert cut
+            time.sleep(1.1)  # their folders are named by the second, and the run
     wandb.teardown()  # as the end of a process does; its own process has all on the disk then
     for training in group:
         ids, told = set[str](), dict[int, dict[str, float]]()
