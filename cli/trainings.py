@@ -138,11 +138,13 @@ def train_all(
     """
     Trackers(track, {})  # what is not installed is said before anything is trained
     trainings = plan.trainings
+    made: dict[str, Training] = {}
     for planned in trainings:
         for place in (folder, folder / planned.name):
             if Run(place).is_begun:
                 raise RunError(f"{place} is a single run; give the sweep another folder")
-        _training(store, folder, planned).check()
+        made[planned.folder] = Training(store, folder / planned.folder, planned.settings)
+        made[planned.folder].check()
     plan.write(folder)
     left = [
         planned for planned in trainings if not _is_done(store, folder, planned, plan.scoring[planned.folder])
@@ -157,7 +159,7 @@ def train_all(
     before = f", {n_before} of them finished before" if n_before else ""
     errors.print(f"{len(trainings)} trainings{before}", soft_wrap=True)
     rest = _Rest(folder, plan, left, memory, track)
-    groups = side_by_side([_training(store, folder, planned) for planned in left], together)
+    groups = side_by_side([made[planned.folder] for planned in left], together)
     # First what is free; then what other processes had, which may have died.
     for wait in (False, True):
         busy: list[list[Training]] = []
@@ -243,10 +245,6 @@ class _Rest:
             seconds = (time.monotonic() - self._started) * self._cost_left / (self._cost - self._cost_left)
             told += f"; about {duration(seconds)} left for the others"
         errors.print(f"{label}: {told}", soft_wrap=True)
-
-
-def _training(store: ActivationStore, folder: Path, planned: Planned) -> Training:
-    return Training(store, folder / planned.folder, planned.settings)
 
 
 def _is_done(store: ActivationStore, folder: Path, planned: Planned, scoring: EvaluateSettings) -> bool:

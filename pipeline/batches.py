@@ -394,13 +394,11 @@ class ShuffledBatches:
     def _begin(self, epoch: int, window: int, chunks: NDArray[np.int64], turn: int) -> "_Decoding":
         """Decode what of a window is not there yet, into one of the buffers or where it is kept."""
         if self._kept is None:
-            buffer, homes, is_missing = (
-                self._buffers[turn],
-                np.arange(len(chunks)),
-                np.full(len(chunks), True),
-            )
+            buffer, homes = self._buffers[turn], np.arange(len(chunks))
+            is_missing = np.full(len(chunks), True)
         else:
-            buffer, homes, is_missing = self._kept.bits, chunks, ~self._kept.is_there[chunks]
+            buffer, homes = self._kept.bits, chunks
+            is_missing = ~self._kept.is_there[chunks]
         missing = list(zip(chunks[is_missing].tolist(), homes[is_missing].tolist(), strict=True))
         self._reader.will_need(chunk for chunk, _ in missing)
         decoding = [
