@@ -25,6 +25,7 @@ from ..store.reader import ActivationStore
 from ..store.stats import ordinary_tokens
 from ..store.writer import ShardOfLayers, StoreWriter
 from .caches import open_cache
+from .filling import fill_shards
 from .hook_points import layer_of
 from .progress import Progress, Silent
 from .settings import ImportSettings
@@ -36,7 +37,6 @@ UNKNOWN = "unknown"
 _ROWS_AT_ONCE = 8192
 _MOST_VALUES = 2**24
 """Values that are in memory at once, about: 64 MB in float32."""
-_ENCODING_THREADS = 4
 _VERSIONS_THAT_MATTER = ("posae", "numpy", "numcodecs")
 
 
@@ -216,33 +216,23 @@ class Import:
                 # No counts: of the corpus nothing is known.
                 writer.write_tokens(self.tokens, np.zeros(self.tokens.shape, np.int64), {})
             layers = writer.begin_layers([self.layer])
-        n_tokens = self._fill(writer, progress) if layers else 0
+        n_tokens = fill_shards(
+            writer,
+            layers,
+            lambda shard, pool: self._fill_shard(shard, pool, progress),
+            task="importing",
+            progress=progress,
+            not_finite=self._not_finite,
+        )
         with writer.lock():
             writer.finish(layers)
         return ImportedStore(ActivationStore.open(self.path), n_tokens, self.n_left_out)
 
-    def _fill(self, writer: StoreWriter, progress: Progress) -> int:
-        manifest = self.manifest
-        missing = writer.missing_shards([self.layer])
-        left = sum(len(manifest.contexts_of(shard)) for shard in missing) * self.length
-        total = manifest.n_contexts * self.length
-        progress.begin("importing", total, "tokens", done=total - left, unit_bytes=manifest.d_model * 2)
-        n_tokens = 0
-        with ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="posae-encode") as pool:
-            for locked in writer.lock_each([self.layer], missing):
-                with locked:
-                    try:
-                        self._fill_shard(locked, pool, progress)
-                        locked.commit()
-                    except FloatingPointError:
-                        raise ForeignFileError(
-                            f"{self.source}: an activation in contexts {locked.contexts.start} to "
-                            f"{locked.contexts.stop - 1} is not finite, or too large for bfloat16; leave "
-                            "those contexts out"
-                        ) from None
-                    n_tokens += len(locked.contexts) * self.length
-        progress.end()
-        return n_tokens
+    def _not_finite(self, contexts: range) -> ForeignFileError:
+        return ForeignFileError(
+            f"{self.source}: an activation in contexts {contexts.start} to {contexts.stop - 1} is not "
+            "finite, or too large for bfloat16; leave those contexts out"
+        )
 
     def _fill_shard(self, shard: ShardOfLayers, pool: ThreadPoolExecutor, progress: Progress) -> None:
         manifest = self.manifest

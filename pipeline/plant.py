@@ -8,7 +8,6 @@ writing it once, and two narrow matrix products a token; memory for the tokens a
 """
 
 import math
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from ..store.reader import ActivationStore
 from ..store.rounding import float32_to_bits
 from ..store.stats import LayerStats, bits_to_float32, ordinary_tokens
 from ..store.writer import ShardOfLayers, StoreWriter
+from .filling import fill_shards
 from .progress import Progress, Silent
 from .settings import PlantSettings
 
@@ -32,7 +32,6 @@ _DEFAULTS = {"additive": (0.12, 8), "rotation": (1.0, 32), "none": (0.0, 0)}
 """Strength and rank of each effect."""
 
 _BATCH_CHUNKS = 4
-_ENCODING_THREADS = 4
 _VERSIONS_THAT_MATTER = ("posae", "numpy", "numcodecs")
 
 
@@ -267,37 +266,23 @@ class Planting:
             layers = writer.begin_layers(self.layers)
         # Another planting of the same words may have begun further layers.
         effects |= {layer: self.effect(layer) for layer in layers if layer not in effects}
-        n_tokens = self._fill(writer, layers, effects, progress) if layers else 0
+        n_tokens = fill_shards(
+            writer,
+            layers,
+            lambda shard, pool: self._fill_shard(shard, effects, pool, progress),
+            task="planting",
+            progress=progress,
+            not_finite=self._too_large,
+        )
         with writer.lock():
             writer.finish(layers)
         return Planted(ActivationStore.open(self.path), self.layers, n_tokens)
 
-    def _fill(
-        self, writer: StoreWriter, layers: Sequence[int], effects: dict[int, Effect], progress: Progress
-    ) -> int:
-        manifest = self.manifest
-        missing = writer.missing_shards(layers)
-        left = sum(len(manifest.contexts_of(shard)) for shard in missing) * manifest.context_length
-        total = manifest.n_contexts * manifest.context_length
-        n_tokens = 0
-        progress.begin(
-            "planting", total, "tokens", done=total - left, unit_bytes=manifest.d_model * 2 * len(layers)
+    def _too_large(self, contexts: range) -> SettingsError:
+        return SettingsError(
+            f"{self.source.root} has activations in contexts {contexts.start} to {contexts.stop - 1} "
+            "that are too large to be changed; choose another --layer"
         )
-        with ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="posae-encode") as pool:
-            for locked in writer.lock_each(layers, missing):
-                with locked:
-                    try:
-                        self._fill_shard(locked, effects, pool, progress)
-                        locked.commit()
-                    except FloatingPointError:
-                        raise SettingsError(
-                            f"{self.source.root} has activations in contexts {locked.contexts.start} "
-                            f"to {locked.contexts.stop - 1} that are too large to be changed; choose "
-                            "another --layer"
-                        ) from None
-                    n_tokens += len(locked.contexts) * manifest.context_length
-        progress.end()
-        return n_tokens
 
     def _fill_shard(
         self,
