@@ -28,6 +28,7 @@ import tensorstore
 import zarr
 from numcodecs import blosc
 from numpy.typing import NDArray
+from written import written
 
 from posae.pipeline.batches import ShuffledBatches
 from posae.store.bfloat16 import register_bfloat16
@@ -39,7 +40,6 @@ from posae.store.reader import ActivationStore
 from posae.store.rounding import round_mantissas
 from posae.store.shards import ShardReader, encode_chunks, index_bytes, parse_index
 from posae.store.stats import bits_to_float32
-from posae.store.writer import StoreWriter
 
 LENGTH, D_MODEL = 128, 2304
 WINDOW = 256
@@ -69,25 +69,9 @@ def make_store(root: Path, demo: ActivationStore, n_contexts: int, codec: str = 
             "model_layers": 1,
         }
     )
-    writer = StoreWriter.begin(root, Manifest.model_validate(manifest.model_dump()))
     ids = np.resize(demo.tokens(), (n_contexts, LENGTH)).astype(np.int32)
-    with writer.lock():
-        counts = {"documents": 0, "documents_left_out": 0, "duplicate_contexts": 0, "special_tokens": {}}
-        writer.write_tokens(ids, np.zeros(ids.shape, np.int64), counts)
-        writer.add_layers([0])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for shard in range(manifest.n_shards):
-            locked = writer.lock_shard([0], shard, wait=True)
-            if locked is None:
-                continue
-            with locked:
-                for start in range(locked.contexts.start, locked.contexts.stop, 32):
-                    stop = min(start + 32, locked.contexts.stop)
-                    locked.append(0, tiled(demo, start, stop), ids[start:stop] > 3, pool)
-                locked.commit()
-    with writer.lock():
-        writer.seal()
-    return ActivationStore.open(root)
+    whole = Manifest.model_validate(manifest.model_dump())
+    return written(root, whole, ids, lambda start, stop: tiled(demo, start, stop))
 
 
 def entropy_bound(bits: NDArray[np.uint16]) -> float:

@@ -16,13 +16,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from written import written
 
 from posae.pipeline.batches import Batch
 from posae.pipeline.device import keep_freed_memory
@@ -31,7 +32,6 @@ from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, resolve_settin
 from posae.pipeline.train import LayerMemory, Ongoing, Training, train_together
 from posae.store.manifest import Manifest
 from posae.store.reader import ActivationStore
-from posae.store.writer import StoreWriter
 
 LENGTH, BATCH, WINDOW = 128, 4096, 256
 """Positions of a context, tokens of a batch, contexts of a window."""
@@ -79,34 +79,17 @@ def made(root: Path, d_model: int, n_contexts: int) -> ActivationStore:
     )
     rng = np.random.default_rng(0)
     mixing = rng.standard_normal((d_model // 4, d_model)).astype(np.float32)
-    writer = StoreWriter.begin(root, manifest)
     ids = rng.integers(5, 100, (n_contexts, LENGTH)).astype(np.int32)
-    with writer.lock():
-        counts: dict[str, Any] = {
-            "documents": 0,
-            "documents_left_out": 0,
-            "duplicate_contexts": 0,
-            "special_tokens": {},
-        }
-        writer.write_tokens(ids, np.zeros(ids.shape, np.int64), counts)
-        writer.add_layers([0])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for shard in range(manifest.n_shards):
-            locked = writer.lock_shard([0], shard, wait=True)
-            if locked is None:
-                continue
-            with locked:
-                for start in range(locked.contexts.start, locked.contexts.stop, 32):
-                    stop = min(start + 32, locked.contexts.stop)
-                    hidden = rng.standard_normal((stop - start, LENGTH, len(mixing)), np.float32)
-                    noise = rng.standard_normal((stop - start, LENGTH, d_model), np.float32)
-                    values = torch.as_tensor(hidden @ mixing + noise).to(torch.bfloat16)
-                    bits = values.view(torch.int16).numpy().view(np.uint16)
-                    locked.append(0, bits, np.ones(bits.shape[:2], np.bool_), pool)
-                locked.commit()
-    with writer.lock():
-        writer.seal()
-    return ActivationStore.open(root)
+
+    def activations(start: int, stop: int) -> NDArray[np.uint16]:
+        hidden = rng.standard_normal((stop - start, LENGTH, len(mixing)), np.float32)
+        noise = rng.standard_normal((stop - start, LENGTH, d_model), np.float32)
+        bits: NDArray[np.int16] = (
+            torch.as_tensor(hidden @ mixing + noise).bfloat16().view(torch.int16).numpy()
+        )
+        return bits.view(np.uint16)
+
+    return written(root, manifest, ids, activations)
 
 
 class Clock:
