@@ -73,7 +73,8 @@ def train(
     """Train an autoencoder on one layer of a store, and score it on the held-out part.
 
     Run again with the same words it goes on at its last checkpoint. With --sweep: all runs that a file
-    names, and their controls; those that read the same batches share a pass over the store.
+    names, and their controls; those that read the same batches share a pass over the store. Started by
+    torchrun, its processes share the training, or the trainings of a sweep.
 
     Example: posae train pile.zarr runs/paper --layer 12
     """
@@ -120,10 +121,14 @@ def _train_alone(
     from ..pipeline.train import LayerMemory, Training
     from .trainings import about_position, scores, train_one
 
-    training = Training(store, run, settings)
-    errors.print(about_position(store.position_r2(training.layer)), soft_wrap=True)
-    with LiveProgress(curve="FVU") as progress:
-        was_left = train_one(training, EvaluateSettings(), progress, LayerMemory(resident), track)
+    training, memory = Training(store, run, settings), LayerMemory(resident)
+    with training.team() as team:
+        if not team.is_first:
+            training.train(memory=memory, team=team)
+            return
+        errors.print(about_position(store.position_r2(training.layer)), soft_wrap=True)
+        with LiveProgress(curve="FVU") as progress:
+            was_left = train_one(training, EvaluateSettings(), progress, memory, track, team)
     found = scores(run)
     if found is None:
         console.print(f"{run}: trained; the store holds nothing out, so nothing was scored", soft_wrap=True)

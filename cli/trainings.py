@@ -13,6 +13,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from ..pipeline.data_parallel import Alone
 from ..pipeline.evaluate import evaluate
 from ..pipeline.progress import Progress
 from ..pipeline.runs import Run
@@ -56,6 +57,7 @@ def train_one(
     progress: Progress,
     memory: LayerMemory,
     track: Sequence[TrackerName] = (),
+    team: Alone | None = None,
 ) -> bool:
     """Train, or go on, and score on what the store holds out; False where all was done before.
 
@@ -65,12 +67,13 @@ def train_one(
         progress: told what is done.
         memory: where its layer is kept decoded, if it is.
         track: who else is handed its metrics.
+        team: the processes that share the training, if there are several; this is the first.
 
     Raises:
         PosaeError: as ``Trackers``, ``Training.train`` and ``evaluate``.
     """
     with Trackers(track, {training.run.folder: training.config}) as trackers:
-        trained = training.train(progress, memory, trackers)
+        trained = training.train(progress, memory, trackers, team)
     _show_where(trackers)
     if not trained.steps_done and _is_scored(training.run.folder, scoring):
         return False

@@ -8,7 +8,8 @@ Where a step lies depends on how many tokens are left out before it, so going on
 ids of the windows before it in its epoch, and all once an epoch is past; beginning reads one window's.
 Costs: two windows of memory, and per batch one gather on top of decoding. A layer that is kept
 decoded (``DecodedLayer``) costs its whole size in memory, and is read once for all epochs and passes. On a
-GPU batches are gathered into pinned memory and cross on a stream of their own, beside the training.
+GPU batches are gathered into pinned memory and cross on a stream of their own, beside the training. Several
+processes can share the same batches: each decodes some chunks of every window, and has the rows from these.
 """
 
 import math
@@ -32,6 +33,16 @@ from ..store.shards import stop
 _SCAN_CHUNKS = 512
 
 
+class Part(NamedTuple):
+    """Which rows of a batch are here, where other processes have the others."""
+
+    places: NDArray[np.int64]
+    """Where each row stands in the whole batch, rising; [rows]."""
+
+    positions: NDArray[np.int64]
+    """Of all rows of the whole batch; [all rows]."""
+
+
 class Batch(NamedTuple):
     """Tokens of one step, sorted by position; its memory is used again by the batch after the next."""
 
@@ -53,6 +64,33 @@ class Batch(NamedTuple):
 
     range_offsets: NDArray[np.int64]
     """Rows of range r lie between offsets r and r + 1; [ranges + 1]."""
+
+    part: Part | None = None
+    """What rows these are, where they are not all of the batch."""
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the whole batch."""
+        return len(self.positions) if self.part is None else len(self.part.positions)
+
+    def with_positions_of_others(self, order: NDArray[np.int64]) -> "tuple[NDArray[np.int64], Batch]":
+        """The same rows with the positions of others: row ``order[i]`` of the whole batch takes row i's.
+
+        Args:
+            order: each row of the whole batch once; int64 [all rows].
+
+        Returns:
+            What order the rows are in then, int64 [rows]; and the batch, whose activations, contexts and
+            tokens are still in the old one.
+        """
+        if self.part is None:
+            return order, self
+        row_at = np.full(self.n_rows, -1)
+        row_at[self.part.places] = np.arange(len(self.positions))
+        rows = row_at[order]
+        places = np.flatnonzero(rows >= 0)
+        part = Part(places, self.part.positions)
+        return rows[places], self._replace(positions=self.part.positions[places], part=part)
 
     def offsets_of(self, ranges: Sequence[PositionRange]) -> NDArray[np.int64]:
         """As ``range_offsets``, of other ranges; int64 [ranges + 1]."""
@@ -252,6 +290,8 @@ class ShuffledBatches:
         threads: int | None = None,
         device: torch.device | None = None,
         decoded: DecodedLayer | None = None,
+        part: int = 0,
+        n_parts: int = 1,
     ) -> None:
         """Plan the order; nothing is read yet.
 
@@ -269,6 +309,8 @@ class ShuffledBatches:
             device: where ``on_device`` is to be; by default the CPU.
             decoded: memory of the same layer and contexts, where it is to be kept; by default it is kept
                 where all of it is one window.
+            part: which part of every batch to give, from 0; the chunks of each window are dealt out.
+            n_parts: parts that there are; together they have each row once.
         """
         self.store = store
         self.n_contexts = store.training_contexts(layer) if n_contexts is None else n_contexts
@@ -276,6 +318,7 @@ class ShuffledBatches:
         self._leave_out = np.array(sorted(leave_out), np.int64)
         self._ranges = tuple(ranges)
         self._device = device or torch.device("cpu")
+        self._part, self._n_parts = part, n_parts
         usual = 2 if self._device.type == "cpu" else min(8, os.cpu_count() or 1)
         threads = threads or (store.reading_threads if store.is_remote else usual)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="posae-decode")
@@ -349,23 +392,34 @@ class ShuffledBatches:
         # By position, and at one position as the rows lie in memory; one sort of one number each.
         n_places = len(window.chunks) * size
         position, place = np.divmod(np.sort(position * n_places + place), n_places)
+        part = None
+        if self._n_parts > 1:
+            places = np.flatnonzero(self._is_ours(place // size))
+            part = Part(places, position)
+            position, place = position[places], place[places]
         chunk, within = np.divmod(place, size)
-        bits = buffer.bits(len(rows))
+        bits = buffer.bits(len(place))
         lies = (window.homes[chunk] * size + within) * length + position
         np.take(window.activations, lies, axis=0, out=bits, mode="clip")
         return Batch(
             step,
             bits,
-            buffer.on_device(len(rows)),
+            buffer.on_device(len(place)),
             position,
             window.chunks[chunk] * size + within,
             window.tokens[place, position],
             _range_offsets(position, self._ranges),
+            part,
         )
+
+    def _is_ours(self, chunk: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether chunks, by their number in a window, are of our part."""
+        return chunk % self._n_parts == self._part
 
     @cached_property
     def _buffers(self) -> list[NDArray[np.uint16]]:
-        # Two, reused for ever: fresh ones would cost as much in page faults as decoding.
+        # Two, reused for ever: fresh ones would cost as much in page faults as decoding. Where other parts'
+        # chunks would lie is never touched, and so takes no memory.
         spec = self._reader.spec
         shape = (self.order.window_chunks, spec.chunk_rows, *spec.shape[1:])
         return [np.empty(shape, np.uint16) for _ in range(2)]
@@ -393,12 +447,12 @@ class ShuffledBatches:
 
     def _begin(self, epoch: int, window: int, chunks: NDArray[np.int64], turn: int) -> "_Decoding":
         """Decode what of a window is not there yet, into one of the buffers or where it is kept."""
+        is_missing = self._is_ours(np.arange(len(chunks)))
         if self._kept is None:
             buffer, homes = self._buffers[turn], np.arange(len(chunks))
-            is_missing = np.full(len(chunks), True)
         else:
             buffer, homes = self._kept.bits, chunks
-            is_missing = ~self._kept.is_there[chunks]
+            is_missing &= ~self._kept.is_there[chunks]
         missing = list(zip(chunks[is_missing].tolist(), homes[is_missing].tolist(), strict=True))
         self._reader.will_need(chunk for chunk, _ in missing)
         decoding = [
@@ -412,7 +466,7 @@ class ShuffledBatches:
         for future in window.decoding:
             future.result()
         if self._kept is not None:
-            self._kept.is_there[chunks] = True
+            self._kept.is_there[chunks[self._is_ours(np.arange(len(chunks)))]] = True
         return _Window(
             chunks,
             window.homes,

@@ -1,4 +1,4 @@
-"""A Ctrl-C that waits until what must not be left half done is done."""
+"""A Ctrl-C, or a request to end, that waits until what must not be left half done is done."""
 
 import signal
 from collections.abc import Generator
@@ -6,37 +6,53 @@ from contextlib import contextmanager
 from threading import current_thread, main_thread
 from types import FrameType
 
+_USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+"""Ctrl-C; and what SLURM and torchrun send to a process that is to end."""
+
 
 class Interrupt:
-    """Whether someone pressed Ctrl-C since."""
+    """Whether someone asked the process to stop since.
 
-    asked = False
+    Attributes:
+        asked: whether someone did; whoever knows of another reason may set it.
+    """
+
+    def __init__(self) -> None:
+        """Nobody did."""
+        self.asked = False
+        self.to_end = False
 
     def check(self) -> None:
-        """Raise the KeyboardInterrupt that was held back, if there is one."""
+        """Raise the KeyboardInterrupt that was held back, if there is one; or end, if that was asked for."""
+        if self.to_end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
         if self.asked:
             raise KeyboardInterrupt
 
 
 @contextmanager
 def held_back() -> Generator[Interrupt]:
-    """Hold the first Ctrl-C back until ``check`` is called; a second one interrupts at once.
+    """Hold the first Ctrl-C or SIGTERM back until ``check`` is called; a second one interrupts at once.
 
     Where signals cannot be caught, outside the main thread, or are not Python's to catch, as in a process
     that ignores them, everything is as it was.
     """
     interrupt = Interrupt()
-    usual = signal.getsignal(signal.SIGINT)
-    if current_thread() is not main_thread() or usual is not signal.default_int_handler:
-        yield interrupt
-        return
+    is_main = current_thread() is main_thread()
+    ours = {
+        number: usual for number, usual in _USUAL.items() if is_main and signal.getsignal(number) is usual
+    }
 
     def ask(number: int, frame: FrameType | None) -> None:
         interrupt.asked = True
-        signal.signal(signal.SIGINT, usual)
+        interrupt.to_end = number == signal.SIGTERM
+        signal.signal(number, _USUAL[signal.Signals(number)])
 
-    signal.signal(signal.SIGINT, ask)
+    for number in ours:
+        signal.signal(number, ask)
     try:
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, usual)
+        for number, usual in ours.items():
+            signal.signal(number, usual)

@@ -158,6 +158,14 @@ class ScoreKeeper:
             fired=zeros(self._dictionary_size, dtype=torch.bool),
         )
 
+    def on_cpu(self) -> "ScoreKeeper":
+        """A keeper of the same rows that another process can be sent."""
+        found = ScoreKeeper(self._d_model, self._dictionary_size, len(self._n_rows))
+        found._n_rows, found._n_base_rows = list(self._n_rows), self._n_base_rows
+        if self._sums is not None:
+            found._sums = _Sums(**{name: value.cpu() for name, value in vars(self._sums).items()})
+        return found
+
     def merged(self, ranges: Sequence[tuple[int, int]]) -> "ScoreKeeper":
         """A keeper of the same rows, each of whose ranges is several neighbours of this one's.
 

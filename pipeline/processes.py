@@ -1,6 +1,6 @@
 """Which of many processes this one is, as the variables of torchrun and SLURM say. No torch; costs nothing.
 
-Processes that share a harvest need no word with each other: the locks of the store do the work. Where
+Processes that share a harvest or a sweep need no word with each other: locks do the work. Where
 they stand only decides who begins where, who uses which GPU, and who talks; so a wrong or missing variable
 costs time at worst, and any number of processes may go on with what any other number began.
 """
@@ -37,6 +37,16 @@ class Processes(NamedTuple):
         [1, 4, 7, 0, 2, 6]
         """
         return sorted(work, key=lambda item: (item % self.n_processes != self.rank, item))
+
+
+def shares_a_training(variables: Mapping[str, str] | None = None) -> bool:
+    """Whether this process was started with others, and told where they meet: by torchrun.
+
+    Args:
+        variables: the environment, by default this process's.
+    """
+    found = os.environ if variables is None else variables
+    return found.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} and found["WORLD_SIZE"] != "1"
 
 
 def processes_here(variables: Mapping[str, str] | None = None) -> Processes:

@@ -44,9 +44,13 @@ class Curriculum:
         share = min(1.0, max(0.0, (step + 1 - self._begun) / max(1, self._ramp_steps)))
         return (1 - math.cos(math.pi * share)) / 2 if self.shape == "cosine" else share
 
+    def looks(self, step: int) -> bool:
+        """Whether the loss of the update that follows ``step`` others has to be seen."""
+        return self.shape == "plateau" and step < self._begun
+
     def see(self, step: int, loss: Tensor) -> None:
         """Look at the loss of the update that followed ``step`` others, if need be: it makes a GPU wait."""
-        if self.shape != "plateau" or step >= self._begun:
+        if not self.looks(step):
             return
         self._sum += loss.item()
         if (step + 1) % self._look_steps:

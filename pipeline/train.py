@@ -2,15 +2,18 @@
 
 Batches come from the store in an order that its settings fix; each row carries its position. A run
 resumes at its last checkpoint with the same batches and, on the same machine, the same weights. Several
-runs that read the same batches train side by side in one pass, each to the weights that it has alone. The
-autoencoder is float32, the activations bfloat16. Costs: three products with the weights a step,
-while alpha is 0 nothing for adapters; three times the weights for gradient and optimizer, of each run that
-trains; two windows of the store, or the layer where it is kept decoded.
+runs that read the same batches train side by side in one pass, each to the weights that it has alone; and
+several processes can share one training (data_parallel.py). The autoencoder is float32, the activations
+bfloat16. Costs: three products with the weights a step, while alpha is 0 nothing for adapters; three times
+the weights for gradient and optimizer, of each run that trains; two windows of the store, or the layer where
+it is kept decoded.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, reduce
+from operator import add
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,16 +29,18 @@ from ..store.reader import ActivationStore
 from ..store.stats import LayerStats
 from .batches import Batch, DecodedLayer, ShuffledBatches
 from .controls import refuse_unknown_positions
+from .data_parallel import Alone, Several, joined
 from .device import choose_device, free_bytes
 from .interrupts import held_back
 from .metrics import ScoreKeeper
-from .processes import processes_here
+from .processes import processes_here, shares_a_training
 from .progress import Progress, Silent
 from .runs import Run
 from .sae.autoencoder import Autoencoder, CommonSettings, Output
 from .sae.calibration import calibrate_threshold
 from .sae.registry import ARCHITECTURES, architecture_class, new_autoencoder
 from .sae.saving import save_autoencoder
+from .sae.share import AllRows
 from .sae.topk import BatchTopK
 from .schedules import Clock, Curriculum, learning_rate_factor
 from .settings import TrainSettings
@@ -149,28 +154,76 @@ class Training:
         progress: Progress | None = None,
         memory: "LayerMemory | None" = None,
         watch: Watch | None = None,
+        team: Alone | None = None,
     ) -> Trained:
         """Train, or go on, to the last step.
+
+        Args:
+            progress: told of tokens.
+            memory: where the layer is kept decoded, if it is.
+            watch: told of what is measured.
+            team: the processes that share the training, if there are several; each calls this.
 
         Raises:
             RunBusyError: another process trains the run.
             PosaeError: as ``Ongoing.begin`` and ``train_together``.
         """
-        self.check()
-        with self.run.locked() as is_held:
+        team = team or Alone()
+        if team.is_first:
+            self.check()
+        with self.run.locked() if team.is_first else nullcontext(True) as is_held:
             if not is_held:
                 raise RunBusyError(
                     f"{self.run.folder} is being trained by another process; wait for it, or give another "
                     "folder"
                 )
-            ongoing = Ongoing.begin(self)
+            ongoing = Ongoing.begin(self, team)
             if ongoing is None:
                 return Trained(self.run, 0)
             train_together([ongoing], progress, memory, watch)
             return Trained(self.run, ongoing.step - ongoing.start)
 
-    def batches(self, decoded: DecodedLayer | None = None) -> ShuffledBatches:
-        """What it reads, in its order; ``decoded`` is where the layer is to be kept."""
+    @contextmanager
+    def team(self) -> Generator[Alone]:
+        """What this process is in the training: one of those that torchrun started, or alone.
+
+        Raises:
+            PosaeError: as ``joined``.
+        """
+        if shares_a_training():
+            with joined(self.device) as several:
+                yield several
+        else:
+            yield Alone()
+
+    def take_after(self, team: Alone) -> None:
+        """Read the contexts that the first process reads; where there is but one, nothing.
+
+        Raises:
+            RunMismatchError: this process was started otherwise than the first, or on another store.
+        """
+        if team.n_processes == 1:
+            return
+        mine = self.config
+        first: dict[str, Any] = team.told(mine)
+        if not team.is_first:
+            self.n_contexts = first["store"]["training_contexts"]
+            for key in ("path", "training_contexts"):
+                mine["store"][key] = first["store"][key]
+        if mine != first:
+            raise RunMismatchError(
+                f"process {team.number} of this training has other settings, versions or another store than "
+                "process 0; start all with the same words, on equal copies of one store"
+            )
+
+    def batches(self, decoded: DecodedLayer | None = None, team: Alone | None = None) -> ShuffledBatches:
+        """What it reads, in its order.
+
+        Args:
+            decoded: where the layer is to be kept, if it is.
+            team: of which process the part is wanted; by default all of every batch.
+        """
+        team = team or Alone()
         return ShuffledBatches(
             self.store,
             self.layer,
@@ -182,6 +235,8 @@ class Training:
             n_contexts=self.n_contexts,
             device=self.device,
             decoded=decoded,
+            part=team.number,
+            n_parts=team.n_processes,
         )
 
     @property
@@ -281,6 +336,8 @@ class LayerMemory:
         # Beside the products of a CPU decoding is next to nothing.
         is_waited_for = training.device.type != "cpu" or training.store.is_remote
         epochs = steps * training.settings.batch_size / (training.n_contexts * training.store.context_length)
+        # In time each process of a machine comes to hold all of it: parts change from epoch to epoch.
+        n_bytes *= processes_here().n_local
         return is_waited_for and epochs > 1 and n_bytes <= free_bytes(torch.device("cpu")) // 2
 
 
@@ -307,11 +364,11 @@ def train_together(
         StoreWriteError: the disk refused.
     """
     progress = progress or Silent()
-    first = trainings[0].training
+    first, team = trainings[0].training, trainings[0].state.team
     if any(one.training.reads != first.reads for one in trainings):
         raise ValueError("trainings that read different batches cannot share a pass")
     steps = max(one.stop for one in trainings) - min(one.start for one in trainings)
-    batches = first.batches((memory or LayerMemory("never")).of(first, steps))
+    batches = first.batches((memory or LayerMemory("never")).of(first, steps), team)
     if batches.is_empty:
         raise StoreIncompleteError(
             f"{first.store.root} has no token to train on in layer {first.layer}; harvest more contexts"
@@ -326,6 +383,7 @@ def train_together(
             taking = [one for one in trainings if one.start <= batch.step < one.stop]
             for one in taking:
                 progress.advance(size, one.take(batch, x, watch))
+            interrupt.asked = team.agreed(interrupt.asked)
             for one in taking:
                 # What ends before the others is safe until all are at their end.
                 wanted = one.step == one.stop or one.step % one.training.settings.checkpoint_steps == 0
@@ -353,8 +411,12 @@ class Ongoing:
         self.start, self.step, self.stop = start, start, training.settings.steps
 
     @classmethod
-    def begin(cls, training: Training) -> "Ongoing | None":
+    def begin(cls, training: Training, team: Alone | None = None) -> "Ongoing | None":
         """At the first step, or after the last checkpoint; None where the run is finished.
+
+        Args:
+            training: which.
+            team: the processes that share it, if there are several; the first alone reads and writes the run.
 
         Raises:
             RunMismatchError: the run was begun with other settings or another store.
@@ -362,27 +424,33 @@ class Ongoing:
             SettingsError: the store has nothing that activations could be scaled by.
             StoreWriteError: the disk refused.
         """
-        run = training.run
-        run.begin(training.config_to_check())
-        if run.is_finished:
+        run, team = training.run, team or Alone()
+        training.take_after(team)
+        if team.is_first:
+            run.begin(training.config_to_check())
+        if team.told(run.is_finished):
             return None
-        state = _State.new(training)
-        checkpoint = run.load_checkpoint()
+        state = _State.new(training, team)
+        checkpoint = run.load_checkpoint() if team.is_first else None
         start = 0
         if checkpoint:
             start, tensors = checkpoint
             state.restore(tensors)
-        run.rewind_metrics(start)
+        start = team.told(start)
+        if tensors := team.sent(state.tensors):
+            state.restore(tensors)
+        if team.is_first:
+            run.rewind_metrics(start)
         return cls(training, state, start)
 
     def take(self, batch: Batch, x: Tensor, watch: Watch | None = None) -> str:
         """One step; says what was measured, if anything."""
         run, state = self.training.run, self.state
-        if self.step == self.training.settings.warmup_steps:
+        if self.step == self.training.settings.warmup_steps and state.team.is_first:
             run.save_base_phase(state.autoencoder.W_dec)
         with state.clock:
             line = self._step(batch, x)
-        if not line:
+        if not line or not state.team.is_first:
             return ""
         line = {"step": self.step, **line}
         run.add_metrics(line)
@@ -403,11 +471,21 @@ class Ongoing:
 
     def save_checkpoint(self) -> None:
         """Put what is needed to go on into the run."""
-        self.training.run.save_checkpoint(self.step, self.state.tensors())
+        if self.state.team.is_first:
+            self.training.run.save_checkpoint(self.step, self.state.tensors())
 
     def finish(self, batches: ShuffledBatches) -> None:
-        """After the last step: set what is set in the end, and write the weights."""
+        """After the last step: set what is set in the end, and write the weights.
+
+        Args:
+            batches: what was trained on, where one process had it all.
+        """
         autoencoder, settings = self.state.autoencoder, self.training.settings
+        if not self.state.team.is_first:
+            return
+        if self.state.team.n_processes > 1:  # what follows needs no others
+            self.state.leave_team()
+            batches = self.training.batches()
         if isinstance(autoencoder, BatchTopK):
             rows = (
                 self.state.inputs(batch, batch.on_device.to(torch.float32))
@@ -518,8 +596,12 @@ class _State:
         settings: TrainSettings,
         ranges: Sequence[PositionRange],
         device: torch.device,
+        team: Alone,
     ) -> None:
         self.autoencoder = autoencoder
+        self.team = team
+        if isinstance(team, Several):
+            autoencoder.share = team
         self.settings = settings
         self.ranges = ranges
         self.device = device
@@ -545,14 +627,18 @@ class _State:
         self.last_fired = torch.zeros(autoencoder.dictionary_size, dtype=torch.int64, device=device)
 
     @classmethod
-    def new(cls, training: Training) -> "_State":
+    def new(cls, training: Training, team: Alone) -> "_State":
         generator = torch.Generator(training.device).manual_seed(training.settings.seed)
         autoencoder = training.new_autoencoder(generator)
         sums, counts = training.stats.sums, training.stats.counts
         if training.settings.shuffle_positions:  # then each position has the mean of all
             sums = counts[:, None] * (sums.sum(axis=0) / max(1, counts.sum()))
         autoencoder.fit_means(sums, counts)
-        return cls(autoencoder, training.settings, training.ranges, training.device)
+        return cls(autoencoder, training.settings, training.ranges, training.device, team)
+
+    def leave_team(self) -> None:
+        """Go on without the other processes."""
+        self.team, self.autoencoder.share = Alone(), AllRows()
 
     def schedule(self, step: int) -> None:
         """Set what changes by the step, for the update that follows ``step`` others."""
@@ -582,7 +668,14 @@ class _State:
             x: its activations in float32, on the device; not changed.
         """
         if self.settings.shuffle_positions:
-            x = x[torch.as_tensor(_shuffled(len(x), self.settings.data_seed, batch.step)).to(self.device)]
+            order, batch = batch.with_positions_of_others(
+                _shuffled(batch.n_rows, self.settings.data_seed, batch.step)
+            )
+            x = x[torch.as_tensor(order).to(self.device)]
+        if batch.part is not None:
+            self.team.begin(batch.part.places, batch.n_rows)
+        if not len(x):  # a row that counts nothing, so that all processes go the same way
+            x, batch = x.new_zeros(1, x.shape[1]), batch._replace(positions=np.zeros(1, np.int64))
         positions = torch.as_tensor(batch.positions).to(self.device, non_blocking=True)
         return x, torch.as_tensor(batch.offsets_of(self.ranges)), positions
 
@@ -595,17 +688,19 @@ class _State:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             output = self.autoencoder(x, offsets, positions)
         self.optimizer.zero_grad(set_to_none=True)
-        output.losses.total.backward()  # pyright: ignore[reportUnknownMemberType]
+        (output.losses.total * self.team.weight).backward()  # pyright: ignore[reportUnknownMemberType]
+        self.team.add_gradients(self.autoencoder.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.autoencoder.parameters(), self.settings.clip_norm)
         if self.settings.project_gradient:
             self.autoencoder.project_gradient()
         self.optimizer.step()  # pyright: ignore[reportUnknownMemberType]
         self.autoencoder.normalise_decoder()
-        self.curriculum.see(batch.step, output.losses.reconstruction.detach())
+        if self.curriculum.looks(batch.step):
+            self.curriculum.see(batch.step, self.team.mean(output.losses.reconstruction.detach()))
         self.norms += torch.stack([torch.ones_like(norm), norm, norm.square()])
-        self.n_tokens += len(x)
+        self.n_tokens += batch.n_rows
         # Not by indexing with booleans, for which a GPU must be waited for.
-        self.last_fired.masked_fill_(output.fired(), int(self.n_tokens))
+        self.last_fired.masked_fill_(self.team.any(output.fired()), int(self.n_tokens))
         if not measure:
             return None
         line = self._line(x, positions, offsets, output, norm)
@@ -621,15 +716,17 @@ class _State:
         base = None
         if output.base_code is not None:
             base = self.autoencoder.decode(output.base_code.float(), positions)
-        keeper.add(x, output.reconstruction, code, offsets, base)
-        scores = keeper.scores()
+        if self.team.weight:
+            keeper.add(x, output.reconstruction, code, offsets, base)
+        scores = reduce(add, self.team.gathered(keeper.on_cpu())).scores()
+        losses = self.team.mean(torch.stack(output.losses))
         silent = int(self.n_tokens) - self.last_fired
         return {
             "tokens": int(self.n_tokens),
-            "loss": output.losses.total.item(),
-            "reconstruction_loss": output.losses.reconstruction.item(),
-            "sparsity_loss": output.losses.sparsity.item(),
-            "auxiliary_loss": output.losses.auxiliary.item(),
+            "loss": losses[0].item(),
+            "reconstruction_loss": losses[1].item(),
+            "sparsity_loss": losses[2].item(),
+            "auxiliary_loss": losses[3].item(),
             "alpha": self.autoencoder.alpha,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "l1_coefficient": self.autoencoder.sparsity_factor * self.settings.l1_coefficient,

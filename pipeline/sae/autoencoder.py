@@ -31,6 +31,7 @@ from ...store.errors import SettingsError
 from ...store.ranges import PositionRange, parse_ranges
 from .position_adapter import PositionAdapter, Rows, empty_weight
 from .position_mean import PositionMean
+from .share import AllRows, Share
 from .sparse import SparseCode
 
 
@@ -139,6 +140,7 @@ class Autoencoder(nn.Module, ABC):
             its columns: the wrong axis, as in the paper's published scripts.
         sparsity_factor: what penalties for density are multiplied by; 1 but while they are warmed up.
         dead: bool [dictionary_size], features silent for long, or None: the trainer's to say.
+        share: what rows of a batch ``forward`` is given: the trainer's to say; all of them by default.
         generator: draws the first weights, then dropout; its state is part of a checkpoint.
     """
 
@@ -197,6 +199,7 @@ class Autoencoder(nn.Module, ABC):
         self.shared_adapters = shared_adapters
         self.alpha = 0.0
         self.sparsity_factor = 1.0
+        self.share: Share = AllRows()
         self.generator = generator or torch.Generator()
         self.dead: Tensor | None = None
         device = generator.device if generator else torch.device("meta")

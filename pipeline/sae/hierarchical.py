@@ -181,7 +181,11 @@ class Hierarchical(Autoencoder):
         adaptation = torch.cat([adapter(part) for adapter, part in parts])
         if not self.training or self.dropout == 0.0:
             return adaptation
-        return adaptation * dropout_factors(adaptation, self.dropout, self.generator)
+        size = self.dictionary_size
+        return adaptation * self.share.drawn(
+            len(adaptation),
+            lambda n: dropout_factors(adaptation.new_empty(n, size), self.dropout, self.generator),
+        )
 
     def _sparsity(self, codes: Codes) -> Tensor:
         code, base_code = codes.dense, codes.base_code

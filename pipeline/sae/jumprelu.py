@@ -112,6 +112,6 @@ class JumpReLU(Plain):
 
     def _sparsity(self, codes: Codes) -> Tensor:
         assert codes.is_active is not None
-        l0 = codes.is_active.sum() / len(codes.is_active)
+        l0 = self.share.mean(codes.is_active.sum() / len(codes.is_active))
         coefficient = self.sparsity_factor * self.l0_coefficient * self.d_model
         return coefficient * (l0 / self.target_l0 - 1).square()

@@ -146,24 +146,32 @@ class BatchTopK(TopK):
             places = torch.as_tensor(self._places(activations.detach().float().numpy()))
             is_kept = torch.zeros(activations.numel(), dtype=torch.bool).index_fill_(0, places, True)
             return torch.where(is_kept.view_as(activations), activations, 0)
-        place = activations.numel() - self.target_l0 * len(activations)
-        least = activations.detach().flatten().kthvalue(place + 1).values
+        n_kept = self.target_l0 * self.share.n_rows(len(activations))
+        n_here = min(n_kept, activations.numel())
+        largest = activations.detach().flatten().topk(n_here, sorted=False).values
+        least = self.share.all_values(largest).topk(n_kept, sorted=False).values.min()
         self._move_threshold(least.float())
         # Fewer than are to be kept may be above 0: then the least is 0, and those are kept.
         return torch.where(activations >= least, activations, 0)
 
     def _places(self, activations: NDArray[np.float32]) -> NDArray[np.int64]:
-        n_kept = self.target_l0 * len(activations)
+        n_kept = self.target_l0 * self.share.n_rows(len(activations))
         flat = activations.reshape(-1)
         # The least kept is near the threshold: what lies far below need not be sorted.
         places = np.flatnonzero(flat > max(0.0, _FAR_BELOW * float(self.threshold)))
-        if len(places) < n_kept:
+        values = self._of_all(flat[places])
+        if len(values) < n_kept:
             places = np.flatnonzero(flat > 0)
-        values, least = flat[places], np.float32(0)
-        if len(places) >= n_kept:
+            values = self._of_all(flat[places])
+        least = np.float32(0)
+        if len(values) >= n_kept:
             least = np.partition(values, len(values) - n_kept)[len(values) - n_kept]
         self._move_threshold(torch.as_tensor(least))
-        return places[values >= least]
+        return places[flat[places] >= least]
+
+    def _of_all(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """These, and those of the rows of the batch that are elsewhere."""
+        return self.share.all_values(torch.as_tensor(values)).numpy()
 
     @torch.no_grad()
     def _move_threshold(self, least: Tensor) -> None:

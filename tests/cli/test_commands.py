@@ -301,6 +301,19 @@ def test_a_killed_training_ends_with_the_same_weights(architecture: str, store: 
     assert lines[0] == lines[1]
 
 
+def test_a_training_that_is_asked_to_end_leaves_a_checkpoint(store: Path, tmp_path: Path) -> None:
+    words = (*QUICK, "--steps", "3000", "--checkpoint-steps", "3000", "--log-steps", "20")
+    training = begin("train", store, tmp_path / "run", *words)
+    while training.poll() is None and len(Run(tmp_path / "run").metrics()) < 2:
+        time.sleep(0.001)
+    training.terminate()
+    training.communicate(timeout=60)
+    assert training.returncode == -signal.SIGTERM
+    checkpoint = Run(tmp_path / "run").load_checkpoint()
+    assert checkpoint is not None
+    assert 20 <= checkpoint[0] < 3000
+
+
 def test_the_preset_posae_takes_position_means_off(posae: Posae, store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     ended = posae(

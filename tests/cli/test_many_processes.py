@@ -1,11 +1,18 @@
-"""A harvest by many processes through torchrun, one of them killed: the bytes are those of one process."""
+"""Many processes through torchrun, one of them killed.
 
+A harvest has the bytes of one process, a training its weights but for the order of additions.
+"""
+
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import safetensors.torch
+import torch
 
 from posae.store import ActivationStore
 from posae.store.verify import verify
@@ -80,3 +87,38 @@ def test_processes_of_torchrun_make_the_store_of_one_though_one_is_killed(tmp_pa
     assert out.count("sealed as") == 1
     assert err.count("harvesting 12,288 tokens (") == 1
     assert err.count("harvesting 12,288/12,288 tokens") == 1
+
+
+def test_processes_of_torchrun_share_a_training_though_one_is_killed(tmp_path: Path) -> None:
+    store, alone, shared = tmp_path / "a.zarr", tmp_path / "alone", tmp_path / "shared"
+    assert call("harvest", store, "--contexts", "128", "--context-length", "16", "--layers", "2") == 0
+    words = ("--steps", "240", "--batch-size", "128", "--checkpoint-steps", "20", "--log-steps", "40")
+    words = (*words, "--preset", "paper", "--window-contexts", "64")
+    assert call("train", store, alone, *words) == 0
+
+    two = torchrun(2, "train", store, shared, *words)
+    while not (shared / "checkpoint/state.safetensors").exists():
+        assert two.poll() is None, two.communicate()
+        time.sleep(0.001)
+    ranks = {rank(child): child for child in children(two.pid)}
+    os.kill(ranks["RANK=1"], signal.SIGKILL)
+    two.communicate(timeout=120)
+    assert two.returncode != 0
+    assert not (shared / "sae_weights.safetensors").exists()
+
+    three = torchrun(3, "train", store, shared, *words)
+    out, err = three.communicate(timeout=120)
+    assert three.returncode == 0, err
+    # One of them speaks, and goes on where the last checkpoint was.
+    assert out.count("scores on the held-out part") == 1
+    assert err.count("training 30,720 tokens (") == 1
+    wanted, found = (
+        safetensors.torch.load_file(run / "sae_weights.safetensors")  # pyright: ignore[reportUnknownMemberType]
+        for run in (alone, shared)
+    )
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, rtol=0.01, atol=1e-3)
+    assert (shared / "evaluation.json").exists()
+    steps = [json.loads(line)["step"] for line in (shared / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 240

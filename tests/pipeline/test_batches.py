@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from posae.pipeline.batches import Order, ShuffledBatches, as_torch, ordered_batches, shuffled_batches
+from posae.pipeline.batches import (
+    DecodedLayer,
+    Order,
+    ShuffledBatches,
+    as_torch,
+    ordered_batches,
+    shuffled_batches,
+)
 from posae.store.errors import StoreDamagedError
 from posae.store.ranges import equal_ranges, parse_ranges
 from posae.store.reader import ActivationStore
@@ -139,6 +146,46 @@ def test_a_window_can_be_the_first(store: ActivationStore) -> None:
     windows = [chunks.tolist() for chunks in order.windows_of_epoch(3)]
     assert len(windows) == order.n_windows
     assert [chunks.tolist() for chunks in order.windows_of_epoch(3, 4)] == windows[4:]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    n_parts=st.integers(1, 5),
+    batch_size=st.integers(1, 700),
+    window=st.integers(1, 12).map(lambda n: 8 * n),
+    kept=st.booleans(),
+)
+def test_parts_of_a_batch_make_up_the_batch(
+    store: ActivationStore, n_parts: int, batch_size: int, window: int, kept: bool
+) -> None:
+    options: dict[str, Any] = {"batch_size": batch_size, "window_contexts": window, "seed": 3}
+    parts: list[ShuffledBatches] = []
+    for part in range(n_parts):
+        decoded = DecodedLayer(store, 0, TRAINING) if kept else None
+        parts.append(batches_of(store, **options, part=part, n_parts=n_parts, decoded=decoded))
+    whole, steps = batches_of(store, **options), 2 * steps_of_epoch(parts[0].order, 0) + 1
+    start = max(0, steps - 40)
+    for batch, *found in zip(
+        whole.steps(start, steps), *(one.steps(start, steps) for one in parts), strict=True
+    ):
+        order = np.random.default_rng(batch.step).permutation(len(batch.positions))
+        places: list[NDArray[np.int64]] = []
+        for one in found:
+            assert one.n_rows == batch.n_rows
+            places.append(np.arange(len(batch.positions)) if one.part is None else one.part.places)
+            for name in ("activations", "positions", "contexts", "tokens"):
+                np.testing.assert_array_equal(getattr(one, name), getattr(batch, name)[places[-1]])
+            np.testing.assert_array_equal(np.diff(one.range_offsets), counts_by_range(one.positions))
+            # With the positions of others: a row takes the same other position in its part as in the whole.
+            rows, moved = one.with_positions_of_others(order)
+            new_position = dict(zip(order.tolist(), batch.positions.tolist(), strict=True))
+            assert [new_position[place] for place in places[-1][rows]] == moved.positions.tolist()
+            assert (np.diff(moved.positions) >= 0).all()
+        np.testing.assert_array_equal(np.sort(np.concatenate(places)), np.arange(len(batch.positions)))
+
+
+def counts_by_range(positions: NDArray[np.int64]) -> list[int]:
+    return [int(((positions >= start) & (positions < stop)).sum()) for start, stop in RANGES]
 
 
 def test_where_no_token_is_wanted_there_is_no_batch(store: ActivationStore) -> None:

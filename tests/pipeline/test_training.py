@@ -280,18 +280,18 @@ def test_a_training_that_is_interrupted_goes_on_to_the_same_weights(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     words: dict[str, Any] = {"architecture": "batchtopk", "target_l0": 4, "checkpoint_steps": 10}
     train(good_store, tmp_path / "whole", **words)
-    see, steps = Curriculum.see, 0
+    looks, steps = Curriculum.looks, 0
 
-    def pressing(self: Curriculum, step: int, loss: torch.Tensor) -> None:
+    def pressing(self: Curriculum, step: int) -> bool:
         """Ctrl-C when the weights are changed and all else is not."""
         nonlocal steps
-        see(self, step, loss)
         steps += 1
         if steps == 15:
             for _ in range(presses):
                 signal.raise_signal(signal.SIGINT)
+        return looks(self, step)
 
-    monkeypatch.setattr(Curriculum, "see", pressing)
+    monkeypatch.setattr(Curriculum, "looks", pressing)
     with pytest.raises(KeyboardInterrupt):
         train(good_store, tmp_path / "run", **words)
     # Who presses twice does not wait for the step, whose half is left.

@@ -1,0 +1,232 @@
+"""One training in several processes: each has a part of every batch, and all have the same weights.
+
+Started by torchrun, by ``torch.distributed``: gloo on CPUs, NCCL on GPUs. The weights are those that one
+process has of the same batches, but for the order in which numbers are added. The first process keeps the
+run; no other writes. Costs a step: twice the gradients' size through the network, for each process. Each
+decodes its part of the store alone, and reads all token ids.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..store.errors import RunError, SettingsError
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(minutes=30)
+"""How long others are waited for: the first may be writing a checkpoint, or reading all of a store's sums."""
+
+
+class Alone:
+    """One process has it all.
+
+    Attributes:
+        number: which process this is, from 0.
+        n_processes: how many there are.
+        weight: rows of the batch that are here, as a share of all of its rows.
+    """
+
+    number: int = 0
+    n_processes: int = 1
+    weight: float = 1.0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process keeps the run, and talks."""
+        return self.number == 0
+
+    def begin(self, places: NDArray[np.int64], n_rows: int) -> None:
+        """Say which rows of the next batch are here.
+
+        Args:
+            places: where they stand in the whole batch; int64 [rows].
+            n_rows: of the whole batch.
+        """
+
+    def told(self, value: T) -> T:
+        """What the first process has as ``value``."""
+        return value
+
+    def sent(self, made: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+        """What the first process makes; None to that one itself."""
+        return None
+
+    def gathered(self, value: T) -> list[T]:
+        """What each process has as ``value``."""
+        return [value]
+
+    def mean(self, of_rows: Tensor) -> Tensor:
+        """Of means over the rows that are here the mean over all rows; gradients are of what is here."""
+        return of_rows
+
+    def any(self, flags: Tensor) -> Tensor:
+        """Which flags are set in some process; bool, of the shape of ``flags``."""
+        return flags
+
+    def agreed(self, asked: bool) -> bool:
+        """Whether some process was asked."""
+        return asked
+
+    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Put the sum over all processes in place of each gradient."""
+
+
+class Several(Alone):
+    """One of several processes; to its autoencoder, its share of a batch (sae/share.py).
+
+    Whatever needs the others has to be called by all of them, in the same order.
+    """
+
+    def __init__(self) -> None:
+        """Of a process group that was begun."""
+        self.number, self.n_processes = dist.get_rank(), dist.get_world_size()
+        self._n_rows = 0
+        self._places = np.zeros(0, np.int64)
+
+    def begin(self, places: NDArray[np.int64], n_rows: int) -> None:
+        """As ``Alone.begin``; where no row is here, give the autoencoder one: it counts nothing."""
+        self._n_rows, self._places = n_rows, places
+        self.weight = len(places) / n_rows
+
+    def n_rows(self, n_here: int) -> int:
+        """As ``Share.n_rows``."""
+        return self._n_rows
+
+    def mean(self, of_rows: Tensor) -> Tensor:
+        """As ``Alone.mean``."""
+        mean = of_rows.detach() * self.weight
+        _add(mean)
+        return mean + (of_rows - of_rows.detach())
+
+    def all_values(self, values: Tensor) -> Tensor:
+        """As ``Share.all_values``; costs a transfer of the most that a process has, times the processes."""
+        values = values.detach().float() if self.weight else values.new_zeros(0).float()
+        lengths = [int(n) for n in self._all(torch.tensor([len(values)], device=values.device))]
+        padded = values.new_zeros(max(lengths))
+        padded[: len(values)] = values
+        return torch.cat([one[:n] for one, n in zip(self._all(padded), lengths, strict=True)])
+
+    def _all(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor that each process has here, all of one shape."""
+        found = [torch.empty_like(tensor) for _ in range(self.n_processes)]
+        with _reaching_others():
+            dist.all_gather(found, tensor)  # pyright: ignore[reportUnknownMemberType]
+        return found
+
+    def drawn(self, n_here: int, draw: Callable[[int], Tensor]) -> Tensor:
+        """As ``Share.drawn``: every process draws for all rows, and so from the same generator."""
+        drawn = draw(self._n_rows)
+        places = torch.as_tensor(self._places) if self.weight else torch.zeros(n_here, dtype=torch.int64)
+        return drawn[places.to(drawn.device)]
+
+    def told(self, value: T) -> T:
+        """As ``Alone.told``; of what can be pickled."""
+        box: list[Any] = [value]
+        with _reaching_others():
+            dist.broadcast_object_list(box)
+        return cast(T, box[0])
+
+    def sent(self, made: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+        """As ``Alone.sent``; tensors on the CPU, one after another."""
+        tensors = dict(made()) if self.is_first else {}
+        shapes = self.told({name: (tuple(one.shape), one.dtype) for name, one in tensors.items()})
+        for name, (shape, dtype) in shapes.items():
+            tensor = tensors[name] if self.is_first else torch.empty(shape, dtype=dtype)
+            tensors[name] = tensor.contiguous()
+            with _reaching_others():
+                # Of bytes, as not every number can be sent.
+                dist.broadcast(tensors[name].reshape(-1).view(torch.uint8), 0)
+        return None if self.is_first else tensors
+
+    def gathered(self, value: T) -> list[T]:
+        """As ``Alone.gathered``; of what can be pickled."""
+        found: list[T | None] = [None] * self.n_processes
+        with _reaching_others():
+            dist.all_gather_object(found, value)  # pyright: ignore[reportUnknownMemberType]
+        return cast("list[T]", found)
+
+    def any(self, flags: Tensor) -> Tensor:
+        """As ``Alone.any``."""
+        found = flags.to(torch.uint8) if self.weight else torch.zeros_like(flags, dtype=torch.uint8)
+        _keep_most(found)
+        return found.bool()
+
+    def agreed(self, asked: bool) -> bool:
+        """As ``Alone.agreed``."""
+        found = torch.tensor([asked], dtype=torch.uint8)
+        _keep_most(found)
+        return bool(found)
+
+    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """As ``Alone.add_gradients``; a parameter that has none in any process keeps none."""
+        weights = list(parameters)
+        has_one = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.uint8)
+        _keep_most(has_one)
+        under_way: list[Any] = []
+        with _reaching_others():
+            for weight, is_wanted in zip(weights, has_one, strict=True):
+                if is_wanted:
+                    weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                    under_way.append(dist.all_reduce(weight.grad, async_op=True))  # pyright: ignore
+            for adding in under_way:
+                adding.wait()
+
+
+def _add(tensor: Tensor) -> None:
+    """Put the sum over all processes in place of a tensor."""
+    with _reaching_others():
+        dist.all_reduce(tensor)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _keep_most(tensor: Tensor) -> None:
+    """Put the largest of all processes in place of each number."""
+    with _reaching_others():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)  # pyright: ignore[reportUnknownMemberType]
+
+
+@contextmanager
+def joined(device: torch.device) -> Generator[Several]:
+    """This process among those that torchrun started for one training.
+
+    Args:
+        device: the one that it trains on.
+
+    Raises:
+        SettingsError: it has no way to talk to the others from this device.
+        RunError: the others cannot be reached.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise SettingsError(
+            f"several processes cannot share a training on device {device}; give --device cpu, or start one"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with _reaching_others():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        yield Several()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _reaching_others() -> Generator[None]:
+    """What fails here does so because another process, or the way to it, has gone."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        why = str(error).strip().splitlines()[0]
+        raise RunError(
+            f"another process of this training cannot be reached ({why}); it may have ended: run the same "
+            "command again to go on at the last checkpoint"
+        ) from error

@@ -1,0 +1,19 @@
+"""What each process does in test_data_parallel.py; started by torchrun: STORE FOLDER STEPS SETTINGS."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from posae.pipeline.data_parallel import joined
+from posae.pipeline.settings import TrainSettings, build
+from posae.pipeline.train import Training
+from posae.store import ActivationStore
+
+if __name__ == "__main__":
+    store, folder, text = sys.argv[1:]
+    with joined(torch.device("cpu")) as team:
+        for name, settings in json.loads(text).items():
+            opened = ActivationStore.open(store)
+            Training(opened, Path(folder) / name, build(TrainSettings, settings, "[train]")).train(team=team)
