@@ -2,6 +2,7 @@
 
     python benchmarks/train.py FOLDER                    d_model 512, 2,048 features: some 15 minutes
     python benchmarks/train.py FOLDER --d-model 2304 --features 2304
+    python benchmarks/train.py FOLDER --d-model 2304 --features 16384 --device cuda --steps 64
 
 It writes stores of made-up activations into FOLDER (1.5 GB at 512), and trains on them for a few steps each
 time. All that is compared runs in turn, so often; printed are medians of the ratios within a round. Results
@@ -9,6 +10,7 @@ stand in docs/benchmarks.md.
 """
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -93,18 +95,25 @@ def made(root: Path, d_model: int, n_contexts: int) -> ActivationStore:
 
 
 class Clock:
-    """Seconds, and CPU-seconds of the process, within its ``with`` blocks."""
+    """Seconds, and CPU-seconds of the process, within its ``with`` blocks; a GPU is waited for."""
 
     seconds = cpu_seconds = 0.0
 
+    @staticmethod
+    def _wait() -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
     def __enter__(self) -> Self:
         """Begin."""
+        self._wait()
         self.seconds -= time.perf_counter()
         self.cpu_seconds -= time.process_time()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop."""
+        self._wait()
         self.seconds += time.perf_counter()
         self.cpu_seconds += time.process_time()
 
@@ -112,10 +121,12 @@ class Clock:
 class Bench:
     """One size of autoencoder, and how often all is measured."""
 
-    def __init__(self, folder: Path, d_model: int, features: int, steps: int, rounds: int) -> None:
+    def __init__(
+        self, folder: Path, d_model: int, features: int, steps: int, rounds: int, device: str
+    ) -> None:
         """Make the store: two windows for each round's steps at least."""
         self.folder, self.d_model, self.features = folder, d_model, features
-        self.steps, self.rounds = steps, rounds
+        self.steps, self.rounds, self.device = steps, rounds, device
         n_contexts = -(-(steps * BATCH // LENGTH + 8) // (2 * WINDOW)) * 2 * WINDOW
         self.store = made(folder / f"{d_model}x{n_contexts}.zarr", d_model, n_contexts)
 
@@ -123,6 +134,7 @@ class Bench:
         """A training about to run, in a folder that is made anew."""
         words = {"steps": self.steps, "batch_size": BATCH, "window_contexts": WINDOW, "log_steps": 10**6}
         words |= {"dictionary_size": self.features, "checkpoint_steps": 10**6, "curriculum": "step"}
+        words |= {"device": self.device}
         settings = resolve_settings(
             TrainSettings, "train", presets=TRAIN_PRESETS, preset=preset, options=words | options
         )
@@ -137,7 +149,7 @@ class Bench:
         return begun
 
     def in_memory(self, preset: str) -> list[tuple[Batch, torch.Tensor]]:
-        """Its batches, float32."""
+        """Its batches, float32, on the device."""
         batches = self.training(preset).batches().steps(0, self.steps)
         return [(batch, batch.on_device.to(torch.float32)) for batch in batches]
 
@@ -230,6 +242,35 @@ class Bench:
             contenders = {"dense": densely, "listed": work}
             self.compare(f"{preset}, 32 of {self.features} active", contenders, self.steps * BATCH)
 
+    def shared(self) -> None:
+        """One training by one process, and by several that torchrun starts: one thread each, or a GPU."""
+        say("one training of paper-baseline in several processes")
+        rates: dict[int, list[float]] = {}
+        most = torch.cuda.device_count() if self.device != "cpu" else os.cpu_count() or 1
+        numbers = [n for n in (1, 2, 4, 8) if n <= most]
+        for _ in range(self.rounds):
+            for n_processes in numbers:
+                rates.setdefault(n_processes, []).append(self._shared_by(n_processes))
+        for n_processes, found in rates.items():
+            ratios = [one / alone for one, alone in zip(found, rates[1], strict=True)]
+            told = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            say(f"  {n_processes} processes: {statistics.median(found):,.0f} tokens/s, {told} of one")
+
+    def _shared_by(self, n_processes: int) -> float:
+        """Tokens to a second between the middle of a training and its end."""
+        run, half = self.folder / "runs" / "shared", self.steps
+        shutil.rmtree(run, ignore_errors=True)
+        words = {"preset": "paper-baseline", "steps": 2 * half, "log-steps": half, "batch-size": BATCH}
+        words |= {"window-contexts": WINDOW, "dictionary-size": self.features, "device": self.device}
+        options = [f"--{name}={value}" for name, value in words.items()]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
+        command = [sys.executable, *launcher, "-m", "posae", "train", str(self.store.root), str(run)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, *options], env=environment, capture_output=True, check=True)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        middle, end = (line for line in lines if line["step"] in (half, 2 * half))
+        return (end["tokens"] - middle["tokens"]) / (end["seconds"] - middle["seconds"])
+
     def growing(self) -> None:
         """What one epoch takes of stores of 1, 4, 8 and 16 times the contexts."""
         say("one epoch of batchtopk, in a process of its own")
@@ -283,7 +324,8 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=["feeding", "together", "adapters", "listed", "growing"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", choices=["feeding", "together", "adapters", "listed", "growing", "shared"])
     parser.add_argument("--epoch", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     keep_freed_memory()  # as posae train does
@@ -291,7 +333,7 @@ def main() -> None:
     if given.epoch:
         epoch(given.folder, given.epoch, given.features)
         return
-    bench = Bench(given.folder, given.d_model, given.features, given.steps, given.rounds)
+    bench = Bench(given.folder, given.d_model, given.features, given.steps, given.rounds, given.device)
     load = os.getloadavg()[0]
     say(f"d_model {given.d_model}, {given.features} features, batches of {BATCH}, {given.steps} steps")
     threads = torch.get_num_threads()
@@ -302,6 +344,7 @@ def main() -> None:
         "adapters": bench.adapters,
         "listed": bench.listed,
         "growing": bench.growing,
+        "shared": bench.shared,
     }
     for name, part in parts.items():
         if given.only in (None, name):
