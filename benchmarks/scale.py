@@ -26,14 +26,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Event, Thread
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from posae.pipeline.batches import Order, ShuffledBatches
-from posae.pipeline.text.contexts import Contexts, held_out_contexts, permute_contexts
+from posae.pipeline.text.contexts import InOrder, held_out_contexts, order_of_contexts, take_contexts
 from posae.store import ActivationStore
 from posae.store.corpus import corpus_counts
 from posae.store.files import StoreFiles
@@ -54,6 +56,8 @@ from posae.store.stats import stats_specs
 from posae.store.writer import StoreWriter
 
 LENGTH, WINDOW, BATCH, SPECIAL = 128, 2048, 2048, (0, 1, 2, 3)
+GATHERED = 8192
+"""Contexts that are gathered at once: those of a shard."""
 EPOCHS_BEFORE = 2
 """Whole epochs before the step that is resumed at."""
 
@@ -296,19 +300,69 @@ def resumed(root: Path, layer: int) -> Callable[[], str]:
 THINGS = (parsed, opened, checked, digested, summed, ordered, found, begun, resumed, unsealed, missing)
 
 
-def dealt_out(n_contexts: int, layer: int) -> Callable[[], str]:
-    """Contexts in memory, as tokenised: permuted, and their special tokens and duplicates counted."""
+class AnyNumbers:
+    """In place of a tokenizer: as many numbers as a text has letters."""
+
+    bos_token_id, eos_token_id, cls_token_id, all_special_ids = 2, 1, None, list(SPECIAL)
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 256000, (n_contexts, LENGTH), dtype=np.int32)
-    contexts = Contexts(tokens, np.ones(tokens.shape, np.int64), 1, 0)
+
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        """Token ids."""
+        return {"input_ids": [self.rng.integers(0, 256000, len(text)).tolist() for text in texts]}
+
+
+def dealt_out(of: tuple[Path, int], layer: int) -> Callable[[], str]:
+    """Contexts as a harvest makes them: in a file, counted, and gathered in their order."""
+    folder, n_contexts = of
+    documents = repeat("x" * 4000)
 
     def do() -> str:
-        permuted = permute_contexts(contexts, seed=0, held_out=n_contexts // 20)
-        counts = corpus_counts(permuted.tokens, SPECIAL, n_documents=1, n_left_out=0)
-        held = tokens.nbytes + contexts.documents.nbytes
-        return f"{held / 1e6:,.0f} MB of contexts, {counts['duplicate_contexts']} duplicates"
+        with OwnMemory() as memory:
+            contexts = take_contexts(
+                documents,
+                AnyNumbers(),
+                n_contexts=n_contexts,
+                context_length=LENGTH,
+                folder=folder,  # pyright: ignore
+            )
+            order = order_of_contexts(n_contexts, seed=0, held_out=n_contexts // 20)
+            counts = corpus_counts(contexts.tokens, SPECIAL, n_documents=1, n_left_out=0)
+            for rows in (contexts.tokens, contexts.documents):
+                gathered = InOrder(rows, order)
+                for start in range(0, n_contexts, GATHERED):
+                    gathered[start : start + GATHERED]
+        held = contexts.tokens.nbytes + contexts.documents.nbytes
+        told = f"{held / 1e6:,.0f} MB in a file, {counts['duplicate_contexts']} duplicates"
+        return f"{told}, {memory.most / 1e6:,.0f} MB of its own at the most"
 
     return do
+
+
+class OwnMemory:
+    """How much more of its own memory, files that are mapped left out, the process took within ``with``."""
+
+    most = 0
+
+    def __enter__(self) -> Self:
+        """Begin to look, a hundred times a second."""
+        self._before, self._is_done = self._now(), Event()
+        self._looking = Thread(target=self._look)
+        self._looking.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop."""
+        self._is_done.set()
+        self._looking.join()
+
+    def _look(self) -> None:
+        while not self._is_done.wait(0.01):
+            self.most = max(self.most, self._now() - self._before)
+
+    @staticmethod
+    def _now() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def peak_bytes() -> int:
@@ -363,7 +417,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="22e6,0.5e9,2e9,8e9")
     parser.add_argument("--layers", default="5,12,19")
     parser.add_argument("--d-model", type=int, default=2304)
-    parser.add_argument("--in-memory", default="250000,1000000", help="contexts")
+    parser.add_argument("--dealt-out", default="250000,1000000,4000000", help="contexts")
     arguments = parser.parse_args()
     layers = [int(layer) for layer in arguments.layers.split(",")]
     say(
@@ -379,9 +433,9 @@ def main() -> None:
         for thing in THINGS:
             tell(thing, root, layers[0])
         shutil.rmtree(root)
-    for n_contexts in (int(word) for word in arguments.in_memory.split(",")):
-        say(f"\n{n_contexts:,} contexts in memory")
-        tell(dealt_out, n_contexts, 0)
+    for n_contexts in (int(word) for word in arguments.dealt_out.split(",")):
+        say(f"\n{n_contexts:,} contexts dealt out")
+        tell(dealt_out, (arguments.folder, n_contexts), 0)
 
 
 if __name__ == "__main__":

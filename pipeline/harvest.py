@@ -45,8 +45,9 @@ from .progress import Progress, Silent
 from .settings import HarvestSettings
 from .text.contexts import (
     Contexts,
+    InOrder,
     held_out_contexts,
-    permute_contexts,
+    order_of_contexts,
     special_tokens,
     take_contexts,
     tokenizer_hash,
@@ -216,13 +217,18 @@ class Harvest:
 
     def _commit_tokens(self, writer: StoreWriter, progress: Progress) -> None:
         contexts = self._take_contexts(progress)
+        held_out = self.manifest.held_out
+        order = order_of_contexts(
+            len(contexts.tokens), seed=self.settings.seed, held_out=held_out[1] - held_out[0]
+        )
         counts = corpus_counts(
             contexts.tokens,
             self.manifest.special_token_ids,
             n_documents=contexts.n_documents,
             n_left_out=contexts.n_left_out,
         )
-        writer.write_tokens(contexts.tokens, contexts.documents, counts)
+        tokens, documents = (InOrder(rows, order) for rows in (contexts.tokens, contexts.documents))
+        writer.write_tokens(tokens, documents, counts)
 
     def _take_contexts(self, progress: Progress) -> Contexts:
         s = self.settings
@@ -242,10 +248,10 @@ class Harvest:
             packing=s.packing,
             skip_contexts=s.skip_contexts,
             progress=advance,
+            folder=self.path,
         )
         progress.end()
-        held_out = self.manifest.held_out
-        return permute_contexts(contexts, seed=s.seed, held_out=held_out[1] - held_out[0])
+        return contexts
 
     def _fill(self, writer: StoreWriter, layers: Sequence[int], progress: Progress) -> int:
         """Commit every shard of ``layers``: first those that are free, then what others leave."""

@@ -11,6 +11,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..store.assembly import VERSIONS_OF_BYTES, Piece
 from ..store.corpus import digests_of
 from ..store.errors import SettingsError, StoreIncompleteError, StoreMismatchError
@@ -172,7 +174,7 @@ def _check_apart(one: ActivationStore, other: ActivationStore) -> None:
             f"harvest one of them anew with others: --skip-contexts {stop}"
         )
     mine, theirs = (digests_of(store.tokens(), store.documents()) for store in (one, other))
-    if both := len(mine & theirs):
+    if both := len(np.intersect1d(mine, theirs)):
         raise StoreMismatchError(
             f"{one.root} and {other.root} both hold {both:,} contexts of the corpus, the same tokens of the "
             "same documents; merge parts that hold different ones"

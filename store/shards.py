@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager, suppress
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -552,10 +552,18 @@ def encode_chunks(spec: ArraySpec, rows: NDArray[Any]) -> list[bytes]:
     return chunks
 
 
+class Rows(Protocol):
+    """Entries of an array, some at a time: numpy's own, or what makes them as they are asked for."""
+
+    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
+        """The entries of a slice without a step."""
+        ...
+
+
 def write_array(
     files: StoreFiles,
     spec: ArraySpec,
-    rows: NDArray[Any],
+    rows: Rows,
     existing: Callable[[int], bytes | None] = lambda _shard: None,
 ) -> None:
     """Write every shard of a small array, durably.

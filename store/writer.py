@@ -35,7 +35,7 @@ from .seal import (
     seal_bytes,
     sha256_of,
 )
-from .shards import ShardReader, ShardWriter, encode_chunks, shard_bytes, write_array
+from .shards import Rows, ShardReader, ShardWriter, encode_chunks, shard_bytes, write_array
 from .stats import ChunkStats, stats_specs
 
 _LARGE_FILE = SealedFile(10**10 - 1, "0" * 64)
@@ -112,23 +112,23 @@ class StoreWriter:
 
     def write_tokens(
         self,
-        tokens: NDArray[np.int32],
-        documents: NDArray[np.int64],
+        tokens: Rows,
+        documents: Rows,
         corpus: Json,
         existing: Callable[[str, int], bytes | None] = lambda _array, _shard: None,
     ) -> None:
         """Commit the tokens; call under ``lock``.
 
         Args:
-            tokens: int32 [contexts, positions].
-            documents: int64 [contexts, positions].
+            tokens: int32 [contexts, positions]; asked for a shard at a time.
+            documents: int64 [contexts, positions]; likewise.
             corpus: counts for people: documents, duplicates, special tokens.
             existing: the file of a shard of ``tokens`` or ``document``, where there is one to be taken so.
 
         Raises:
             StoreWriteError: the disk refused.
         """
-        values = {
+        values: dict[str, Rows] = {
             "tokens": tokens,
             "document": documents,
             "position": np.arange(self.manifest.context_length, dtype=np.int32),

@@ -1,20 +1,24 @@
 """Contexts: rows of token ids of one length, cut from documents and put into random order.
 
 ``take_contexts`` reads no more documents than it needs, holds a batch of them at a time (at most
-about 2 MiB of text) beside the arrays that it returns, 12 bytes a token, and never goes back to
-the first. It costs what the tokenizer costs: 1 to 2 MB of text a second and core.
-``permute_contexts`` works in these arrays, and needs 128 bytes a context beside them.
+about 2 MiB of text) beside the arrays that it returns, 12 bytes a token, in memory or in a file, and
+never goes back to the first. It costs what the tokenizer costs: 1 to 2 MB of text a second and core.
+Their order costs 8 bytes of memory a context, and the contexts are gathered as they are written.
 """
 
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...store.errors import CorpusError, SettingsError
+from ...store.files import PARTIAL, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -22,7 +26,6 @@ if TYPE_CHECKING:
 _BATCH_DOCUMENTS = 256
 _BATCH_BYTES = 1 << 21
 _PIECE_CHARACTERS = 1 << 20
-_MOVED_BYTES = 128  # of each context at once: less is slower, as a context is 500 bytes or more
 
 
 class Contexts(NamedTuple):
@@ -101,6 +104,7 @@ def take_contexts(
     packing: Literal["pack", "truncate"] = "pack",
     skip_contexts: int = 0,
     progress: Callable[[int], None] | None = None,
+    folder: Path | None = None,
 ) -> Contexts:
     """The first contexts of the corpus, in its order, after those skipped.
 
@@ -122,10 +126,13 @@ def take_contexts(
         skip_contexts: how many to pass over before; the result is what follows them in the
             result without.
         progress: told now and then how many contexts are taken.
+        folder: where a file of no name holds the result, so that the system may take its memory back; by
+            default it is in memory.
 
     Raises:
         SettingsError: a number out of range, a packing that is none, more than memory holds.
         CorpusError: the corpus has fewer contexts.
+        StoreWriteError: the disk has no room for the file.
     """
     if context_length < 2:
         raise SettingsError(f"contexts of {context_length} tokens hold no text; take 2 or more")
@@ -135,7 +142,7 @@ def take_contexts(
         raise SettingsError(f"{skip_contexts} contexts cannot be skipped; skip 0 or more")
     if packing not in ("pack", "truncate"):
         raise SettingsError(f"no packing {packing!r}; take pack or truncate")
-    tokens, origins = _empty(n_contexts, context_length)
+    tokens, origins = _empty(n_contexts, context_length, folder)
     special = special_tokens(tokenizer)
     n_first = 0 if special.first is None else 1
     body = context_length - n_first
@@ -231,9 +238,13 @@ def _encoded(batch: list[_Piece], tokenizer: "PreTrainedTokenizerBase") -> list[
     return cast("list[list[int]]", encoding["input_ids"])
 
 
-def _empty(n_contexts: int, context_length: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+def _empty(
+    n_contexts: int, context_length: int, folder: Path | None
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Room for the result; int32 and int64 [contexts, positions]."""
     shape = (n_contexts, context_length)
+    if folder is not None:
+        return _in_a_file(folder, shape, np.int32), _in_a_file(folder, shape, np.int64)
     try:
         return np.empty(shape, np.int32), np.empty(shape, np.int64)
     except (MemoryError, ValueError, OverflowError):  # the last two: more than can be counted
@@ -241,6 +252,15 @@ def _empty(n_contexts: int, context_length: int) -> tuple[NDArray[np.int32], NDA
             f"{n_contexts:,} contexts of {context_length:,} tokens need "
             f"{12 * n_contexts * context_length / 1e9:,.0f} GB of memory; ask for fewer"
         ) from None
+
+
+def _in_a_file(folder: Path, shape: tuple[int, int], dtype: type[np.integer]) -> NDArray[Any]:
+    """An array in a file that has no name, and goes with the array; 0 everywhere."""
+    n_bytes = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    with writing(folder), tempfile.TemporaryFile(prefix=".", suffix=PARTIAL, dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # a disk that is full says so now, and not by a signal
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+        return np.memmap(file, dtype, "r+", shape=shape).view(np.ndarray)
 
 
 def _too_few(
@@ -260,38 +280,49 @@ def _too_few(
     return CorpusError(f"{told}; take a larger corpus, or shorter contexts (--context-length)")
 
 
-def permute_contexts(contexts: Contexts, *, seed: int, held_out: int) -> Contexts:
-    """The contexts in an order that follows from the seed, so that few neighbours share a document.
+def order_of_contexts(n_contexts: int, *, seed: int, held_out: int) -> NDArray[np.int64]:
+    """An order that follows from the seed, so that few neighbours share a document.
 
     The last ``held_out`` contexts stay the last, permuted among themselves; so are the others.
 
     Args:
-        contexts: in the corpus's order; their arrays are the result's, permuted in place.
+        n_contexts: how many there are.
         seed: 0 or more.
         held_out: how many contexts, counted from the end, are held out.
+
+    Returns:
+        Which context of the corpus's order comes in each place; int64 [contexts].
 
     Raises:
         SettingsError: a negative seed, or more contexts held out than there are.
     """
-    n_contexts = len(contexts.tokens)
     if seed < 0:
         raise SettingsError(f"seed {seed} is negative; take 0 or more")
     if not 0 <= held_out <= n_contexts:
         raise SettingsError(f"{held_out} of {n_contexts} contexts cannot be held out")
     n_training = n_contexts - held_out
-    order = np.concatenate(
+    return np.concatenate(
         [
             np.random.Generator(np.random.PCG64([seed, 0])).permutation(n_training),
             np.random.Generator(np.random.PCG64([seed, 1])).permutation(held_out) + n_training,
         ]
     )
-    for array in (contexts.tokens, contexts.documents):
-        # Some columns after the others: a copy of a whole array may be more than memory holds.
-        step = max(1, _MOVED_BYTES // array.itemsize)
-        for start in range(0, array.shape[1], step):
-            columns = slice(start, start + step)
-            array[:, columns] = array[order, columns]
-    return contexts
+
+
+class InOrder:
+    """Rows of an array in another order, gathered as they are asked for."""
+
+    def __init__(self, rows: NDArray[Any], order: NDArray[np.int64]) -> None:
+        """Rows [n, …] and which of them comes in each place, [n]."""
+        self._rows, self._order = rows, order
+
+    def __getitem__(self, places: slice) -> NDArray[Any]:
+        """The rows of some places; a copy."""
+        wanted = self._order[places]
+        rising = np.argsort(wanted)  # as they lie in a file
+        found = np.empty((len(wanted), *self._rows.shape[1:]), self._rows.dtype)
+        found[rising] = self._rows[wanted[rising]]
+        return found
 
 
 def held_out_contexts(n_contexts: int, fraction: float, chunk_contexts: int = 8) -> int:

@@ -19,8 +19,9 @@ from transformers import (
 from posae.pipeline.text import contexts as module
 from posae.pipeline.text.contexts import (
     Contexts,
+    InOrder,
     held_out_contexts,
-    permute_contexts,
+    order_of_contexts,
     special_tokens,
     take_contexts,
     tokenizer_hash,
@@ -317,41 +318,45 @@ def test_impossible_settings_are_refused(setting: dict[str, Any], message: str) 
     assert str(caught.value) == message
 
 
-def numbered(n_contexts: int, length: int = 3) -> Contexts:
-    column = np.arange(n_contexts)[:, None] * np.ones((1, length), np.int64)
-    return Contexts(column.astype(np.int32), column, n_contexts, 0)
-
-
 @given(st.integers(0, 60), st.integers(0, 2**40), st.data())
 def test_permutation_keeps_the_held_out_part_at_the_end(
     n_contexts: int, seed: int, data: st.DataObject
 ) -> None:
     held_out = data.draw(st.integers(0, n_contexts))
-    permuted = permute_contexts(numbered(n_contexts), seed=seed, held_out=held_out)
-    assert (permuted.tokens == permuted.documents).all()
-    assert permuted.tokens.dtype == np.int32
-    order = permuted.tokens[:, 0].tolist()
+    order = order_of_contexts(n_contexts, seed=seed, held_out=held_out)
     training = n_contexts - held_out
     assert sorted(order[:training]) == list(range(training))
     assert sorted(order[training:]) == list(range(training, n_contexts))
-    # However long contexts are, they move whole.
-    again = permute_contexts(numbered(n_contexts, length=150), seed=seed, held_out=held_out)
-    for array in (again.tokens, again.documents):
-        assert (array == permuted.tokens[:, :1]).all()
+    # Rows in that order are the same whichever are asked for.
+    rows = np.arange(2 * n_contexts, dtype=np.int32).reshape(n_contexts, 2)
+    start = data.draw(st.integers(0, n_contexts))
+    found = InOrder(rows, order)[start : start + 7]
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, rows[order[start : start + 7]])
 
 
 def test_permutation_depends_on_the_seed_in_both_parts() -> None:
-    one, other = (permute_contexts(numbered(200), seed=s, held_out=50).tokens[:, 0] for s in (0, 1))
+    one, other = (order_of_contexts(200, seed=s, held_out=50) for s in (0, 1))
     assert (one[:150] != other[:150]).any()
     assert (one[150:] != other[150:]).any()
     # The training part does not depend on how much is held out after it.
-    assert (permute_contexts(numbered(150), seed=0, held_out=0).tokens[:, 0] == one[:150]).all()
+    assert (order_of_contexts(150, seed=0, held_out=0) == one[:150]).all()
 
 
 @pytest.mark.parametrize(("seed", "held_out"), [(-1, 0), (0, -1), (0, 4)])
 def test_impossible_permutations_are_refused(seed: int, held_out: int) -> None:
     with pytest.raises(SettingsError):
-        permute_contexts(numbered(3), seed=seed, held_out=held_out)
+        order_of_contexts(3, seed=seed, held_out=held_out)
+
+
+def test_contexts_in_a_file_are_those_in_memory_and_leave_nothing(tmp_path: Path) -> None:
+    in_memory, in_a_file = (
+        take_contexts(CORPUS, PLAIN, n_contexts=3, context_length=4, folder=folder)
+        for folder in (None, tmp_path)
+    )
+    for one, other in zip(in_memory, in_a_file, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert list(tmp_path.iterdir()) == []
 
 
 @given(st.integers(0, 5000), st.floats(0, 0.5), st.integers(1, 64))
