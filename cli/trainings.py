@@ -13,14 +13,13 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from ..pipeline.data_parallel import Alone
 from ..pipeline.evaluate import evaluate
 from ..pipeline.progress import Progress
 from ..pipeline.runs import Run
 from ..pipeline.settings import EvaluateSettings, TrainSettings
 from ..pipeline.sweep import Fit, Fitted, Plan, Planned
 from ..pipeline.trackers import TrackerName, Trackers
-from ..pipeline.train import LayerMemory, Ongoing, Training, side_by_side, train_together
+from ..pipeline.train import LayerMemory, Ongoing, Team, Training, side_by_side, train_together
 from ..store.errors import RunError, RunNotFoundError, SettingsError
 from ..store.reader import ActivationStore
 from .display import LiveProgress, console, duration, errors
@@ -57,7 +56,7 @@ def train_one(
     progress: Progress,
     memory: LayerMemory,
     track: Sequence[TrackerName] = (),
-    team: Alone | None = None,
+    team: Team | None = None,
 ) -> bool:
     """Train, or go on, and score on what the store holds out; False where all was done before.
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from posae.pipeline.data_parallel import joined
 from posae.pipeline.settings import TrainSettings, build
 from posae.pipeline.train import Training
+from posae.pipeline.train.data_parallel import joined
 from posae.store import ActivationStore
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from posae.pipeline.data_parallel import Alone
 from posae.pipeline.runs import WEIGHTS, Run
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
 from posae.pipeline.train import Training
+from posae.pipeline.train.data_parallel import Team
 from posae.store import ActivationStore
 from posae.store.errors import RunMismatchError
 
@@ -86,7 +86,7 @@ def assert_same(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor],
         torch.testing.assert_close(found[key], wanted[key], rtol=1e-3, atol=1e-5, msg=told)
 
 
-class Second(Alone):
+class Second(Team):
     """As process 1 sees a training whose process 0 has a configuration."""
 
     number, n_processes = 1, 2

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..store.errors import RunError, SettingsError
+from ...store.errors import RunError, SettingsError
 
 T = TypeVar("T")
 
@@ -25,8 +25,8 @@ _PATIENCE = timedelta(minutes=30)
 """How long others are waited for: the first may be writing a checkpoint, or reading all of a store's sums."""
 
 
-class Alone:
-    """One process has it all.
+class Team:
+    """The processes that share a training: here one, which has it all.
 
     Attributes:
         number: which process this is, from 0.
@@ -79,8 +79,8 @@ class Alone:
         """Put the sum over all processes in place of each gradient."""
 
 
-class Several(Alone):
-    """One of several processes; to its autoencoder, its share of a batch (sae/share.py).
+class Several(Team):
+    """One of several processes; to its autoencoder, its share of a batch (pipeline/sae/share.py).
 
     Whatever needs the others has to be called by all of them, in the same order.
     """
@@ -92,7 +92,7 @@ class Several(Alone):
         self._places = np.zeros(0, np.int64)
 
     def begin(self, places: NDArray[np.int64], n_rows: int) -> None:
-        """As ``Alone.begin``; where no row is here, give the autoencoder one: it counts nothing."""
+        """As ``Team.begin``; where no row is here, give the autoencoder one: it counts nothing."""
         self._n_rows, self._places = n_rows, places
         self.weight = len(places) / n_rows
 
@@ -101,7 +101,7 @@ class Several(Alone):
         return self._n_rows
 
     def mean(self, of_rows: Tensor) -> Tensor:
-        """As ``Alone.mean``."""
+        """As ``Team.mean``."""
         mean = of_rows.detach() * self.weight
         _add(mean)
         return mean + (of_rows - of_rows.detach())
@@ -128,14 +128,14 @@ class Several(Alone):
         return drawn[places.to(drawn.device)]
 
     def told(self, value: T) -> T:
-        """As ``Alone.told``; of what can be pickled."""
+        """As ``Team.told``; of what can be pickled."""
         box: list[Any] = [value]
         with _reaching_others():
             dist.broadcast_object_list(box)
         return cast(T, box[0])
 
     def sent(self, made: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
-        """As ``Alone.sent``; tensors on the CPU, one after another."""
+        """As ``Team.sent``; tensors on the CPU, one after another."""
         tensors = dict(made()) if self.is_first else {}
         shapes = self.told({name: (tuple(one.shape), one.dtype) for name, one in tensors.items()})
         for name, (shape, dtype) in shapes.items():
@@ -147,26 +147,26 @@ class Several(Alone):
         return None if self.is_first else tensors
 
     def gathered(self, value: T) -> list[T]:
-        """As ``Alone.gathered``; of what can be pickled."""
+        """As ``Team.gathered``; of what can be pickled."""
         found: list[T | None] = [None] * self.n_processes
         with _reaching_others():
             dist.all_gather_object(found, value)  # pyright: ignore[reportUnknownMemberType]
         return cast("list[T]", found)
 
     def any(self, flags: Tensor) -> Tensor:
-        """As ``Alone.any``."""
+        """As ``Team.any``."""
         found = flags.to(torch.uint8) if self.weight else torch.zeros_like(flags, dtype=torch.uint8)
         _keep_most(found)
         return found.bool()
 
     def agreed(self, asked: bool) -> bool:
-        """As ``Alone.agreed``."""
+        """As ``Team.agreed``."""
         found = torch.tensor([asked], dtype=torch.uint8)
         _keep_most(found)
         return bool(found)
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """As ``Alone.add_gradients``; a parameter that has none in any process keeps none."""
+        """As ``Team.add_gradients``; a parameter that has none in any process keeps none."""
         weights = list(parameters)
         has_one = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.uint8)
         _keep_most(has_one)
