@@ -84,6 +84,7 @@ class ActivationStore:
         self._readers: dict[str, ShardReader] = {}
         self._specs: dict[str, ArraySpec] = {}
         self._samples: dict[int, LayerStats] = {}
+        self._sound_layers: set[int] = set()
         self.layers: tuple[int, ...] = self._find_layers()
         self._check_seal_is_no_longer_than_the_store()
         self.contexts_by_layer = {layer: self._committed(layer) for layer in self.layers}
@@ -250,10 +251,14 @@ class ActivationStore:
     def check_layer(self, layer: int) -> None:
         """Check that every committed file of ``layer`` is there, of its size, with an index that holds.
 
+        An opened store looks once: what it found sound it does not open again.
+
         Raises:
             StoreIncompleteError: the store has no such layer, or nothing of it is committed.
             StoreDamagedError: a file is missing or cut short.
         """
+        if layer in self._sound_layers:
+            return
         if layer not in self.layers:
             has = ", ".join(map(str, self.layers)) or "none"
             raise StoreIncompleteError(
@@ -275,6 +280,7 @@ class ActivationStore:
         else:
             for array, shard in checks:
                 array.check_index(shard)
+        self._sound_layers.add(layer)
 
     @property
     def context_length(self) -> int:
