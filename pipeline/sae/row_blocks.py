@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_BLOCK = 2**19
-"""Numbers of a block: 2 MiB. Smaller ones fit a nearer cache, and have more threads wait for each other."""
+_BLOCK = 2**20
+"""Numbers of a block: 4 MiB. Smaller ones fit a nearer cache, and have more threads wait for each other."""
 _EPS = 1e-5
 """Of LayerNorms, as ``nn.LayerNorm`` has it."""
 
