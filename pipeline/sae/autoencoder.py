@@ -55,8 +55,8 @@ class Codes(NamedTuple):
     """What is decoded."""
     base_code: Tensor | None = None
     """h_b, where the architecture has one."""
-    adaptation: Tensor | None = None
-    """Where the code is h_b and alpha times something: that."""
+    sizes: tuple[Tensor, Tensor] | None = None
+    """Where there is a base code: its L1 norm, and that of what adapters change in it, summed over rows."""
     activations_of: Callable[[Tensor], Tensor] | None = None
     """Activations of some features, given by number, before the largest were chosen, where they are."""
     is_active: Tensor | None = None
@@ -89,7 +89,13 @@ class Output(NamedTuple):
     def fired(self) -> Tensor:
         """Which features are not 0 on some row; bool [dictionary_size]."""
         code = self.codes.code
-        return code.fired() if isinstance(code, SparseCode) else (code.detach() != 0).any(0)
+        if isinstance(code, SparseCode):
+            return code.fired()
+        code, n_first = code.detach(), 256
+        fired = (code[:n_first] != 0).any(0)
+        if fired.device.type == "cpu" and bool(fired.all()):  # so it is where adapters make codes dense
+            return fired
+        return fired | (code[n_first:] != 0).any(0)
 
 
 class CommonSettings(TypedDict):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, Codes, CommonSettings, empty_weight, require
 from .position_adapter import Rows
+from .row_blocks import AdapterWeights, Change, adapted, by_blocks, rectified
 from .sparse import SparseCode
 
 
@@ -50,6 +51,17 @@ class Adapter(nn.Module):
             nn.init.uniform_(weight, -bound, bound, generator=generator)
             nn.init.uniform_(bias, -bound, bound, generator=generator)
         _reset(self.norm, gain)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is f_r and then a LayerNorm with a gain and a bias, as the paper has it."""
+        is_affine = isinstance(self.norm, nn.LayerNorm) and self.norm.elementwise_affine
+        return is_affine and not self.is_norm_first
+
+    def weights(self) -> AdapterWeights:
+        """All of them, of an adapter that ``is_plain``."""
+        norm = cast(nn.LayerNorm, self.norm)
+        return AdapterWeights(self.W_in, self.b_in, self.W_out, self.b_out, norm.weight, norm.bias)
 
     def forward(self, base_code: Tensor) -> Tensor:
         """[rows, dictionary_size] to the same."""
@@ -163,42 +175,62 @@ class Hierarchical(Autoencoder):
 
     def _codes(self, scaled: Tensor, rows: Rows) -> Codes:
         centred = scaled if self.b_dec is None else scaled - self.b_dec
-        before: Tensor = self.norm(torch.addmm(self.b_enc, centred, self.W_enc))
-        base_code = self.position_adapter.activations(before, rows, self.alpha).relu_()  # eq. 2
+        base_code, base_size = self._base(torch.addmm(self.b_enc, centred, self.W_enc), rows)
         if self.alpha == 0.0:
-            return Codes(base_code, base_code)
-        adaptation = self._adaptation(base_code, rows)
-        kept_base = base_code if self.residual else (1.0 - self.alpha) * base_code
-        code = torch.add(kept_base, adaptation, alpha=self.alpha)  # eq. 3
-        is_sum = self.residual and not self.rectify
-        return Codes(code.relu_() if self.rectify else code, base_code, adaptation if is_sum else None)
+            return Codes(base_code, base_code, sizes=(base_size, torch.zeros_like(base_size)))
+        code, change_size = self._adapted(base_code, rows)
+        return Codes(code, base_code, sizes=(base_size, change_size))
 
-    def _adaptation(self, base_code: Tensor, rows: Rows) -> Tensor:
-        """Dropout(LayerNorm(f_r(h_b))); [rows, dictionary_size]."""
-        # One split has one gradient; slices would each have one of the size of the whole.
+    def _base(self, projected: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """h_b of equation 2, [rows, dictionary_size], and its L1 norm, summed over rows."""
+        norm = self.norm
+        is_plain = self.layer_norm_affine and not self.position_adapter.changes_activations
+        if isinstance(norm, nn.LayerNorm) and is_plain and by_blocks(projected):
+            return rectified(projected, norm)
+        before: Tensor = norm(projected)
+        base_code = self.position_adapter.activations(before, rows, self.alpha).relu_()
+        return base_code, base_code.sum()
+
+    def _adapted(self, base_code: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """h_r of equation 3, [rows, dictionary_size], and ‖h_r - h_b‖₁, summed over rows."""
         lengths = [len(base_code)] if self.shared_adapters else rows.needed_lengths()
-        parts = zip(self.adapters, torch.split(base_code, lengths), strict=True)
+        adapters = [cast(Adapter, adapter) for adapter in self.adapters]
+        kept = self._kept(base_code)
+        scale = 1.0 if kept is None else 1.0 / (1.0 - self.dropout)
+        is_sum = self.residual and not self.rectify
+        if is_sum and all(adapter.is_plain for adapter in adapters) and by_blocks(base_code):
+            weights = [adapter.weights() for adapter in adapters]
+            code, size = adapted(base_code, kept, weights, Change(lengths, self.alpha, scale))
+            return code, self.alpha * size
+        # One split has one gradient; slices would each have one of the size of the whole.
+        parts = zip(adapters, torch.split(base_code, lengths), strict=True)
         adaptation = torch.cat([adapter(part) for adapter, part in parts])
+        if kept is not None:
+            adaptation = adaptation * kept.to(adaptation.dtype).mul_(scale)
+        kept_base = base_code if self.residual else (1.0 - self.alpha) * base_code
+        code = torch.add(kept_base, adaptation, alpha=self.alpha)
+        if is_sum:  # the same as below, with half of the passes over memory
+            return code, self.alpha * adaptation.abs().sum()
+        code = code.relu_() if self.rectify else code
+        return code, F.l1_loss(code, base_code, reduction="sum")
+
+    def _kept(self, base_code: Tensor) -> Tensor | None:
+        """What dropout leaves of the adapters' outputs, as ``dropout_mask`` says; None: all."""
         if not self.training or self.dropout == 0.0:
-            return adaptation
-        size = self.dictionary_size
-        return adaptation * self.share.drawn(
-            len(adaptation),
-            lambda n: dropout_factors(adaptation.new_empty(n, size), self.dropout, self.generator),
+            return None
+        n_rows, n_features = base_code.shape
+        return self.share.drawn(
+            n_rows,
+            lambda n: dropout_mask(base_code.new_empty(n, n_features), self.dropout, self.generator),
         )
 
     def _sparsity(self, codes: Codes) -> Tensor:
-        code, base_code = codes.dense, codes.base_code
-        assert base_code is not None
-        # Nothing in h_b is negative: its sum is its L1 norm.
-        penalty = code.abs().sum() if self.penalty == "code" else base_code.sum()
+        assert codes.sizes is not None
+        base_size, change_size = codes.sizes
+        penalty = codes.dense.abs().sum() if self.penalty == "code" else base_size
         if self.penalty == "text" and self.alpha != 0.0:
-            if codes.adaptation is None:
-                change = F.l1_loss(code, base_code, reduction="sum")
-            else:  # the same, with half of the passes over memory
-                change = self.alpha * codes.adaptation.abs().sum()
-            penalty = penalty + self.alpha * change
-        return self.sparsity_factor * self.l1_coefficient * penalty / len(code)  # eqs. 4 and 5
+            penalty = penalty + self.alpha * change_size
+        return self.sparsity_factor * self.l1_coefficient * penalty / len(codes.dense)  # eqs. 4 and 5
 
     def _base_reconstruction(self, codes: Codes, scaled: Tensor, rows: Rows) -> Tensor | None:
         if self.base_loss_coefficient == 0.0 or self.alpha == 0.0:
@@ -215,12 +247,12 @@ class Hierarchical(Autoencoder):
         return super().base_parameters() - sum(weight.numel() for weight in self.adapters.parameters())
 
 
-def dropout_factors(like: Tensor, rate: float, generator: torch.Generator) -> Tensor:
-    """0 for what dropout takes, 1 / (1 - rate) for what it leaves; of the shape of ``like``."""
+def dropout_mask(like: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    """1 for what dropout leaves, 0 for what it takes; of the shape of ``like``, on a CPU uint8."""
     if like.device.type != "cpu":
-        return torch.empty_like(like).bernoulli_(1.0 - rate, generator=generator).div_(1.0 - rate)
+        return torch.empty_like(like).bernoulli_(1.0 - rate, generator=generator)
     # Eight times as fast as torch's: 16 bits decide, from a faster generator that torch's seeds.
     seed = int(torch.randint(2**62, (), generator=generator))
     bits: NDArray[np.uint64] = np.random.SFC64(seed).random_raw(-(-like.numel() // 4))
     is_left = bits.view(np.uint16)[: like.numel()] < np.uint16(round((1.0 - rate) * 2**16))
-    return torch.as_tensor(is_left).view_as(like).to(like.dtype).div_(1.0 - rate)
+    return torch.as_tensor(is_left.view(np.uint8)).view_as(like)
