@@ -49,8 +49,9 @@ class Change(NamedTuple):
 
 
 def by_blocks(x: Tensor) -> bool:
-    """Whether what is in this file can be done to ``x`` here and now."""
-    return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    """Whether what is in this file can be done to ``x``, and pays: the smaller stays in the cache anyway."""
+    is_large = x.numel() > _BLOCK
+    return is_large and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
 def rectified(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
