@@ -303,18 +303,19 @@ def scores(task: Task, codec: Codec) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def even_fvu(task: Task, codec: Codec) -> float:
-    """FVU where L0 over the held-out part is k: with TopK as it is, else by another threshold."""
-    if codec.set_threshold is not None:
-        codec.set_threshold(0.0)
-        n_rows, largest = 0, list[Tensor]()
-        for x in held_out(task):
-            code = codec.encode(x)
-            n_rows += len(x)
-            above = code[code > 0]
-            largest.append(above.topk(min(len(above), 8 * task.k * len(x)), sorted=False).values)
-        rest = torch.cat(largest).topk(task.k * n_rows + 1).values
-        codec.set_threshold(float(rest[-1]))
+def even_fvu(task: Task, codec: Codec) -> float | None:
+    """FVU with the threshold at which L0 over the held-out part is k; None where there is no threshold."""
+    if codec.set_threshold is None:
+        return None
+    codec.set_threshold(0.0)
+    n_rows, largest = 0, list[Tensor]()
+    for x in held_out(task):
+        code = codec.encode(x)
+        n_rows += len(x)
+        above = code[code > 0]
+        largest.append(above.topk(min(len(above), 8 * task.k * len(x)), sorted=False).values)
+    first_left_out = torch.cat(largest).topk(task.k * n_rows + 1).values[-1]
+    codec.set_threshold(float(first_left_out))
     return scores(task, codec)[1]
 
 
@@ -331,7 +332,8 @@ class Told(NamedTuple):
 def told(task: Task, work: Callable[[], Trained]) -> Told:
     """Of a training: how long it took, and how it scores."""
     made = work()
-    return Told(made.seconds, made.cpu_seconds, *scores(task, made.codec), even_fvu(task, made.codec))
+    l0, fvu = scores(task, made.codec)
+    return Told(made.seconds, made.cpu_seconds, l0, fvu, even_fvu(task, made.codec) or fvu)
 
 
 def contenders(task: Task, architecture: str, batches: list[Tensor]) -> dict[str, Callable[[], Trained]]:
