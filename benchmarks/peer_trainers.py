@@ -1,19 +1,30 @@
-"""posae's trainer against SAELens' and dictionary_learning's: the same autoencoder, tokens, batches and rate.
+"""posae's trainer against SAELens', dictionary_learning's and sparsify's: same autoencoder, tokens, batches.
 
     pip install --no-deps sae-lens==6.54.12 dictionary-learning==0.1.0  (and what .ci/run installs for them)
+    pip install --no-deps eai-sparsify==1.3.3 accelerate==1.15.0 natsort==8.4.0 schedulefree==1.4.1
     python benchmarks/peer_trainers.py STORE FOLDER [--layer 1] [--features 3072] [--k 32] [--steps 200]
+    python benchmarks/peer_trainers.py STORE FOLDER --steps 1000 --batch-size 2048 --learning-rates 5e-4,1e-3
 
 posae reads its store, every chunk decoded; the others are fed the same batches, in the same order, from
 float32 tensors in memory, so that none of them waits for a loader of its own. TopK and BatchTopK, each
 library's own start, auxiliary loss and optimizer. Each training is timed from its first step to its last, in
-turn, round after round; told are medians of tokens to a second of CPU time and of wall time, and L0 and FVU
-of the held-out part by each library's own encoder and decoder.
+turn, round after round, each round with a seed of its own; told are tokens to a second of CPU time and of
+wall time, and L0 and FVU of the held-out part by each library's own encoder and decoder. Where a threshold
+decides what is active, FVU is told once more with every library's threshold put so that L0 there is k.
+
+The rate rises over the first twentieth of the steps and falls to 0 over the last fifth: so posae's presets
+say, and so it is set for dictionary_learning and "SAELens, falling". SAELens' own rate is constant. That of
+sparsify with Adam falls from the first twentieth on; its own optimizer, a schedule-free descent by signs,
+has a constant one, 25 times Adam's, as its defaults have. The rate "own" is each library's default.
 """
+
 # The peers have no types.
 # pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false, reportUnknownMemberType=false
 # pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false, reportAttributeAccessIssue=false
 
 import argparse
+import contextlib
+import io
 import os
 import shutil
 import statistics
@@ -22,9 +33,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -33,12 +45,20 @@ from torch import Tensor
 from posae.pipeline.batches import as_torch
 from posae.pipeline.device import keep_freed_memory
 from posae.pipeline.sae.saving import load_autoencoder
+from posae.pipeline.sae.topk import BatchTopK
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, resolve_settings
 from posae.pipeline.train import LayerMemory, Ongoing, Training, train_together
 from posae.store.reader import ActivationStore
 
-Codec = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
-"""What encodes, and what decodes, rows of raw activations."""
+
+class Codec(NamedTuple):
+    """A trained autoencoder."""
+
+    encode: Callable[[Tensor], Tensor]
+    """Of rows of raw activations."""
+    decode: Callable[[Tensor], Tensor]
+    set_threshold: Callable[[float], object] | None = None
+    """Where a threshold decides what is active."""
 
 
 class Task(NamedTuple):
@@ -50,8 +70,15 @@ class Task(NamedTuple):
     k: int
     steps: int
     batch_size: int
-    learning_rate: float
+    learning_rate: float | None
+    """None: each library's own."""
+    seed: int
     folder: Path
+
+    @property
+    def few_steps(self) -> int:
+        """Over which the rate rises."""
+        return self.steps // 20
 
 
 class Trained(NamedTuple):
@@ -84,10 +111,12 @@ def training(task: Task, architecture: str) -> Training:
         "steps": task.steps,
         "batch_size": task.batch_size,
         "window_contexts": 256,
-        "learning_rate": task.learning_rate,
+        "seed": task.seed,
         "log_steps": 10**6,
         "checkpoint_steps": 10**6,
     }
+    if task.learning_rate is not None:
+        options["learning_rate"] = task.learning_rate
     settings = resolve_settings(
         TrainSettings, "train", presets=TRAIN_PRESETS, preset=architecture, options=options
     )
@@ -104,10 +133,18 @@ def posae(task: Task, architecture: str) -> Trained:
     took = timed(lambda: train_together([ongoing], memory=LayerMemory("never")))
     autoencoder = load_autoencoder(made.run.folder).eval()
     any_position = torch.zeros(1, dtype=torch.int64)
-    return Trained(*took, (lambda x: autoencoder.encode(x, any_position), autoencoder.decode))
+    is_even = isinstance(autoencoder, BatchTopK)
+    return Trained(
+        *took,
+        Codec(
+            lambda x: autoencoder.encode(x, any_position),
+            autoencoder.decode,
+            autoencoder.threshold.fill_ if is_even else None,
+        ),
+    )
 
 
-def saelens(task: Task, architecture: str, batches: list[Tensor]) -> Trained:
+def saelens(task: Task, architecture: str, batches: list[Tensor], *, is_falling: bool) -> Trained:
     """SAELens' SAETrainer."""
     import sae_lens
     from sae_lens.config import LoggingConfig, SAETrainerConfig
@@ -115,15 +152,17 @@ def saelens(task: Task, architecture: str, batches: list[Tensor]) -> Trained:
 
     kind = {"topk": sae_lens.TopKTrainingSAEConfig, "batchtopk": sae_lens.BatchTopKTrainingSAEConfig}
     cfg = kind[architecture](d_in=task.store.d_model, d_sae=task.features, k=task.k)
-    torch.manual_seed(0)
+    torch.manual_seed(task.seed)
     sae = sae_lens.TrainingSAE.from_dict(cfg.to_dict())
     trainer = SAETrainer(
         cfg=SAETrainerConfig(
             total_training_samples=sum(map(len, batches)),
             train_batch_size_samples=task.batch_size,
-            lr=task.learning_rate,
-            lr_end=task.learning_rate / 10,
             logger=LoggingConfig(log_to_wandb=False),
+            lr=task.learning_rate or SAETrainerConfig.lr,
+            lr_end=1e-9,  # asked for, and ignored where the rate is constant
+            lr_warm_up_steps=task.few_steps if is_falling else 0,
+            lr_decay_steps=task.steps // 5 if is_falling else 0,
         ),
         sae=sae,
         data_provider=iter(batches),
@@ -133,7 +172,15 @@ def saelens(task: Task, architecture: str, batches: list[Tensor]) -> Trained:
     shutil.rmtree(out, ignore_errors=True)
     sae.save_inference_model(str(out))
     loaded = sae_lens.SAE.load_from_disk(str(out))
-    return Trained(*took, (lambda x: dense(loaded.encode(x)), loaded.decode))
+    threshold = getattr(loaded, "threshold", None)
+    return Trained(
+        *took,
+        Codec(
+            lambda x: dense(loaded.encode(x)),
+            loaded.decode,
+            None if threshold is None else threshold.data.fill_,
+        ),
+    )
 
 
 def dense(code: Tensor) -> Tensor:
@@ -156,10 +203,10 @@ def dictionary_learning(task: Task, architecture: str, batches: list[Tensor]) ->
         layer=task.layer,
         lm_name="any",
         lr=task.learning_rate,
-        warmup_steps=0,
+        warmup_steps=task.few_steps,
         decay_start=int(0.8 * task.steps),
         device="cpu",
-        seed=0,
+        seed=task.seed,
     )
 
     def fit() -> None:
@@ -167,7 +214,68 @@ def dictionary_learning(task: Task, architecture: str, batches: list[Tensor]) ->
             trainer.update(step, x)
 
     took = timed(fit)
-    return Trained(*took, (trainer.ae.encode, trainer.ae.decode))
+    is_even = architecture == "batchtopk"
+    return Trained(
+        *took,
+        Codec(trainer.ae.encode, trainer.ae.decode, trainer.ae.threshold.fill_ if is_even else None),
+    )
+
+
+class Fed(torch.nn.Module):
+    """A language model to sparsify: a token is the number of a row, and its one layer gives that row."""
+
+    def __init__(self, rows: Tensor) -> None:
+        """Of all rows [rows, d_model]."""
+        super().__init__()
+        self.rows = rows
+        self.layer = torch.nn.Identity()
+        self.device = rows.device
+        self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
+
+    @property
+    def base_model(self) -> "Fed":
+        """What hook points are looked for in."""
+        return self
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Activations [contexts, positions, d_model] of ids [contexts, positions]."""
+        return cast(Tensor, self.layer(self.rows[input_ids]))
+
+
+def sparsify(task: Task, batches: list[Tensor], *, optimizer: str) -> Trained:
+    """The Trainer of sparsify, whole: what it hooks is ``Fed``'s layer, and a batch is one context."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        # By name: it is not among what the types are checked with.
+        library: Any = import_module("sparsify")
+    rate = task.learning_rate
+    out = task.folder / "sparsify"
+    shutil.rmtree(out, ignore_errors=True)
+    cfg = library.TrainConfig(
+        library.SaeConfig(num_latents=task.features, k=task.k),
+        batch_size=1,
+        hookpoints=["layer"],
+        init_seeds=[task.seed],
+        optimizer=optimizer,
+        lr=rate if rate is None or optimizer == "adam" else 25 * rate,
+        lr_warmup_steps=task.few_steps,
+        log_to_wandb=False,
+        save_every=10**9,
+        save_dir=str(out),
+    )
+    rows = torch.arange(sum(map(len, batches))).split([len(batch) for batch in batches])
+    precision = torch.get_float32_matmul_precision()
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = library.Trainer(cfg, [{"input_ids": numbers} for numbers in rows], Fed(torch.cat(batches)))
+        took = timed(trainer.fit)
+    torch.set_float32_matmul_precision(precision)  # it has asked for less
+    # Not what the trainer holds: its own optimizer's weights are means, and those are what it saves.
+    sae = library.SparseCoder.load_from_disk(out / "unnamed" / "layer")
+
+    def encode(x: Tensor) -> Tensor:
+        code = sae.encode(x)
+        return torch.zeros(len(x), task.features).scatter(1, code.top_indices, code.top_acts)
+
+    return Trained(*took, Codec(encode, lambda code: code @ sae.W_dec + sae.b_dec))
 
 
 def held_out(task: Task) -> Iterator[Tensor]:
@@ -182,17 +290,76 @@ def held_out(task: Task) -> Iterator[Tensor]:
 @torch.no_grad()
 def scores(task: Task, codec: Codec) -> tuple[float, float]:
     """L0, and FVU as a ratio of sums around the held-out part's mean."""
-    encode, decode = codec
     n_rows, n_active, error = 0, 0, 0.0
     total, squares = torch.zeros(task.store.d_model, dtype=torch.float64), 0.0
     for x in held_out(task):
-        code = encode(x)
+        code = codec.encode(x)
         n_rows += len(x)
         n_active += int((code != 0).sum())
-        error += float((decode(code) - x).double().square().sum())
+        error += float((codec.decode(code) - x).double().square().sum())
         total += x.double().sum(0)
         squares += float(x.double().square().sum())
     return n_active / n_rows, error / (squares - float(total.square().sum()) / n_rows)
+
+
+@torch.no_grad()
+def even_fvu(task: Task, codec: Codec) -> float | None:
+    """FVU with the threshold at which L0 over the held-out part is k; None where there is no threshold."""
+    if codec.set_threshold is None:
+        return None
+    codec.set_threshold(0.0)
+    n_rows, largest = 0, list[Tensor]()
+    for x in held_out(task):
+        code = codec.encode(x)
+        n_rows += len(x)
+        above = code[code > 0]
+        largest.append(above.topk(min(len(above), 8 * task.k * len(x)), sorted=False).values)
+    first_left_out = torch.cat(largest).topk(task.k * n_rows + 1).values[-1]
+    codec.set_threshold(float(first_left_out))
+    return scores(task, codec)[1]
+
+
+class Told(NamedTuple):
+    """What is told of a training."""
+
+    seconds: float
+    cpu_seconds: float
+    l0: float
+    fvu: float
+    even_fvu: float
+
+
+def told(task: Task, work: Callable[[], Trained]) -> Told:
+    """Of a training: how long it took, and how it scores."""
+    made = work()
+    l0, fvu = scores(task, made.codec)
+    return Told(made.seconds, made.cpu_seconds, l0, fvu, even_fvu(task, made.codec) or fvu)
+
+
+def contenders(task: Task, architecture: str, batches: list[Tensor]) -> dict[str, Callable[[], Trained]]:
+    """All of them; posae first."""
+    found: dict[str, Callable[[], Trained]] = {
+        "posae": partial(posae, task, architecture),
+        "SAELens": partial(saelens, task, architecture, batches, is_falling=False),
+        "SAELens, falling": partial(saelens, task, architecture, batches, is_falling=True),
+        "dictionary_learning": partial(dictionary_learning, task, architecture, batches),
+    }
+    if architecture == "topk":
+        found["sparsify, Adam"] = partial(sparsify, task, batches, optimizer="adam")
+        found["sparsify"] = partial(sparsify, task, batches, optimizer="signum")
+    return found
+
+
+def say_all(name: str, took: list[Told], ours: list[Told], n_tokens: int) -> None:
+    """A line of the table: medians of speed, and the scores of each round."""
+    rates = [
+        n_tokens / statistics.median(used)
+        for used in ([one.cpu_seconds for one in took], [one.seconds for one in took])
+    ]
+    by = [one.cpu_seconds / other.cpu_seconds for one, other in zip(took, ours, strict=False)]
+    spread = f"{statistics.median(by):.2f} ({min(by):.2f} to {max(by):.2f})" if by else ""
+    scored = "  ".join(f"{one.l0:.1f} {one.fvu:.4f} {one.even_fvu:.4f}" for one in took)
+    say(f"  {name:20} {rates[0]:12,.0f} {rates[1]:10,.0f} {spread:>21}  {scored}")
 
 
 def main() -> None:
@@ -207,11 +374,15 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=4096)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rates", default="5e-4", help="as own,2e-4,1e-3")
+    parser.add_argument("--architectures", default="topk,batchtopk")
+    parser.add_argument("--only", help='contenders, as "posae/sparsify, Adam"')
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     keep_freed_memory()  # for all of them alike
+    given.folder.mkdir(parents=True, exist_ok=True)
     task = Task(
         ActivationStore.open(given.store),
         given.layer,
@@ -219,7 +390,8 @@ def main() -> None:
         given.k,
         given.steps,
         given.batch_size,
-        given.learning_rate,
+        None,
+        given.first_seed,
         given.folder,
     )
     batches = [
@@ -232,28 +404,22 @@ def main() -> None:
         f"{given.batch_size}; {given.rounds} rounds, torch {torch.__version__}, {threads} threads, "
         f"load {load:.1f}"
     )
-    for architecture in ("topk", "batchtopk"):
-        contenders: dict[str, Callable[[], Trained]] = {
-            "posae, from its store": partial(posae, task, architecture),
-            "SAELens, from memory": partial(saelens, task, architecture, batches),
-            "dictionary_learning, from memory": partial(dictionary_learning, task, architecture, batches),
-        }
-        found: dict[str, list[Trained]] = {name: [] for name in contenders}
-        for _ in range(given.rounds):
-            for name, work in contenders.items():
-                found[name].append(work())
-        say(
-            f"{architecture:34} {'tokens/CPU-s':>14} {'tokens/s':>10} {'posae is faster by':>22} "
-            f"{'L0':>7} {'FVU':>8}"
-        )
-        ours = found["posae, from its store"]
-        for name, took in found.items():
-            by = [one.cpu_seconds / other.cpu_seconds for one, other in zip(took, ours, strict=True)]
-            l0, fvu = scores(task, took[-1].codec)
-            rate = n_tokens / statistics.median(one.seconds for one in took)
-            cpu_rate = n_tokens / statistics.median(one.cpu_seconds for one in took)
-            spread = f"{statistics.median(by):.2f} ({min(by):.2f} to {max(by):.2f})"
-            say(f"  {name:32} {cpu_rate:14,.0f} {rate:10,.0f} {spread:>22} {l0:7.1f} {fvu:8.4f}")
+    for architecture in given.architectures.split(","):
+        for word in given.learning_rates.split(","):
+            rate = None if word == "own" else float(word)
+            say(
+                f"{architecture}, rate {word:8} {'tokens/CPU-s':>12} {'tokens/s':>10} "
+                f"{'posae is faster by':>21}  of each round L0, FVU, FVU at L0 {given.k}"
+            )
+            found: dict[str, list[Told]] = {}
+            for number in range(given.rounds):
+                this = task._replace(learning_rate=rate, seed=given.first_seed + number)
+                for name, work in contenders(this, architecture, batches).items():
+                    if given.only is None or name in given.only.split("/"):
+                        found.setdefault(name, []).append(told(this, work))
+                        sys.stderr.write(f"{architecture} {word} {name} {found[name][-1]}\n")
+            for name, took in found.items():
+                say_all(name, took, found.get("posae", []), n_tokens)
 
 
 if __name__ == "__main__":
