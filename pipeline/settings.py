@@ -183,7 +183,7 @@ class TrainSettings(Settings):
     when the loss falls no more (then ramp_steps is a fifth of the steps by default)."""
 
     learning_rate: float | None = Field(default=None, gt=0)
-    """Learning rate of AdamW; by default 3e-4, as in the paper, and 2e-4 · sqrt(16384 / dictionary size) for
+    """Learning rate of AdamW; by default 3e-4, as in the paper, and 8e-4 · sqrt(16384 / dictionary size) for
     topk and batchtopk."""
 
     learning_rate_warmup: float = Field(default=0.0, ge=0, le=1)
