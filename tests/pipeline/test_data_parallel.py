@@ -26,6 +26,7 @@ COMMON: dict[str, Any] = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "paper": TRAIN_PRESETS["paper"],
+    "standard": {"architecture": "standard"},
     "topk": {"architecture": "topk", "target_l0": 4, "dead_after_tokens": 24},
     "batchtopk": {"architecture": "batchtopk", "target_l0": 4, "dictionary_size": 64},
     "dense": {"architecture": "batchtopk", "target_l0": 4, "dictionary_size": 16, "dead_after_tokens": 24},
