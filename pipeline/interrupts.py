@@ -15,6 +15,7 @@ class Interrupt:
 
     Attributes:
         asked: whether someone did; whoever knows of another reason may set it.
+        to_end: whether it was SIGTERM, by which the process is to end.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ def held_back() -> Generator[Interrupt]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         interrupt.asked = True
-        interrupt.to_end = number == signal.SIGTERM
+        interrupt.to_end |= number == signal.SIGTERM
         signal.signal(number, _USUAL[signal.Signals(number)])
 
     for number in ours:

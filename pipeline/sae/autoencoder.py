@@ -31,7 +31,7 @@ from ...store.errors import SettingsError
 from ...store.ranges import PositionRange, parse_ranges
 from .position_adapter import PositionAdapter, Rows, empty_weight
 from .position_mean import PositionMean
-from .share import AllRows, Share
+from .share import Share
 from .sparse import SparseCode
 
 
@@ -205,7 +205,7 @@ class Autoencoder(nn.Module, ABC):
         self.shared_adapters = shared_adapters
         self.alpha = 0.0
         self.sparsity_factor = 1.0
-        self.share: Share = AllRows()
+        self.share = Share()
         self.generator = generator or torch.Generator()
         self.dead: Tensor | None = None
         device = generator.device if generator else torch.device("meta")

@@ -163,15 +163,17 @@ class BatchTopK(TopK):
         flat = activations.reshape(-1)
         # The least kept is near the threshold: what lies far below need not be sorted.
         places = np.flatnonzero(flat > max(0.0, _FAR_BELOW * float(self.threshold)))
-        values = self._of_all(flat[places])
+        here = flat[places]
+        values = self._of_all(here)
         if len(values) < n_kept:
             places = np.flatnonzero(flat > 0)
-            values = self._of_all(flat[places])
+            here = flat[places]
+            values = self._of_all(here)
         least = np.float32(0)
         if len(values) >= n_kept:
             least = np.partition(values, len(values) - n_kept)[len(values) - n_kept]
         self._move_threshold(torch.as_tensor(least))
-        return places[flat[places] >= least]
+        return places[here >= least]
 
     def _of_all(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """These, and those of the rows of the batch that are elsewhere."""

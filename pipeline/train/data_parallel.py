@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...store.errors import RunError, SettingsError
+from ..sae.share import Share
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ _PATIENCE = timedelta(minutes=30)
 """How long others are waited for: the first may be writing a checkpoint, or reading all of a store's sums."""
 
 
-class Team:
+class Team(Share):
     """The processes that share a training: here one, which has it all.
 
     Attributes:
@@ -63,10 +64,6 @@ class Team:
         """What each process has as ``value``."""
         return [value]
 
-    def mean(self, of_rows: Tensor) -> Tensor:
-        """Of means over the rows that are here the mean over all rows; gradients are of what is here."""
-        return of_rows
-
     def any(self, flags: Tensor) -> Tensor:
         """Which flags are set in some process; bool, of the shape of ``flags``."""
         return flags
@@ -80,7 +77,7 @@ class Team:
 
 
 class Several(Team):
-    """One of several processes; to its autoencoder, its share of a batch (pipeline/sae/share.py).
+    """One of several processes.
 
     Whatever needs the others has to be called by all of them, in the same order.
     """
@@ -101,7 +98,7 @@ class Several(Team):
         return self._n_rows
 
     def mean(self, of_rows: Tensor) -> Tensor:
-        """As ``Team.mean``."""
+        """As ``Share.mean``."""
         mean = of_rows.detach() * self.weight
         _add(mean)
         return mean + (of_rows - of_rows.detach())

@@ -18,10 +18,9 @@ from ...store.ranges import PositionRange
 from ..batches import Batch
 from ..metrics import ScoreKeeper
 from ..sae.autoencoder import Autoencoder, Output
-from ..sae.share import AllRows
 from ..schedules import Clock, Curriculum, learning_rate_factor
 from ..settings import TrainSettings
-from .data_parallel import Several, Team
+from .data_parallel import Team
 
 _SHUFFLE = 0x5EED
 
@@ -47,9 +46,7 @@ class State:
             team: the processes that share the training.
         """
         self.autoencoder = autoencoder
-        self.team = team
-        if isinstance(team, Several):
-            autoencoder.share = team
+        self.team = autoencoder.share = team
         self.settings = settings
         self.ranges = ranges
         self.device = device
@@ -76,7 +73,7 @@ class State:
 
     def leave_team(self) -> None:
         """Go on without the other processes."""
-        self.team, self.autoencoder.share = Team(), AllRows()
+        self.team = self.autoencoder.share = Team()
 
     def schedule(self, step: int) -> None:
         """Set what changes by the step, for the update that follows ``step`` others."""
