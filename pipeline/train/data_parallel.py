@@ -222,7 +222,7 @@ def _reaching_others() -> Generator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        why = str(error).strip().splitlines()[0]
+        why = str(error).strip().splitlines()[0].partition(". ")[0]
         raise RunError(
             f"another process of this training cannot be reached ({why}); it may have ended: run the same "
             "command again to go on at the last checkpoint"
