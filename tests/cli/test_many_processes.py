@@ -21,6 +21,7 @@ from ..conftest import tree
 from .conftest import call
 
 # Six shards, in small batches, so that there is a middle to be killed in.
+LAYERS = ("layer_0", "layer_4")
 WORDS = ("--contexts", "3072", "--context-length", "4", "--layers", "0,4", "--batch-contexts", "16")
 N_SHARDS = 6
 
@@ -45,6 +46,11 @@ def rank(process: int) -> str:
     return next((v.decode() for v in variables if v.startswith(b"RANK=")), "")
 
 
+def standing_shards(store: Path) -> set[str]:
+    """The names of the shards that stand in every layer: layers are committed side by side."""
+    return set[str].intersection(*({file.name for file in (store / layer).glob("c.*")} for layer in LAYERS))
+
+
 def wait_for_the_end(process: int) -> None:
     """Wait until a process that is stopped was asked to end."""
     while True:
@@ -60,7 +66,7 @@ def test_processes_of_torchrun_make_the_store_of_one_though_one_is_killed(tmp_pa
     assert call("harvest", alone, *WORDS) == 0
 
     three = torchrun(3, "harvest", shared, *WORDS)
-    while not (shared / "layer_4/c.0.0.0").exists():
+    while not standing_shards(shared):
         assert three.poll() is None, three.communicate()
         time.sleep(0.001)
     ranks = {rank(child): child for child in children(three.pid)}
@@ -76,8 +82,7 @@ def test_processes_of_torchrun_make_the_store_of_one_though_one_is_killed(tmp_pa
     begun = ActivationStore.open(shared)
     assert not begun.is_sealed
     assert verify(begun).damaged == []
-    n_there = len(list(shared.glob("layer_4/c.*")))
-    assert 0 < n_there < N_SHARDS
+    assert 0 < len(standing_shards(shared)) < N_SHARDS
 
     two = torchrun(2, "harvest", shared, *WORDS)
     out, err = two.communicate(timeout=120)
