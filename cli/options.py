@@ -1,4 +1,4 @@
-"""Options made from settings: one declaration, in ``pipeline/settings.py``, makes both."""
+"""Options made from settings: one declaration, in ``pipeline/settings/``, makes both."""
 
 import inspect
 import os
