@@ -1,11 +1,15 @@
 """A Ctrl-C, or a request to end, that waits until what must not be left half done is done."""
 
+import math
 import signal
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from threading import current_thread, main_thread
 from types import FrameType
 
+_SAME_REQUEST = 1.0
+"""Seconds: a Ctrl-C that comes sooner after another is the same one, passed on by torchrun too."""
 _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 """Ctrl-C; and what SLURM and torchrun send to a process that is to end."""
 
@@ -14,7 +18,7 @@ class Interrupt:
     """Whether someone asked the process to stop since.
 
     Attributes:
-        asked: whether someone did; whoever knows of another reason may set it.
+        asked: whether someone did.
         to_end: whether it was SIGTERM, by which the process is to end.
     """
 
@@ -23,21 +27,21 @@ class Interrupt:
         self.asked = False
         self.to_end = False
 
-    def check(self) -> None:
-        """Raise the KeyboardInterrupt that was held back, if there is one; or end, if that was asked for."""
+    def stop(self) -> None:
+        """End, if that was asked for; else raise the KeyboardInterrupt that was held back."""
         if self.to_end:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)
-        if self.asked:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
 
 @contextmanager
 def held_back() -> Generator[Interrupt]:
-    """Hold the first Ctrl-C or SIGTERM back until ``check`` is called; a second one interrupts at once.
+    """Hold a Ctrl-C or SIGTERM back until the caller finds a good place to ``stop``.
 
-    Where signals cannot be caught, outside the main thread, or are not Python's to catch, as in a process
-    that ignores them, everything is as it was.
+    A second Ctrl-C interrupts at once. A second SIGTERM does not: SLURM and torchrun each send one, and who
+    cannot wait has SIGKILL. Where signals cannot be caught, outside the main thread, or are not Python's to
+    catch, as in a process that ignores them, everything is as it was.
     """
     interrupt = Interrupt()
     is_main = current_thread() is main_thread()
@@ -45,10 +49,16 @@ def held_back() -> Generator[Interrupt]:
         number: usual for number, usual in _USUAL.items() if is_main and signal.getsignal(number) is usual
     }
 
+    first_asked = math.inf
+
     def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal first_asked
+        now = time.monotonic()
+        first_asked = min(first_asked, now)
+        if number == signal.SIGINT and now - first_asked > _SAME_REQUEST:
+            raise KeyboardInterrupt
         interrupt.asked = True
         interrupt.to_end |= number == signal.SIGTERM
-        signal.signal(number, _USUAL[signal.Signals(number)])
 
     for number in ours:
         signal.signal(number, ask)

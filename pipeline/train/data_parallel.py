@@ -75,6 +75,9 @@ class Team(Share):
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Put the sum over all processes in place of each gradient."""
 
+    def leave(self) -> None:
+        """Nothing that needs the others follows; all call it."""
+
 
 class Several(Team):
     """One of several processes.
@@ -176,6 +179,11 @@ class Several(Team):
             for adding in under_way:
                 adding.wait()
 
+    def leave(self) -> None:
+        """As ``Team.leave``: what is left open would have the last process wait for those that went."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
 
 def _add(tensor: Tensor) -> None:
     """Put the sum over all processes in place of a tensor."""
@@ -208,10 +216,11 @@ def joined(device: torch.device) -> Generator[Several]:
         torch.cuda.set_device(device)
     with _reaching_others():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    several = Several()
     try:
-        yield Several()
+        yield several
     finally:
-        dist.destroy_process_group()
+        several.leave()
 
 
 @contextmanager

@@ -72,7 +72,8 @@ class State:
         self.last_fired = torch.zeros(autoencoder.dictionary_size, dtype=torch.int64, device=device)
 
     def leave_team(self) -> None:
-        """Go on without the other processes."""
+        """Go on without the other processes; each has to."""
+        self.team.leave()
         self.team = self.autoencoder.share = Team()
 
     def schedule(self, step: int) -> None:

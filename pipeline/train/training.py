@@ -365,16 +365,20 @@ def train_together(
             taking = [one for one in trainings if one.start <= batch.step < one.stop]
             for one in taking:
                 progress.advance(size, one.take(batch, x, watch))
-            interrupt.asked = team.agreed(interrupt.asked)
+            # Who is asked while the others answer is heard after the next step.
+            asked = team.agreed(interrupt.asked)
             for one in taking:
                 # What ends before the others is safe until all are at their end.
                 wanted = one.step == one.stop or one.step % one.training.settings.checkpoint_steps == 0
-                if one.step < stop and (wanted or interrupt.asked):
+                if one.step < stop and (wanted or asked):
                     one.save_checkpoint()
-            interrupt.check()
-    progress.end()
-    for one in trainings:
-        one.finish(batches)
+            if asked and batch.step + 1 < stop:
+                interrupt.stop()
+        progress.end()
+        for one in trainings:
+            one.finish(batches)
+        if interrupt.asked:
+            interrupt.stop()
 
 
 class Ongoing:
@@ -421,6 +425,8 @@ class Ongoing:
         start = team.told(start)
         if tensors := team.sent(state.tensors):
             state.restore(tensors)
+        if start:  # of a training that is at its end no step will do so
+            state.schedule(start - 1)
         if team.is_first:
             run.rewind_metrics(start)
         return cls(training, state, start)
@@ -462,11 +468,11 @@ class Ongoing:
         Args:
             batches: what was trained on, where one process had it all.
         """
-        autoencoder, settings = self.state.autoencoder, self.training.settings
-        if not self.state.team.is_first:
+        autoencoder, settings, team = self.state.autoencoder, self.training.settings, self.state.team
+        self.state.leave_team()  # what follows needs no others
+        if not team.is_first:
             return
-        if self.state.team.n_processes > 1:  # what follows needs no others
-            self.state.leave_team()
+        if team.n_processes > 1:
             batches = self.training.batches()
         if isinstance(autoencoder, BatchTopK):
             rows = (

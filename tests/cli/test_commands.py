@@ -307,6 +307,7 @@ def test_a_training_that_is_asked_to_end_leaves_a_checkpoint(store: Path, tmp_pa
     while training.poll() is None and len(Run(tmp_path / "run").metrics()) < 2:
         time.sleep(0.001)
     training.terminate()
+    training.terminate()  # as by SLURM and torchrun, one each
     training.communicate(timeout=60)
     assert training.returncode == -signal.SIGTERM
     checkpoint = Run(tmp_path / "run").load_checkpoint()

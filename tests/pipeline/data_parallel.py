@@ -8,12 +8,21 @@ import torch
 
 from posae.pipeline.settings import TrainSettings, build
 from posae.pipeline.train import Training
-from posae.pipeline.train.data_parallel import joined
+from posae.pipeline.train.data_parallel import Several, joined
 from posae.store import ActivationStore
+
+
+class Staying(Several):
+    """Has further trainings to share."""
+
+    def leave(self) -> None:
+        pass
+
 
 if __name__ == "__main__":
     store, folder, text = sys.argv[1:]
-    with joined(torch.device("cpu")) as team:
+    with joined(torch.device("cpu")):
+        team = Staying()
         for name, settings in json.loads(text).items():
             opened = ActivationStore.open(store)
             Training(opened, Path(folder) / name, build(TrainSettings, settings, "[train]")).train(team=team)

@@ -1,7 +1,8 @@
 """What a training resolves, refuses and keeps. That a killed one ends the same is tested with the command."""
 
 import signal
-from functools import partial
+import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from posae.pipeline.runs import Run
 from posae.pipeline.sae.saving import load_autoencoder
 from posae.pipeline.schedules import Curriculum
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
-from posae.pipeline.train import LayerMemory, Ongoing, Training, resolve, side_by_side, train_together
+from posae.pipeline.train import LayerMemory, Ongoing, Team, Training, resolve, side_by_side, train_together
 from posae.store import ActivationStore
 from posae.store.errors import RunMismatchError, SettingsError
 from posae.store.shards import ShardReader
@@ -270,17 +271,22 @@ def test_the_threshold_of_batchtopk_ends_where_l0_is_the_target(good_store: Made
     assert active / n_rows == pytest.approx(5, rel=0.01)
 
 
+@pytest.fixture
+def in_a_terminal() -> Generator[None]:
+    """Ctrl-C interrupts: a process that is started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_a_terminal")
 @pytest.mark.parametrize("presses", [1, 2], ids=["once", "twice"])
 def test_a_training_that_is_interrupted_goes_on_to_the_same_weights(
     presses: int,
     good_store: Made,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
 ) -> None:
-    # As in a terminal: a process that is started in the background ignores Ctrl-C.
-    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     words: dict[str, Any] = {"architecture": "batchtopk", "target_l0": 4, "checkpoint_steps": 10}
     train(good_store, tmp_path / "whole", **words)
     looks, steps = Curriculum.looks, 0
@@ -292,6 +298,8 @@ def test_a_training_that_is_interrupted_goes_on_to_the_same_weights(
         if steps == 15:
             for _ in range(presses):
                 signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)  # the same, passed on by torchrun
+                time.sleep(1.1 * (presses > 1))
         return looks(self, step)
 
     monkeypatch.setattr(Curriculum, "looks", pressing)
@@ -303,3 +311,50 @@ def test_a_training_that_is_interrupted_goes_on_to_the_same_weights(
     assert steps == (15 + 25 if presses == 1 else 15 + 30)
     assert weights(tmp_path / "whole") == weights(tmp_path / "run")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class Asked(Team):
+    """A team that agrees on something while Ctrl-C is pressed, once."""
+
+    def __init__(self, at_step: int) -> None:
+        self.steps_left = at_step
+
+    def agreed(self, asked: bool) -> bool:
+        self.steps_left -= 1
+        if not self.steps_left:
+            signal.raise_signal(signal.SIGINT)
+        return asked
+
+
+@pytest.mark.usefixtures("in_a_terminal")
+def test_an_interrupt_while_processes_agree_is_heard_after_the_next_step(
+    good_store: Made, tmp_path: Path
+) -> None:
+    training = Training(ActivationStore.open(good_store.root), tmp_path / "run", settings())
+    with pytest.raises(KeyboardInterrupt):
+        training.train(team=Asked(10))
+    assert (training.run.load_checkpoint() or (0,))[0] == 11
+
+
+@pytest.mark.usefixtures("in_a_terminal")
+def test_an_interrupt_in_the_last_step_waits_for_the_weights(good_store: Made, tmp_path: Path) -> None:
+    training = Training(ActivationStore.open(good_store.root), tmp_path / "run", settings())
+    with pytest.raises(KeyboardInterrupt):
+        training.train(team=Asked(40))
+    assert training.run.is_finished
+
+
+def test_what_ended_before_an_interrupted_pass_is_saved_as_alone(good_store: Made, tmp_path: Path) -> None:
+    store = ActivationStore.open(good_store.root)
+    train(good_store, tmp_path / "alone", steps=20)
+
+    def both() -> list[Ongoing]:
+        pair = [Training(store, tmp_path / str(n), settings(steps=n, checkpoint_steps=5)) for n in (20, 40)]
+        return [ongoing for training in pair if (ongoing := Ongoing.begin(training))]
+
+    with pytest.raises(KeyboardInterrupt):
+        train_together(both(), Impatient(20 + 30))
+    assert not (tmp_path / "20/cfg.json").exists()
+    train_together(both())
+    for name in ("sae_weights.safetensors", "cfg.json"):
+        assert (tmp_path / "20" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
