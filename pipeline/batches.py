@@ -232,6 +232,8 @@ class Order:
 
     def permuted(self, epoch: int, window: int, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """A window's wanted rows, shuffled and cut into batches whose sizes differ by at most one."""
+        if not len(rows):
+            return []
         shuffle = np.random.Generator(np.random.PCG64([self.seed, epoch, window + 1]))
         return np.array_split(shuffle.permutation(rows), self.n_batches(len(rows)))
 

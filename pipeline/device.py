@@ -11,13 +11,14 @@ from ..store.errors import SettingsError
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
-def choose_device(device: str, local_rank: int = 0) -> torch.device:
+def choose_device(device: str, local_rank: int = 0, *, with_float64: bool = False) -> torch.device:
     """The device that a word means.
 
     Args:
         device: ``auto`` for the first there is of cuda, mps and cpu; else a name of torch's.
         local_rank: of many processes on a machine, which this one is: each takes the next GPU, where
             ``device`` does not name one by its number.
+        with_float64: whether scores are added up there in float64, which mps does not have.
 
     Raises:
         SettingsError: no device of this name works here.
@@ -25,11 +26,13 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     if device == "auto":
         if torch.cuda.is_available():
             return _gpu(local_rank)
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("mps" if torch.backends.mps.is_available() and not with_float64 else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=chosen, dtype=torch.float64 if with_float64 else None)
+        if chosen.type == "meta":
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise SettingsError(f"no device {device} can be used here: choose auto or cpu") from error
     return _gpu(local_rank) if chosen == torch.device("cuda") else chosen
 

@@ -148,7 +148,7 @@ class _HeldOut(NamedTuple):
                 f"{store.root} holds no contexts out of training, so nothing can be scored; harvest at least "
                 "16 contexts, with --held-out above 0"
             )
-        device = choose_device(settings.device, processes_here().local_rank)
+        device = choose_device(settings.device, processes_here().local_rank, with_float64=True)
         return cls(
             run,
             config,

@@ -224,7 +224,7 @@ class _LookedAt(NamedTuple):
         start = max(first, config.store.training_contexts)
         if start >= last:
             raise StoreIncompleteError(f"{store.root} holds no contexts out of training to look through")
-        device = choose_device("auto")
+        device = choose_device("auto", with_float64=True)
         autoencoder = load_autoencoder(run.folder).to(device)
         if not all(bool(torch.isfinite(weight).all()) for weight in autoencoder.state_dict().values()):
             raise RunError(f"{run.folder} has weights that are not finite: its training diverged")

@@ -211,7 +211,7 @@ class Run:
         """Steps done and the tensors of the last checkpoint, or None where there is none.
 
         Raises:
-            RunError: the file is damaged.
+            RunError: the file is damaged, or may not be read.
         """
         path = self.folder / CHECKPOINT
         if not path.exists():
@@ -221,9 +221,14 @@ class Run:
                 step = int(file.metadata()["step"])  # pyright: ignore
                 names = cast("list[str]", file.keys())  # pyright: ignore
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}  # pyright: ignore
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise RunError(f"{path} is damaged ({error}); remove it to train from the start") from None
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            raise self.no_checkpoint(str(error)) from None
         return step, tensors
+
+    def no_checkpoint(self, why: str) -> RunError:
+        """What to raise where the checkpoint is not what ``save_checkpoint`` was given."""
+        path = self.folder / CHECKPOINT
+        return RunError(f"{path} cannot be read ({why}); remove it to train from the start")
 
     def __repr__(self) -> str:
         """A line for notebooks."""

@@ -359,7 +359,7 @@ class ActivationStore:
         return ThreadPoolExecutor(self.reading_threads, thread_name_prefix="posae-read")
 
     def tokens(self, contexts: Selection = slice(None)) -> NDArray[np.int32]:
-        """Token ids; int32 [contexts, positions].
+        """Token ids of contexts that some layer has; int32 [contexts, positions].
 
         Raises:
             StoreDamagedError: a chunk is not what was written.
@@ -374,7 +374,8 @@ class ActivationStore:
         return self._beside("document", contexts)
 
     def _beside(self, name: str, contexts: Selection) -> NDArray[Any]:
-        rows = select(contexts, self.n_contexts, "contexts")
+        # As far as the layer that is farthest: each is read, and trained on, by itself.
+        rows = select(contexts, max(self.contexts_by_layer.values(), default=0), "contexts")
         if not len(rows):
             # The array itself may not be committed yet.
             return np.empty((0, self.context_length), token_specs(self.manifest)[name].dtype)

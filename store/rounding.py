@@ -15,21 +15,24 @@ MANTISSA_BITS = 7
 """Bits of a bfloat16 mantissa that are written down."""
 
 _INFINITY = 0x7F80
+_NAN = 0x7FC0
 _NEAR_INFINITY = 0x7F00
 
 
 def float32_to_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The bits of finite values as bfloat16, to nearest, half to even; too large ones become infinite.
+    """The bits of values as bfloat16, to nearest, half to even; too large ones become infinite.
 
     Args:
         values: float32 of any shape.
 
-    >>> [hex(b) for b in float32_to_bits(np.array([1, 1.00390625, 1.01171875, 3.4e38], np.float32))]
-    ['0x3f80', '0x3f80', '0x3f82', '0x7f80']
+    >>> [hex(b) for b in float32_to_bits(np.array([1, 1.00390625, 1.01171875, 3.4e38, np.nan], np.float32))]
+    ['0x3f80', '0x3f80', '0x3f82', '0x7f80', '0x7fc0']
     """
     bits = values.view(np.uint32)
     to_even = bits >> np.uint32(16) & np.uint32(1)
-    return (bits + (to_even + np.uint32(0x7FFF)) >> np.uint32(16)).astype(np.uint16)
+    rounded = (bits + (to_even + np.uint32(0x7FFF)) >> np.uint32(16)).astype(np.uint16)
+    # Of a NaN, what is added may run over into the sign, and leave a number.
+    return np.where(np.isnan(values), np.uint16(_NAN), rounded)
 
 
 def round_mantissas(bits: NDArray[np.uint16], mantissa_bits: int) -> NDArray[np.uint16]:

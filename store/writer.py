@@ -128,6 +128,8 @@ class StoreWriter:
         Raises:
             StoreWriteError: the disk refused.
         """
+        # Another process may have begun the store otherwise meanwhile: nothing was fixed before.
+        self.files.write(ROOT_PATH, pretty_json(root_json(self.manifest)))
         values: dict[str, Rows] = {
             "tokens": tokens,
             "document": documents,
@@ -173,9 +175,11 @@ class StoreWriter:
         What an unfinished store has begun is to be finished with them; what is sealed is not touched.
 
         Raises:
+            StoreMismatchError: another process committed other tokens since ``begin``; says what differs.
             StoreWriteError: the disk refused, or the store would have more files than its seal can name.
         """
         store = ActivationStore.open(self.root)
+        _check_same(self.root, store.manifest, self.manifest)
         if store.is_sealed:
             layers = tuple(sorted({*wanted} - {*store.layers}))
         else:

@@ -19,7 +19,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, NotRequired, TypedDict
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -145,7 +145,7 @@ class Autoencoder(nn.Module, ABC):
         decoder_norm: whose norms are kept at 1: those of ``features``, rows of ``W_dec``, or of ``outputs``,
             its columns: the wrong axis, as in the paper's published scripts.
         sparsity_factor: what penalties for density are multiplied by; 1 but while they are warmed up.
-        dead: bool [dictionary_size], features silent for long, or None: the trainer's to say.
+        dead: int64 [dead], features silent for long, rising; None where there are none: the trainer's to say.
         share: what rows of a batch ``forward`` is given: the trainer's to say; all of them by default.
         generator: draws the first weights, then dropout; its state is part of a checkpoint.
     """
@@ -309,7 +309,9 @@ class Autoencoder(nn.Module, ABC):
     def _error(self, decoded: Tensor, scaled: Tensor) -> Tensor:
         """How far off reconstructions are, averaged over rows; a scalar."""
         if self.reconstruction_loss == "norm":
-            return (decoded - scaled).square().sum(dim=1).sqrt().mean()
+            # Unlike the root of a sum this has a gradient where nothing is off: 0.
+            norms = cast(Tensor, torch.linalg.vector_norm(decoded - scaled, dim=1))  # pyright: ignore[reportUnknownMemberType]
+            return norms.mean()
         return F.mse_loss(decoded, scaled, reduction="sum") / len(scaled)
 
     def forward(

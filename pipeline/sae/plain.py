@@ -51,18 +51,24 @@ class Plain(Autoencoder):
 
     def _activations(self, scaled: Tensor, rows: Rows) -> Tensor:
         """a; [rows, dictionary_size]."""
-        before = torch.addmm(self._encoder_bias(), scaled, self.W_enc)
+        bias, centred = self._centred(scaled)
+        before = torch.addmm(bias, centred, self.W_enc)
         return self.position_adapter.activations(before, rows, self.alpha).relu_()
 
-    def _encoder_bias(self) -> Tensor:
-        """b_enc less what b_dec takes off: taken off each row it would cost a product for its gradient."""
-        return self.b_enc - self.b_dec @ self.W_enc
+    def _centred(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        """b_enc [dictionary_size], and activations less b_dec [rows, d_model].
+
+        Of the two the bias has b_dec's gradient: each row's would cost a product. Rows less b_dec have the
+        value, as products of a large mean, rounded to bfloat16, would leave little of what is sought.
+        """
+        mean = self.b_dec.detach()
+        return self.b_enc - (self.b_dec - mean) @ self.W_enc, scaled - mean
 
     def _auxiliary(self, codes: Codes, residual: Tensor) -> Tensor:
         if self.dead is None or not self.training or self.auxiliary_coefficient == 0:
             return super()._auxiliary(codes, residual)
         assert codes.activations_of is not None
-        dead = self.dead.nonzero()[:, 0]
+        dead = self.dead
         activations = codes.activations_of(dead)
         n_wanted = min(self.d_model // 2, self.dictionary_size) or 1
         values, places = activations.topk(min(n_wanted, len(dead)), dim=1, sorted=False)

@@ -37,6 +37,8 @@ class PositionMean(nn.Module):
     """[positions, rank]: how much of each direction; of other forms [positions, 0]."""
     right: Tensor
     """[rank, d_model]: directions."""
+    row_of_position: Tensor
+    """int64 [positions]: which of the table's."""
 
     def __init__(
         self, form: str, ranges: Sequence[PositionRange], d_model: int, device: torch.device
@@ -67,6 +69,11 @@ class PositionMean(nn.Module):
         n_rows = {"none": 0, "range": len(ranges), "exact": length}.get(form, 1)
         index = {"range": range_of_position(tuple(ranges)), "exact": np.arange(length)}
         self._rows_of_table = index.get(form, np.zeros(length, np.int64)).astype(np.int64)
+        # Beside the table, so that a GPU is sent it once; never on "meta", as it is not saved.
+        row_of_position = torch.as_tensor(
+            self._rows_of_table, device=None if device.type == "meta" else device
+        )
+        self.register_buffer("row_of_position", row_of_position, persistent=False)
         shapes = {
             "table": (n_rows, d_model),
             "left": (length if rank else 0, rank),
@@ -125,6 +132,7 @@ class PositionMean(nn.Module):
             positions: integers [rows], each below the context length.
         """
         if self.left.numel():
-            return torch.addmm(self.table, self.left[positions], self.right)
-        index = torch.as_tensor(self._rows_of_table, device=positions.device)
-        return self.table[index[positions]]
+            # Not in bfloat16, in which large means would be off by more than what is left of activations.
+            with torch.autocast(positions.device.type, enabled=False):
+                return torch.addmm(self.table, self.left[positions], self.right)
+        return self.table[self.row_of_position[positions]]

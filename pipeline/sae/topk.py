@@ -90,11 +90,11 @@ class TopK(Plain):
         return self.training and is_few and not adapted and on_cpu
 
     def _listed(self, scaled: Tensor) -> Codes:
-        bias = self._encoder_bias()
-        code = encoded(scaled, self.W_enc, bias, self._places)
+        bias, centred = self._centred(scaled)
+        code = encoded(centred, self.W_enc, bias, self._places)
 
         def activations_of(features: Tensor) -> Tensor:
-            return torch.addmm(bias[features], scaled, self.W_enc[:, features]).relu_()
+            return torch.addmm(bias[features], centred, self.W_enc[:, features]).relu_()
 
         return Codes(code, activations_of=activations_of)
 
@@ -151,12 +151,14 @@ class BatchTopK(TopK):
             is_kept = torch.zeros(activations.numel(), dtype=torch.bool).index_fill_(0, places, True)
             return torch.where(is_kept.view_as(activations), activations, 0)
         n_kept = self.target_l0 * self.share.n_rows(len(activations))
-        n_here = min(n_kept, activations.numel())
-        largest = activations.detach().flatten().topk(n_here, sorted=False).values
-        least = self.share.all_values(largest).topk(n_kept, sorted=False).values.min()
-        self._move_threshold(least.float())
+        flat = activations.flatten()
+        values, places = flat.detach().topk(min(n_kept, len(flat)), sorted=False)
         # Fewer than are to be kept may be above 0: then the least is 0, and those are kept.
-        return torch.where(activations >= least, activations, 0)
+        least = self.share.all_values(values).topk(n_kept, sorted=False).values.min()
+        self._move_threshold(least.float())
+        # By their places: many are equal to the least, where products are rounded to bfloat16.
+        kept = torch.where(values >= least, flat[places], 0)
+        return torch.zeros_like(flat).scatter(0, places, kept).view_as(activations)
 
     def _places(self, activations: NDArray[np.float32]) -> NDArray[np.int64]:
         n_kept = self.target_l0 * self.share.n_rows(len(activations))
@@ -173,7 +175,11 @@ class BatchTopK(TopK):
         if len(values) >= n_kept:
             least = np.partition(values, len(values) - n_kept)[len(values) - n_kept]
         self._move_threshold(torch.as_tensor(least))
-        return places[here >= least]
+        is_kept = here >= least
+        n_too_many = np.count_nonzero(is_kept) - n_kept
+        if n_too_many > 0:  # of those equal to the least, the first stay
+            is_kept[np.flatnonzero(here == least)[-n_too_many:]] = False
+        return places[is_kept]
 
     def _of_all(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """These, and those of the rows of the batch that are elsewhere."""

@@ -124,7 +124,7 @@ class EvaluateSettings(Settings):
     """Language model of the store, a hub id or a local folder; by default what the store names."""
 
     device: str = "auto"
-    """Device to score on: cuda, mps, cpu, or auto."""
+    """Device to score on: cuda, cpu, or auto."""
 
 
 class CopySettings(Settings):

@@ -180,7 +180,7 @@ class TrainSettings(Settings):
     """A checkpoint to resume from every so many steps."""
 
     device: str = "auto"
-    """Device to train on: cuda, mps, cpu, or auto."""
+    """Device to train on: cuda, cpu, or auto."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -6,7 +6,7 @@ run; no other writes. Costs a step: twice the gradients' size through the networ
 decodes its part of the store alone, and reads all token ids.
 """
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -104,7 +104,8 @@ class Several(Team):
         """As ``Share.mean``."""
         mean = of_rows.detach() * self.weight
         _add(mean)
-        return mean + (of_rows - of_rows.detach())
+        # What is infinite less itself is no number, and of no process's rows the mean.
+        return mean + (of_rows - of_rows.detach()) if of_rows.requires_grad else mean
 
     def all_values(self, values: Tensor) -> Tensor:
         """As ``Share.all_values``; costs a transfer of the most that a process has, times the processes."""
@@ -205,10 +206,10 @@ def joined(device: torch.device) -> Generator[Several]:
         device: the one that it trains on.
 
     Raises:
-        SettingsError: it has no way to talk to the others from this device.
+        SettingsError: it has no way to talk to the others from this device, or two of them have one GPU.
         RunError: the others cannot be reached.
     """
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not dist.is_nccl_available()):
         raise SettingsError(
             f"several processes cannot share a training on device {device}; give --device cpu, or start one"
         )
@@ -218,9 +219,29 @@ def joined(device: torch.device) -> Generator[Several]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     several = Several()
     try:
+        if device.type == "cuda":
+            gpu = cast(Any, torch.cuda.get_device_properties(device))  # pyright: ignore[reportUnknownMemberType]
+            refuse_shared(several.gathered(str(gpu.uuid)))
         yield several
     finally:
         several.leave()
+
+
+def refuse_shared(gpus: Sequence[str]) -> None:
+    """Refuse that two processes use the same GPU: NCCL cannot bring them together.
+
+    Args:
+        gpus: what names each process's.
+
+    Raises:
+        SettingsError: two of them are the same.
+    """
+    n_gpus = len(set(gpus))
+    if n_gpus < len(gpus):
+        raise SettingsError(
+            f"{len(gpus)} processes would share a training on {n_gpus} {'GPU' if n_gpus == 1 else 'GPUs'}; "
+            "start as many as there are GPUs, and leave --device out"
+        )
 
 
 @contextmanager

@@ -39,6 +39,7 @@ class LayerMemory:
         which = (store.address, layer, n_contexts)
         if which != self._of:
             self._of, self._kept = which, None
+        if self._kept is None:
             # Beside the products of a CPU decoding is next to nothing.
             is_waited_for = device.type != "cpu" or store.is_remote
             is_read_again = n_tokens > n_contexts * store.context_length

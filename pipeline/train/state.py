@@ -4,7 +4,8 @@ Costs: three times the weights, for their gradient and the optimizer.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from operator import add
 from typing import Any
@@ -93,8 +94,12 @@ class State:
     def count_dead(self) -> None:
         """Tell the autoencoder which features were silent for long."""
         silent = int(self.n_tokens) - self.last_fired
-        dead = silent > self.settings.dead_after_tokens
-        self.autoencoder.dead = dead if bool(dead.any()) else None
+        self._set_dead(silent > self.settings.dead_after_tokens)
+
+    def _set_dead(self, is_dead: Tensor) -> None:
+        # As a list, once: a GPU would have to be waited for in every step that makes one of flags.
+        dead = is_dead.nonzero()[:, 0]
+        self.autoencoder.dead = dead if len(dead) else None
 
     def inputs(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Activations float32 [rows, d_model], range offsets, positions [rows]: what ``forward`` takes.
@@ -119,12 +124,11 @@ class State:
         """One step of AdamW on one batch, after ``schedule``; what was measured, if asked to."""
         x, offsets, positions = self.inputs(batch, x)
         precision = self.settings.precision
-        if self.device.type == "cuda":  # one switch for the whole process, so set anew for each run
-            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            output = self.autoencoder(x, offsets, positions)
         self.optimizer.zero_grad(set_to_none=True)
-        (output.losses.total * self.team.weight).backward()  # pyright: ignore[reportUnknownMemberType]
+        with _tf32(self.device, precision == "tf32"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                output = self.autoencoder(x, offsets, positions)
+            (output.losses.total * self.team.weight).backward()  # pyright: ignore[reportUnknownMemberType]
         self.team.add_gradients(self.autoencoder.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.autoencoder.parameters(), self.settings.clip_norm)
         if self.settings.project_gradient:
@@ -185,8 +189,9 @@ class State:
             found |= {f"optimizer.{number}.{key}": value for key, value in entry.items()}
         found |= {"generator": self.autoencoder.generator.get_state(), "last_fired": self.last_fired}
         found |= {"curriculum": self.curriculum.tensor(), "norms": self.norms, "clock": self.clock.tensor()}
-        dead = self.autoencoder.dead
-        found["dead"] = torch.zeros_like(self.last_fired, dtype=torch.bool) if dead is None else dead
+        found["dead"] = torch.zeros_like(self.last_fired, dtype=torch.bool)
+        if self.autoencoder.dead is not None:
+            found["dead"][self.autoencoder.dead] = True
         return {name: value.detach().cpu() for name, value in found.items()} | {"n_tokens": self.n_tokens}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -208,9 +213,22 @@ class State:
         self.curriculum.restore(tensors["curriculum"])
         self.norms.copy_(tensors["norms"])
         self.clock = Clock(tensors["clock"])
-        if "dead" in tensors and bool(tensors["dead"].any()):
-            self.autoencoder.dead = tensors["dead"].to(self.device)
+        if "dead" in tensors:
+            self._set_dead(tensors["dead"].to(self.device))
         self.n_tokens.copy_(tensors["n_tokens"])
+
+
+@contextmanager
+def _tf32(device: torch.device, is_wanted: bool) -> Generator[None]:
+    """Whether a GPU's float32 products are rounded: one switch for all that a process does, so set back."""
+    switch = torch.backends.cuda.matmul
+    before = switch.allow_tf32
+    if device.type == "cuda":
+        switch.allow_tf32 = is_wanted
+    try:
+        yield
+    finally:
+        switch.allow_tf32 = before
 
 
 def _shuffled(n_rows: int, data_seed: int, step: int) -> NDArray[np.int64]:

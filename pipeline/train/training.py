@@ -68,7 +68,8 @@ class Training:
         self.layer = self.settings.layer
         store.check_layer(self.layer)
         self.ranges: tuple[PositionRange, ...] = parse_ranges(self.settings.ranges, store.context_length)
-        self.device = choose_device(self.settings.device, processes_here().local_rank)
+        here = processes_here().local_rank
+        self.device = choose_device(self.settings.device, here, with_float64=True)
         self.n_contexts = self._n_contexts()
         self.leave_out = () if self.settings.special_tokens else store.manifest.special_token_ids
         self.new_autoencoder(None)  # refuses what the architecture cannot be, before a run is begun
@@ -421,7 +422,13 @@ class Ongoing:
         start = 0
         if checkpoint:
             start, tensors = checkpoint
-            state.restore(tensors)
+            try:
+                state.restore(tensors)
+            except torch.OutOfMemoryError:
+                raise
+            except (KeyError, RuntimeError, ValueError) as error:
+                why = " ".join(str(error).split())[:200]
+                raise run.no_checkpoint(f"not one of this training: {why}") from None
         start = team.told(start)
         if tensors := team.sent(state.tensors):
             state.restore(tensors)

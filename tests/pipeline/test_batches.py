@@ -196,6 +196,21 @@ def test_where_no_token_is_wanted_there_is_no_batch(store: ActivationStore) -> N
     assert not batches_of(store).is_empty
 
 
+def test_a_window_of_special_tokens_is_passed_over(make_store: Callable[..., Any], tmp_path: Path) -> None:
+    made = make_store(tmp_path / "a.zarr", n_contexts=32)
+    special = {*made.tokens[8:16].flatten().tolist()}
+    batches = ShuffledBatches(
+        ActivationStore.open(made.root),
+        1,
+        equal_ranges(6, 2),
+        leave_out=sorted(special),
+        window_contexts=8,
+        n_contexts=32,
+    )
+    read = [batch.contexts for batch in batches.steps(0, 2 * steps_of_epoch(batches.order, 0))]
+    assert {*np.concatenate(read).tolist()} == {*range(8), *range(16, 32)}
+
+
 def test_batches_of_a_window_differ_by_one_at_most(store: ActivationStore) -> None:
     batches = batches_of(store, batch_size=100, window_contexts=400)
     sizes = [len(batch.positions) for batch in batches.steps(0, steps_of_epoch(batches.order, 0))]

@@ -14,9 +14,9 @@ import torch
 from posae.pipeline.runs import WEIGHTS, Run
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
 from posae.pipeline.train import Training
-from posae.pipeline.train.data_parallel import Team
+from posae.pipeline.train.data_parallel import Team, refuse_shared
 from posae.store import ActivationStore
-from posae.store.errors import RunMismatchError
+from posae.store.errors import RunMismatchError, SettingsError
 
 from ..conftest import Made
 
@@ -111,3 +111,9 @@ def test_a_process_follows_the_first_and_refuses_to_train_something_else(
     other = Training(store, tmp_path / "other", settings.model_copy(update={"seed": 1}))
     with pytest.raises(RunMismatchError, match="process 1 of this training has other settings"):
         other.take_after(Second(first.config))
+
+
+def test_processes_that_would_share_a_gpu_are_refused() -> None:
+    refuse_shared(["GPU-1", "GPU-2"])
+    with pytest.raises(SettingsError, match="3 processes would share a training on 2 GPUs"):
+        refuse_shared(["GPU-1", "GPU-2", "GPU-1"])

@@ -10,7 +10,7 @@ from posae.store.errors import SettingsError
 def test_devices() -> None:
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("auto").type in ("cuda", "mps", "cpu")
-    for device in ("gpu", "cuda:99", ""):
+    for device in ("gpu", "cuda:99", "", "meta"):
         with pytest.raises(SettingsError, match=f"no device {device} can be used here: choose auto or cpu"):
             choose_device(device)
 
@@ -19,6 +19,7 @@ def test_auto_takes_cuda_then_mps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert choose_device("auto").type == "mps"
+    assert choose_device("auto", with_float64=True).type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert choose_device("auto").type == "cuda"

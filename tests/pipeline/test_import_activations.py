@@ -245,6 +245,7 @@ REFUSED: list[tuple[str, dict[str, Any], type[PosaeError], str]] = [
     ("other_ids.safetensors", {}, ForeignFileError, "ids of the same tokens"),
     ("negative_ids.safetensors", {}, ForeignFileError, "token ids are not all"),
     ("nan.npy", {}, ForeignFileError, "contexts 0 to 8 is not finite"),
+    ("nan_of_a_gpu.npy", {}, ForeignFileError, "contexts 0 to 8 is not finite"),
     ("huge.npy", {}, ForeignFileError, "too large for bfloat16"),
     ("few.npy", {}, SettingsError, "fill no context"),
     ("good.npy", {"layer": None}, SettingsError, "name it with --layer"),
@@ -284,6 +285,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tensors(root / "negative_ids.safetensors", a=torch.zeros(4, 4, 4), tokens=torch.full((4, 4), -1))
     np.save(root / "nan.npy", np.where(x == x[0, 0, 0], np.nan, x))
+    all_ones = np.array(0x7FFFFFFF, np.uint32).view(np.float32)
+    np.save(root / "nan_of_a_gpu.npy", np.where(x == x[0, 0, 0], all_ones, x))
     np.save(root / "huge.npy", x.astype(np.float64) * 1e39)
     np.save(root / "few.npy", values(100, 4))
     np.lib.format.open_memmap(root / "wide.npy", "w+", np.float16, (2**13, 2**15))  # a file of holes

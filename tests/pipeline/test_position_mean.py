@@ -1,10 +1,13 @@
 """What is taken off by position: the means that the store summed up, in each form."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from posae.pipeline.sae.position_mean import PositionMean
+from posae.pipeline.sae.registry import new_autoencoder
 from posae.pipeline.sae.topk import TopK
 from posae.store.errors import SettingsError
 from posae.store.ranges import parse_ranges
@@ -99,3 +102,27 @@ def test_what_is_taken_off_is_added_back() -> None:
     x = torch.as_tensor(MEANS[1:], dtype=torch.float32)
     assert autoencoder.encode(x, positions).abs().max() < 1e-5
     torch.testing.assert_close(autoencoder.decode(torch.zeros(LENGTH - 1, 12), positions), x)
+
+
+def test_means_are_not_rounded_where_products_are() -> None:
+    mean = fitted("lowrank:2")
+    mean.table += 3000.0
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mean.rows(torch.arange(LENGTH))
+    assert torch.equal(found, mean.rows(torch.arange(LENGTH)))
+
+
+@pytest.mark.parametrize("architecture", ["topk", "standard"])
+def test_a_large_mean_costs_no_digits_where_products_are_rounded(architecture: str) -> None:
+    own: dict[str, Any] = {"target_l0": 3} if architecture == "topk" else {"l1_coefficient": 0.1}
+    common: dict[str, Any] = {"d_model": D_MODEL, "dictionary_size": 24, "ranges": RANGES}
+    autoencoder = new_autoencoder(architecture, **common, generator=torch.Generator().manual_seed(0), **own)
+    x = torch.randn(64, D_MODEL, generator=torch.Generator().manual_seed(1))
+    offsets = [0, 64, 64, 64, 64]
+    wanted = autoencoder(x, offsets).code
+    with torch.no_grad():
+        dict(autoencoder.named_parameters())["b_dec"].add_(1000.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = autoencoder(x + 1000.0, offsets).code.float()
+    # Rounding can change which are the largest of a few rows.
+    assert torch.isclose(found, wanted, rtol=0.02, atol=0.02).all(dim=1).float().mean() > 0.9

@@ -75,7 +75,7 @@ def test_code_loss_and_gradients_are_those_of_the_formulas(
     same, mask = torch.Generator(), torch.ones((), dtype=torch.float64)
     same.set_state(autoencoder.generator.get_state())
     if is_training:
-        mask = dropout_mask(torch.empty(OFFSETS[-1], SIZE), DROPOUT, same).double() / (1 - DROPOUT)
+        mask = dropout_mask((OFFSETS[-1], SIZE), DROPOUT, same).double() / (1 - DROPOUT)
     code, loss = loss_by_formulas(autoencoder, rows(), mask)
     weights = list(autoencoder.parameters())
     expected = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)

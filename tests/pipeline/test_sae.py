@@ -145,7 +145,7 @@ def test_the_equations_row_by_row(alpha: float, training: bool) -> None:
     if training:
         same = generator()
         same.set_state(autoencoder.generator.get_state())
-        mask = dropout_mask(torch.empty(len(x), DICTIONARY_SIZE), 0.1, same).double().numpy() / 0.9
+        mask = dropout_mask((len(x), DICTIONARY_SIZE), 0.1, same).double().numpy() / 0.9
     rows = [
         equations_2_to_5(numbers(autoencoder), SCALE * row, index, alpha, row_mask)
         for row, index, row_mask in zip(

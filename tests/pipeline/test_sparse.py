@@ -110,7 +110,7 @@ def test_a_step_is_that_of_the_dense_products(
             made.b_dec.copy_(torch.linspace(-1, 1, 12))
             for weight in made.position_adapter.parameters():
                 weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) / 3)
-        made.alpha, made.dead = 0.7, torch.arange(40) % 3 == 0
+        made.alpha, made.dead = 0.7, torch.arange(0, 40, 3)
         with pytest.MonkeyPatch.context() as patch:
             if not listed:
                 patch.setattr(TopK, "_is_listed", _never)

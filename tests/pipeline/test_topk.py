@@ -60,6 +60,13 @@ def test_batchtopk_keeps_the_largest_of_the_batch() -> None:
     assert autoencoder.threshold.item() == pytest.approx(least, rel=1e-5)
 
 
+def test_of_equal_activations_as_many_are_kept_as_are_wanted() -> None:
+    autoencoder, x = BatchTopK(**settings()), rows(200)
+    with torch.autocast("cpu", torch.bfloat16):
+        code = autoencoder(x, [0, 200, 200, 200, 200]).code
+    assert (code > 0).sum() == 200 * L0
+
+
 def test_outside_of_training_a_code_does_not_depend_on_its_neighbours() -> None:
     autoencoder = BatchTopK(**settings())
     for seed in range(300):
@@ -86,8 +93,7 @@ def test_a_batch_with_too_few_active_keeps_those() -> None:
 def test_dead_features_learn_what_is_left_over_and_others_do_not(kind: type[TopK]) -> None:
     autoencoder = kind(**settings())
     x = rows()
-    autoencoder.dead = torch.zeros(DICTIONARY_SIZE, dtype=torch.bool)
-    autoencoder.dead[[4, 7]] = True
+    autoencoder.dead = torch.tensor([4, 7])
     with torch.no_grad():
         autoencoder.b_enc[[4, 7]] = -2.0  # too little to be among the largest, at times above 0
         autoencoder.W_enc[:, [4, 7]] *= 0.7
@@ -100,7 +106,7 @@ def test_dead_features_learn_what_is_left_over_and_others_do_not(kind: type[TopK
     assert moved.sum() == 2
     residual = (x - output.reconstruction).detach().double().numpy()
     w_dec = autoencoder.W_dec.detach().double().numpy()
-    used = np.where(autoencoder.dead.numpy(), activations(autoencoder, x), 0)
+    used = np.where(np.isin(np.arange(DICTIONARY_SIZE), [4, 7]), activations(autoencoder, x), 0)
     error = np.square(residual - used @ w_dec).sum() / len(x)
     share = 2 / (D_MODEL // 2)
     assert output.losses.auxiliary.item() == pytest.approx(share / 32 * error, rel=1e-4)

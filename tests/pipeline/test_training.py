@@ -20,7 +20,7 @@ from posae.pipeline.schedules import Curriculum
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
 from posae.pipeline.train import LayerMemory, Ongoing, Team, Training, resolve, side_by_side, train_together
 from posae.store import ActivationStore
-from posae.store.errors import RunMismatchError, SettingsError
+from posae.store.errors import RunError, RunMismatchError, SettingsError
 from posae.store.shards import ShardReader
 
 from ..conftest import Made
@@ -358,3 +358,21 @@ def test_what_ended_before_an_interrupted_pass_is_saved_as_alone(good_store: Mad
     train_together(both())
     for name in ("sae_weights.safetensors", "cfg.json"):
         assert (tmp_path / "20" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+@pytest.mark.parametrize("changed", ["weights.W_dec", "last_fired"])
+def test_a_checkpoint_without_what_is_needed_is_refused(
+    changed: str, good_store: Made, tmp_path: Path
+) -> None:
+    store = ActivationStore.open(good_store.root)
+    training = Training(store, tmp_path / "run", settings(checkpoint_steps=10))
+    with pytest.raises(KeyboardInterrupt):
+        training.train(Impatient(15))
+    step, tensors = training.run.load_checkpoint() or (0, {})
+    for broken in (
+        {name: value for name, value in tensors.items() if name != changed},
+        tensors | {changed: torch.zeros(3, 2)},
+    ):
+        training.run.save_checkpoint(step, broken)
+        with pytest.raises(RunError, match=r"state\.safetensors cannot be read .*remove it to train"):
+            training.train()

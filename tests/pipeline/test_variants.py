@@ -121,6 +121,14 @@ def test_losses_of_reconstruction() -> None:
     torch.testing.assert_close(output.losses.reconstruction, errors.mean() + 0.5 * of_base)
 
 
+def test_the_norm_of_no_error_has_no_gradient() -> None:
+    autoencoder = Standard(**common(l1_coefficient=0.1, reconstruction_loss="norm"))
+    torch.autograd.backward(autoencoder(torch.zeros(LENGTH, D_MODEL), OFFSETS).losses.total)
+    for weight in autoencoder.parameters():
+        assert weight.grad is not None
+        assert not weight.grad.any()
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_the_axis_of_the_decoders_norm(axis: int) -> None:
     autoencoder = hierarchical(decoder_norm="outputs" if axis == 0 else "features")

@@ -122,7 +122,8 @@ def check_what_is_there(root: Path, made: "Made") -> None:
         n = store.contexts_by_layer[layer]
         assert n % 8 == 0 or n == made.manifest.n_contexts
         np.testing.assert_array_equal(store.read(layer), made.activations[layer][:n])
-    np.testing.assert_array_equal(store.tokens(), made.tokens[: store.n_contexts])
+    n_tokens = max(store.contexts_by_layer.values(), default=0)
+    np.testing.assert_array_equal(store.tokens(), made.tokens[:n_tokens])
 
 
 def check_finishes(root: Path, made: "Made") -> None:
@@ -391,7 +392,8 @@ def mounted(folder: Path, options: str) -> Generator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        # Lazily: a failed test still has files open, and is to be told as what it is.
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def remount(folder: Path, options: str) -> None:
@@ -567,6 +569,23 @@ def test_other_settings_are_taken_before_the_tokens_are_committed(
             check_finishes(root, whole)
     with pytest.raises(StoreMismatchError, match="n_contexts is 64 there and 20 now"):
         harvest(root, whole)
+
+
+def test_of_two_begun_otherwise_the_first_to_commit_tokens_has_the_store(
+    whole: "Made", make_store: "MakeStore", tmp_path: Path
+) -> None:
+    other = make_store(tmp_path / "other.zarr", n_contexts=20, seed=1, shard_contexts=8)
+    root = tmp_path / "a.zarr"
+    with patch("os.fsync"):
+        first, second = (StoreWriter.begin(root, made.manifest) for made in (whole, other))
+        with first.lock():
+            first.write_tokens(whole.tokens, whole.documents, whole.corpus)
+            first.begin_layers(LAYERS)
+        with second.lock(), pytest.raises(StoreMismatchError, match="seed is 0 there and 1 now"):
+            second.begin_layers(LAYERS)
+    assert ActivationStore.open(root).manifest == whole.manifest
+    harvest(root, whole)
+    assert tree(root) == tree(whole.root)
 
 
 def test_a_finished_store_is_not_begun_anew_where_its_commit_record_is_lost(
