@@ -68,7 +68,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a finished run, and write ``evaluation.json`` into it.
 
-    What was measured before and is not asked for now (CE loss, probing) stays in it.
+    What was measured before and is not asked for now (CE loss, probing) stays in it. Scores on another store
+    that are there already are set aside, as ``evaluation-IDENTITY.json``, and found again for that store.
 
     Args:
         folder: of the run.
@@ -107,6 +108,7 @@ def evaluate(
     if settings.probing != "none":
         found["probing"] = _probe(held_out, settings, progress)
     evaluation = Evaluation.model_validate(_finite(found)).model_dump(mode="json")
+    _set_aside(held_out, progress)
     held_out.run.write_json(EVALUATION, evaluation)
     return evaluation
 
@@ -325,13 +327,33 @@ def _about_store(held_out: _HeldOut) -> dict[str, Any]:
 
 def _kept(held_out: _HeldOut) -> dict[str, Any]:
     """What an earlier evaluation measured on the same store that this one may not."""
+    for name in (EVALUATION, _name_aside(held_out.store.identity)):
+        before = _before(held_out.run, name)
+        if before and before.store.get("read") == held_out.store.digests(held_out.layer):
+            return before.model_dump(include={"ce_loss", "probing"})
+    return {}
+
+
+def _set_aside(held_out: _HeldOut, progress: Progress) -> None:
+    """Keep scores on another store: some take hours."""
+    before = _before(held_out.run, EVALUATION)
+    if before and before.store.get("read") != held_out.store.digests(held_out.layer):
+        name = _name_aside(before.store.get("identity"))
+        held_out.run.write_json(name, before.model_dump(mode="json"))
+        progress.say(f"the scores on {before.store.get('path')} are kept in {held_out.run.folder / name}")
+
+
+def _before(run: Run, name: str) -> Evaluation | None:
     try:
-        before = parse_evaluation(held_out.run.evaluation, held_out.run.folder)
+        return parse_evaluation(run.scores(name), run.folder)
     except RunError:  # there is none, or none worth keeping
-        return {}
-    if before.store.get("read") != held_out.store.digests(held_out.layer):
-        return {}
-    return before.model_dump(include={"ce_loss", "probing"})
+        return None
+
+
+def _name_aside(identity: Any) -> str:
+    # What a file says may be anything, and is to name one in the run's folder.
+    digits = str(identity)[:8]
+    return f"evaluation-{digits if digits.isalnum() and identity else 'unsealed'}.json"
 
 
 def _ce_loss(held_out: _HeldOut, model: CausalLanguageModel, n_contexts: int, progress: Progress) -> CeLoss:

@@ -6,6 +6,7 @@
     base_phase.safetensors      the decoder at the end of the warm-up, to see what became of it
     sae_weights.safetensors, cfg.json   the autoencoder, once training is done
     evaluation.json             scores on the held-out part
+    evaluation-IDENTITY.json    the same on another store, before it was scored on that one
 
 Every file is written whole or not at all, and nothing in it is pickled.
 """
@@ -68,9 +69,16 @@ class Run:
             RunNotFoundError: the run was never evaluated.
             RunError: not JSON.
         """
-        return self._read_json(
-            EVALUATION, f"{self.folder} has no scores yet; run posae evaluate {self.folder}"
-        )
+        return self.scores(EVALUATION)
+
+    def scores(self, name: str) -> dict[str, Any]:
+        """What a file of scores says: ``evaluation.json``, or what was set aside.
+
+        Raises:
+            RunNotFoundError: there is none.
+            RunError: not JSON.
+        """
+        return self._read_json(name, f"{self.folder} has no scores yet; run posae evaluate {self.folder}")
 
     def _read_json(self, name: str, missing: str) -> dict[str, Any]:
         try:

@@ -177,13 +177,15 @@ def test_a_store_of_another_size_is_refused(trained: Trained, tmp_path: Path) ->
             evaluate(trained.run, EvaluateSettings(store=str(other.root)))
 
 
-def test_what_was_measured_on_another_store_is_not_kept(trained: Trained, tmp_path: Path) -> None:
+def test_what_was_measured_on_another_store_is_kept_for_that_store(trained: Trained, tmp_path: Path) -> None:
     path = trained.run / "evaluation.json"
     probed = json.loads(path.read_text()) | {"probing": {"source": "made up"}}
     path.write_text(json.dumps(probed))
     assert evaluate(trained.run, EvaluateSettings())["probing"] == {"source": "made up"}
     other = trained.another(tmp_path / "other.zarr", seed=1)
     assert evaluate(trained.run, EvaluateSettings(store=str(other.root)))["probing"] is None
+    # Set aside, and there again for the store that it is of.
+    assert evaluate(trained.run, EvaluateSettings())["probing"] == {"source": "made up"}
 
 
 def test_a_run_of_an_unfinished_harvest_goes_on_when_that_is_finished(
