@@ -8,12 +8,14 @@ from rich.text import Text
 
 from ..pipeline.settings import HARVEST_PRESETS, HarvestSettings, resolve_settings
 from .display import LiveProgress, console, duration, errors, quantity
-from .options import Config, with_settings
+from .options import Config, on_this_machine, with_settings
 
 
 @with_settings(HarvestSettings)
 def harvest(
-    store: Annotated[Path, typer.Argument(help="Folder of the store, such as pile.zarr.")],
+    store: Annotated[
+        Path, typer.Argument(callback=on_this_machine, help="Folder of the store, such as pile.zarr.")
+    ],
     options: dict[str, Any],
     preset: Annotated[
         str | None, typer.Option("--preset", help=f"Settings to start from: {', '.join(HARVEST_PRESETS)}.")

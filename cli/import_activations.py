@@ -8,7 +8,7 @@ from rich.text import Text
 
 from ..pipeline.settings import ImportSettings, resolve_settings
 from .display import LiveProgress, console
-from .options import Config, with_settings
+from .options import Config, on_this_machine, with_settings
 
 
 @with_settings(ImportSettings)
@@ -17,7 +17,7 @@ def import_activations(
         Path,
         typer.Argument(help="File or folder: SAELens' cached activations, .safetensors, .npy or .pt."),
     ],
-    store: Annotated[Path, typer.Argument(help="Folder of the new store.")],
+    store: Annotated[Path, typer.Argument(callback=on_this_machine, help="Folder of the new store.")],
     options: dict[str, Any],
     config: Config = None,
 ) -> None:

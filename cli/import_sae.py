@@ -9,13 +9,13 @@ from rich.text import Text
 from ..pipeline.settings import ImportSaeSettings, resolve_settings
 from ..store.reader import ActivationStore
 from .display import console
-from .options import Cache, CacheSize, Config, with_settings
+from .options import Cache, CacheSize, Config, on_this_machine, with_settings
 
 
 @with_settings(ImportSaeSettings)
 def import_sae(
     folder: Annotated[Path, typer.Argument(help="Folder that SAELens 6 saved, or another posae's run.")],
-    run: Annotated[Path, typer.Argument(help="Folder of the new run.")],
+    run: Annotated[Path, typer.Argument(callback=on_this_machine, help="Folder of the new run.")],
     store: Annotated[str, typer.Option("--store", help="Store to evaluate it on, a folder or a URL.")],
     options: dict[str, Any],
     config: Config = None,

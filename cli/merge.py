@@ -9,7 +9,7 @@ from rich.text import Text
 from ..pipeline.settings import MergeSettings, resolve_settings
 from ..store.reader import ActivationStore
 from .display import LiveProgress, console
-from .options import Cache, CacheSize, Config, with_settings
+from .options import Cache, CacheSize, Config, on_this_machine, with_settings
 
 
 @with_settings(MergeSettings)
@@ -17,7 +17,9 @@ def merge(
     stores: Annotated[
         list[str], typer.Argument(help="Stores to merge, folders or URLs, two or more; they are not changed.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new store.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", callback=on_this_machine, help="Folder of the new store.")
+    ],
     options: dict[str, Any],
     config: Config = None,
     cache: Cache = None,

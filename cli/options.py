@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,22 @@ def _into_environment(
         return value
 
     return put
+
+
+def on_this_machine(place: Path | None) -> Path | None:
+    """Refuse a URL as the place of something that is written step by step, and may be gone on with.
+
+    Raises:
+        SettingsError: it is one.
+    """
+    # Of s3://bucket/x a Path has made s3:/bucket/x.
+    if place is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(place)):
+        url = str(place).replace(":/", "://", 1)
+        raise SettingsError(
+            f"{url} is a URL, and this is written on this machine; name a place here. A finished store goes "
+            "there by posae copy"
+        )
+    return place
 
 
 Cache = Annotated[

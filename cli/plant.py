@@ -8,13 +8,13 @@ import typer
 from ..pipeline.settings import PlantSettings, resolve_settings
 from ..store.reader import ActivationStore
 from .display import LiveProgress, console
-from .options import Cache, CacheSize, Config, with_settings
+from .options import Cache, CacheSize, Config, on_this_machine, with_settings
 
 
 @with_settings(PlantSettings)
 def plant(
     store: Annotated[str, typer.Argument(help="Store to plant from, a folder or a URL; it is not changed.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the new store.")],
+    out: Annotated[Path, typer.Argument(callback=on_this_machine, help="Folder of the new store.")],
     options: dict[str, Any],
     config: Config = None,
     cache: Cache = None,

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .display import LiveProgress, console
-from .options import Cache, CacheSize
+from .options import Cache, CacheSize, on_this_machine
 
 if TYPE_CHECKING:
     from ..pipeline.report import Report
@@ -34,7 +34,11 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Write a page with figures (page.html), or tables (report.md), instead."),
+        typer.Option(
+            "--out",
+            callback=on_this_machine,
+            help="Write a page with figures (page.html), or tables (report.md), instead.",
+        ),
     ] = None,
     features: Annotated[
         int | None,

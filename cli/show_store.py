@@ -144,7 +144,7 @@ def show_context(store: ActivationStore, context: int, tokenizer: str | None) ->
     from ..pipeline.text.contexts import tokenizer_hash
 
     source = tokenizer or store.manifest.language_model
-    if tokenizer is None and (store.manifest.model_revision or "").startswith("sha256:") and source != "demo":
+    if tokenizer is None and store.manifest.is_of_local_model:
         raise SettingsError(
             f"this store was made with a model in a local folder, {source}; name that folder with --tokenizer"
         )

@@ -13,7 +13,7 @@ from ..pipeline.trackers import TrackerName
 from ..store.errors import SettingsError
 from ..store.reader import ActivationStore
 from .display import LiveProgress, console, errors
-from .options import Cache, CacheSize, Config, with_settings
+from .options import Cache, CacheSize, Config, on_this_machine, with_settings
 from .report import comparison
 
 Resident = Literal["auto", "always", "never"]
@@ -22,7 +22,12 @@ Resident = Literal["auto", "always", "never"]
 @with_settings(TrainSettings)
 def train(
     store: Annotated[str, typer.Argument(help="Store to train from: a folder, or a URL.")],
-    run: Annotated[Path, typer.Argument(help="Folder of the run; of all runs with --sweep or --controls.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            callback=on_this_machine, help="Folder of the run; of all runs with --sweep or --controls."
+        ),
+    ],
     options: dict[str, Any],
     preset: Annotated[
         str | None, typer.Option("--preset", help=f"Settings to start from: {', '.join(TRAIN_PRESETS)}.")

@@ -347,6 +347,16 @@ class ShuffledBatches:
         """
         return self.order.find(0) is None
 
+    @property
+    def usual_size(self) -> int:
+        """Tokens to a batch of the first window: less than asked for where a window holds less.
+
+        Raises:
+            StoreDamagedError: the tokens are not what was written.
+        """
+        n_rows = int(self._wanted_of(next(self.order.windows_of_epoch(0))).sum())
+        return n_rows // max(1, self.order.n_batches(n_rows))
+
     def _wanted_of(self, chunks: NDArray[np.int64]) -> NDArray[np.int64]:
         unknown = np.sort(chunks[self._wanted[chunks] < 0])
         for start in range(0, len(unknown), _SCAN_CHUNKS):

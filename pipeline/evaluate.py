@@ -404,8 +404,7 @@ def _language_model(held_out: _HeldOut, model: str | None) -> CausalLanguageMode
     store, manifest = held_out.store, held_out.store.manifest
     _refuse_planted(store)
     _refuse_imported(store)
-    of_folder = (manifest.model_revision or "").startswith("sha256:")
-    if model is None and of_folder and manifest.model != "demo":
+    if model is None and manifest.is_of_local_model:
         raise ModelError(
             f"{store.root} was made with a model in a local folder, {manifest.model}; "
             "name that folder with --model"
@@ -450,7 +449,7 @@ def _probe(held_out: _HeldOut, settings: EvaluateSettings, progress: Progress) -
     revision = None if settings.model else manifest.model_revision
     if not settings.model and name != "demo":
         # A store may come from a stranger: it names a model of the hub, never a place on this machine.
-        if Path(name).exists() or name.startswith((".", "/", "~")):
+        if manifest.is_of_local_model or Path(name).exists() or name.startswith((".", "/", "~")):
             raise StoreMismatchError(
                 f"{store.root} was made with a local model, {name}; name its folder with --model"
             )

@@ -352,15 +352,17 @@ class _Readers:
         revision = None if self._named else manifest.model_revision
         key = (name, revision, manifest.tokenizer_hash)
         if key not in self._found:
-            self._found[key] = self._sought(*key)
+            self._found[key] = self._sought(*key, manifest.is_of_local_model)
             if note := self._found[key][1]:
                 self._progress.say(f"token ids in place of text: {note}")
         return self._found[key]
 
-    def _sought(self, name: str, revision: str | None, wanted_hash: str) -> tuple[Any, str | None]:
+    def _sought(
+        self, name: str, revision: str | None, wanted_hash: str, is_local: bool
+    ) -> tuple[Any, str | None]:
         if not self._named and name != "demo":
             # A store may come from a stranger: it names a model of the hub, never a place on this machine.
-            if Path(name).exists() or name.startswith((".", "/", "~")):
+            if is_local or Path(name).exists() or name.startswith((".", "/", "~")):
                 return (
                     None,
                     f"the store was made with a local model, {name}; name its folder with --tokenizer",

@@ -205,12 +205,16 @@ class Harvest:
             StoreWriteError: the disk refused.
         """
         progress = progress or Silent()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # else each process would also take memory on the first GPU
+        # What is wrong with the model is told before a store is begun, and before hours of tokenising.
+        model = None if self.begun else self._load_model()
         writer = StoreWriter.begin(self.path, self.manifest)
         with writer.lock():
             if not writer.has_tokens:
                 self._commit_tokens(writer, progress)
             layers = writer.begin_layers(self.layers)
-        n_tokens = self._fill(writer, layers, progress) if layers else 0
+        n_tokens = self._fill(writer, layers, model, progress) if layers else 0
         with writer.lock():
             identity = writer.finish(layers)
         return Harvested(self.layers, self.manifest.n_contexts, n_tokens, identity)
@@ -253,16 +257,18 @@ class Harvest:
         progress.end()
         return contexts
 
-    def _fill(self, writer: StoreWriter, layers: Sequence[int], progress: Progress) -> int:
-        """Commit every shard of ``layers``: first those that are free, then what others leave."""
+    def _fill(
+        self, writer: StoreWriter, layers: Sequence[int], model: LanguageModel | None, progress: Progress
+    ) -> int:
+        """Commit every shard of ``layers``: first those that are free, then what others leave.
+
+        The model is loaded for the first of them, if it is not yet.
+        """
         manifest = self.manifest
         missing = self.processes.dealt(writer.missing_shards(layers))
         tally = _Tally(writer, layers, missing, progress if self.processes.is_first else Silent())
         tokens = ShardReader(writer.files, token_specs(manifest)["tokens"])
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # else each process would also take memory on the first GPU
         copies = HostCopies(self.device)
-        model: LanguageModel | None = None
         n_tokens = 0
         with (
             ThreadPoolExecutor(self._n_encoders, "posae-encode") as encoders,
@@ -297,12 +303,14 @@ class Harvest:
         return max(2, n_cores() // self.processes.n_local)
 
     def _load_model(self) -> LanguageModel:
-        return LanguageModel.load(
+        model = LanguageModel.load(
             self.settings.model,
             self.facts.revision,
             device=self.device,
             attention=self.settings.attention,
         )
+        model.check_length(self.settings.context_length)
+        return model
 
     def _batches(
         self, shard: ShardOfLayers, tokens: NDArray[np.int32], model: LanguageModel, copies: HostCopies

@@ -262,6 +262,19 @@ class LanguageModel:
         text_model.eval().to(device)
         return cls(facts, device, text_model)
 
+    def check_length(self, n_positions: int) -> None:
+        """Refuse contexts that the model does not take.
+
+        Raises:
+            ModelError: they are too long.
+        """
+        limit = getattr(self.text_model.config, "max_position_embeddings", None)
+        if limit and 0 < limit < n_positions:
+            raise ModelError(
+                f"{self.facts.id} takes at most {limit} positions, these contexts have "
+                f"{n_positions}: choose a shorter context length"
+            )
+
     def activations(self, tokens: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
         """Run contexts through the model and read the residual stream after some layers.
 
@@ -280,12 +293,7 @@ class LanguageModel:
                 something other than one vector per position.
         """
         check_layers(self.facts, layers)
-        limit = getattr(self.text_model.config, "max_position_embeddings", None)
-        if limit and 0 < limit < tokens.shape[1]:
-            raise ModelError(
-                f"{self.facts.id} takes at most {limit} positions, these contexts have "
-                f"{tokens.shape[1]}: choose a shorter context length"
-            )
+        self.check_length(tokens.shape[1])
         shape = (*tokens.shape, self.facts.d_model)
         last = max(layers)
         found: dict[int, torch.Tensor] = {}
@@ -531,11 +539,10 @@ def _explain(model: str, revision: str | None, error: Exception) -> str:
     if met(_hub.RevisionNotFoundError):
         return f"{model} has no revision {revision}: choose one from {page}/commits/main"
     if met(_hub.LocalEntryNotFoundError, _hub.OfflineModeIsEnabled):
-        which = f"{model} at revision {revision}" if revision else model
+        which = f"{model} at revision {revision}" if revision else f"{model} is no folder here,"
         why = "HF_HUB_OFFLINE is set" if _hub.is_offline_mode() else "the hub cannot be reached"
-        return (
-            f"{which} is not on this machine, and {why}: connect to download it once, or give a local folder"
-        )
+        remedy = "connect to download it once, or give a local folder"
+        return f"{which} was not downloaded before, and {why}: {remedy}"
     if "does not appear to have a file named" in str(error):
         return (
             f"{model} has no weights in the format safetensors within reach, and pickles "

@@ -191,6 +191,11 @@ class Manifest(BaseModel):
         return (self.planted or {}).get("model", self.model)
 
     @property
+    def is_of_local_model(self) -> bool:
+        """Whether that lay in a folder, whose base name is no name on the hub; not so of the one built in."""
+        return (self.model_revision or "").startswith("sha256:") and self.language_model != "demo"
+
+    @property
     def unknown(self) -> tuple[str, ...]:
         """What is not known of activations that were imported; nothing of a harvest."""
         return self.imported.unknown if self.imported else ()

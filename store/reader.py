@@ -32,7 +32,6 @@ from .manifest import Manifest, layer_path, layer_spec, parse_corpus, parse_mani
 from .notebook import block, columns, facts
 from .plain_text import quantity
 from .readable import ReadableFiles
-from .remote import is_url
 from .remote_files import READING_THREADS, RemoteFiles
 from .seal import (
     CORPUS_PATH,
@@ -522,7 +521,7 @@ def _check_index(shard: tuple[ShardReader, int]) -> None:
 
 
 def _files_at(place: str | Path, cache: PartCache | None) -> ReadableFiles:
-    if is_url(place):
+    if "://" in str(place):  # of whatever scheme: no folder is named so
         return RemoteFiles(open_remote(str(place)), cache or PartCache())
     return StoreFiles(Path(place))
 

@@ -348,16 +348,23 @@ def train_together(
     first, team = trainings[0].training, trainings[0].state.team
     if any(one.training.reads != first.reads for one in trainings):
         raise ValueError("trainings that read different batches cannot share a pass")
-    size = first.settings.batch_size
+    asked_size = first.settings.batch_size
     start, stop = min(one.start for one in trainings), max(one.stop for one in trainings)
     n_steps, n_before = sum(one.stop for one in trainings), sum(one.start for one in trainings)
     decoded = (memory or LayerMemory("never")).of(
-        first.store, first.layer, first.n_contexts, n_tokens=(stop - start) * size, device=first.device
+        first.store, first.layer, first.n_contexts, n_tokens=(stop - start) * asked_size, device=first.device
     )
     batches = first.batches(decoded, team)
     if batches.is_empty:
         raise StoreIncompleteError(
             f"{first.store.root} has no token to train on in layer {first.layer}; harvest more contexts"
+        )
+    size, found = asked_size, batches.usual_size
+    if found < asked_size // 2:
+        size = found
+        progress.say(
+            f"batches have {size:,} tokens and not {asked_size:,}: a window of "
+            f"{batches.order.window_chunks * batches.order.chunk_contexts:,} contexts holds no more"
         )
     progress.begin("training", n_steps * size, "tokens", n_before * size)
     with held_back() as interrupt:

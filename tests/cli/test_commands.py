@@ -395,6 +395,26 @@ def test_a_local_model_and_local_text_are_named_without_their_folders(posae: Pos
     assert posae("inspect-store", store, "--context", 0, "--tokenizer", model).code == 0
 
 
+def test_what_is_wrong_with_a_model_is_told_before_a_store_is_begun(posae: Posae, tmp_path: Path) -> None:
+    model, path = tmp_path / "tiny", tmp_path / "a.zarr"
+    shutil.copytree(DEMO_MODEL, model)
+    words = ("harvest", path, "--model", model, "--contexts", "16", "--context-length", "16")
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:-1000])
+    ended = posae(*words)
+    assert (ended.code, path.exists()) == (1, False)
+    assert "tiny could not be loaded" in ended.err
+    (model / "model.safetensors").unlink()
+    ended = posae(*words)
+    assert (ended.code, path.exists()) == (1, False)
+    assert "holds no weights in the format safetensors" in ended.err
+    (model / "model.safetensors").write_bytes(weights)
+    ended = posae(*words[:-1], "100000")
+    assert (ended.code, path.exists()) == (1, False)
+    assert "choose a shorter context length" in ended.err
+    assert posae(*words).code == 0
+
+
 def test_settings_come_from_a_file_and_options_win(posae: Posae, store: Path, tmp_path: Path) -> None:
     config = tmp_path / "posae.toml"
     config.write_text('[train]\npreset = "paper-baseline"\nsteps = 3\nseed = 5\nbatch_size = 32\n')

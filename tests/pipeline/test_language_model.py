@@ -494,7 +494,7 @@ def http_error(kind: Any) -> Exception:
         (http_error(RemoteEntryNotFoundError), r"google/gemma-9 has no config\.json"),
         (
             LocalEntryNotFoundError("no network"),
-            "gemma-9 at revision v2 is not on this machine, and the hub cannot",
+            "gemma-9 at revision v2 was not downloaded before, and the hub cannot",
         ),
         (PermissionError(13, "Permission denied", "/cache"), "could not be loaded .*/cache"),
     ],
@@ -521,7 +521,8 @@ def test_names_that_no_model_can_have() -> None:
 def test_offline_and_not_cached() -> None:
     for use in (model_facts, load_tokenizer, LanguageModel.load):
         with pytest.raises(
-            ModelError, match="google/gemma-9 is not on this machine, and HF_HUB_OFFLINE is set"
+            ModelError,
+            match="google/gemma-9 is no folder here, was not downloaded before, and HF_HUB_OFFLINE is set",
         ):
             use("google/gemma-9")
 
