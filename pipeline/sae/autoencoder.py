@@ -350,22 +350,28 @@ class Autoencoder(nn.Module, ABC):
             """As ``forward``."""
             ...
 
-    def encode(self, x: Tensor, positions: Tensor) -> Tensor:
+    def encode(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """The codes of activations in any order; call ``eval()`` before, or dropout is on.
 
         Args:
             x: activations [..., d_model] in raw units, any float dtype.
-            positions: integers [...], or of a shape that broadcasts to it.
+            positions: integers [...], or of a shape that broadcasts to it; needed only where the position
+                changes the code.
 
         Returns:
             float32 [..., dictionary_size].
 
         Raises:
-            SettingsError: a position that no range contains.
+            SettingsError: shapes that do not fit, or positions are needed and not given, or one that no range
+                contains.
         """
-        order, rows = self._sorted_by_range(positions.to(x.device, torch.int64).expand(x.shape[:-1]))
-        scaled = self._scaled(x.reshape(-1, self.d_model)[order], rows)
-        code = _unsorted(self._codes(scaled, rows).dense, order)
+        x_rows = _flat(x, self.d_model, "activations")
+        if positions is None:
+            rows = Rows([])
+            code = self._codes(self._scaled(x_rows, rows), rows).dense
+        else:
+            order, rows = self._sorted_by_range(_position_of_each(positions, x))
+            code = _unsorted(self._codes(self._scaled(x_rows[order], rows), rows).dense, order)
         return code.reshape(*x.shape[:-1], self.dictionary_size)
 
     def _sorted_by_range(self, positions: Tensor) -> tuple[Tensor, Rows]:
@@ -394,11 +400,12 @@ class Autoencoder(nn.Module, ABC):
                 its range changes how a code is decoded.
 
         Raises:
-            SettingsError: positions are needed and not given, or one that no range contains.
+            SettingsError: shapes that do not fit, or positions are needed and not given, or one that no range
+                contains.
         """
-        code_rows = code.reshape(-1, self.dictionary_size)
+        code_rows = _flat(code, self.dictionary_size, "codes")
         if positions is not None:
-            positions = positions.to(code.device, torch.int64).expand(code.shape[:-1]).reshape(-1)
+            positions = _position_of_each(positions, code).reshape(-1)
             self._check_positions(positions)
         if positions is None or not self.position_adapter.decodes_by_range:
             rows = Rows([], positions)
@@ -491,6 +498,26 @@ class Autoencoder(nn.Module, ABC):
         for name in weights.keys() & _IN_SCALED_UNITS:
             weights[name] /= self.activation_scale
         return weights
+
+
+def _flat(values: Tensor, width: int, what: str) -> Tensor:
+    """Values [..., width] as [rows, width]."""
+    if not values.ndim or values.shape[-1] != width:
+        raise SettingsError(
+            f"{what} of shape {list(values.shape)} were given; the last axis of this autoencoder's is {width}"
+        )
+    return values.reshape(-1, width)
+
+
+def _position_of_each(positions: Tensor, values: Tensor) -> Tensor:
+    """The position of each row of values [..., width]; int64 [...]."""
+    try:
+        return positions.to(values.device, torch.int64).expand(values.shape[:-1])
+    except RuntimeError:
+        raise SettingsError(
+            f"positions of shape {list(positions.shape)} do not fit {list(values.shape[:-1])}: give one to "
+            "each row, or one to each position of a context"
+        ) from None
 
 
 def _unsorted(rows: Tensor, order: Tensor) -> Tensor:

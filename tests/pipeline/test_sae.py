@@ -251,6 +251,29 @@ def test_encode_takes_whole_contexts_in_bfloat16() -> None:
     assert autoencoder.encode(contexts[:0], torch.arange(LENGTH)).shape == (0, LENGTH, DICTIONARY_SIZE)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_positions_may_be_left_out_where_they_change_nothing(architecture: str) -> None:
+    x, positions, _ = batch()
+    autoencoder = made(architecture).eval()
+    if architecture in ("hierarchical", "masked", "separate"):
+        with pytest.raises(SettingsError, match="needs the position of each row"):
+            autoencoder.encode(x)
+    else:
+        torch.testing.assert_close(autoencoder.encode(x), autoencoder.encode(x, positions))
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    autoencoder, x = hierarchical(), torch.zeros(4, D_MODEL)
+    for wrong in (torch.zeros(4, 2 * D_MODEL), torch.zeros(2 * D_MODEL), torch.tensor(0.0)):
+        with pytest.raises(SettingsError, match=f"the last axis of this autoencoder's is {D_MODEL}"):
+            autoencoder.encode(wrong, torch.tensor(0))
+    with pytest.raises(SettingsError, match=f"the last axis of this autoencoder's is {DICTIONARY_SIZE}"):
+        autoencoder.decode(x)
+    for positions in (torch.arange(3), torch.arange(2)[:, None]):
+        with pytest.raises(SettingsError, match="give one to each row"):
+            autoencoder.encode(x, positions)
+
+
 @pytest.mark.parametrize("position", [-1, LENGTH])
 def test_encode_refuses_a_position_without_a_range(position: int) -> None:
     with pytest.raises(SettingsError, match="0:1, 1:4, 4:10, 10:16"):
