@@ -34,10 +34,10 @@ def _into_environment(
 
 
 def on_this_machine(place: Path | None) -> Path | None:
-    """Refuse a URL as the place of something that is written step by step, and may be gone on with.
+    """Refuse, as the place of something that is written, a URL, and what lies within a store.
 
     Raises:
-        SettingsError: it is one.
+        SettingsError: it is one of these.
     """
     # Of s3://bucket/x a Path has made s3:/bucket/x.
     if place is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(place)):
@@ -46,6 +46,9 @@ def on_this_machine(place: Path | None) -> Path | None:
             f"{url} is a URL, and this is written on this machine; name a place here. A finished store goes "
             "there by posae copy"
         )
+    for folder in place.absolute().parents if place is not None else ():
+        if (folder / "zarr.json").exists():
+            raise SettingsError(f"{place} lies within {folder}, which is a store; name a place beside it")
     return place
 
 

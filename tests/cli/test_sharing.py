@@ -144,13 +144,14 @@ def test_a_copy_that_was_killed_goes_on(store: Path, start_server: StartServer, 
         ),
         (("train", "STORE", "hf://datasets/a/b"), "hf://datasets/a/b is a URL"),
         (("report", "OUT", "--out", "gs://bucket/x.html"), "gs://bucket/x.html is a URL"),
+        (("train", "STORE", "WITHIN"), "demo.zarr, which is a store; name a place beside it"),
     ],
     ids=str,
 )
-def test_what_cannot_be_copied_is_told(
+def test_what_cannot_be_copied_or_written_is_told(
     words: tuple[str, ...], said: str, posae: Posae, store: Path, tmp_path: Path
 ) -> None:
-    places = {"STORE": str(store), "OUT": str(tmp_path / "out")}
+    places = {"STORE": str(store), "WITHIN": str(store / "run"), "OUT": str(tmp_path / "out")}
     before = tree(store)
     ended = posae(*(places.get(word, word) for word in words))
     assert ended.code == 1
