@@ -73,7 +73,8 @@ def copy(
         return _moved(source, Path(destination), progress)
     if not is_remote:
         return Copied(*_part(source, Path(destination), settings, progress))
-    words = f"{source.identity} {settings.model_dump_json()}"
+    # Of each destination its own: the first of two copies to be done removes it.
+    words = f"{source.identity} {settings.model_dump_json()} {place}"
     folder = default_folder() / "parts" / hashlib.sha256(words.encode()).hexdigest()[:16]
     part, _, _ = _part(source, folder, settings, progress)
     copied = _published(part, destination, progress)
