@@ -24,8 +24,6 @@ _N_FEATURES = 300
 
 _SPARED = ("time", "seeds", "architecture", "features", "dead")
 """Columns that a narrow terminal goes without, the first ones first."""
-_FEW = 4
-"""Fewer figures than that stay in one table."""
 
 _COLOURS = {
     **dict.fromkeys(("holds", "helped"), "bold green"),
@@ -122,7 +120,7 @@ def _fitting(words: "Words") -> "list[Words]":
     if left_out:
         words = words._replace(title=f"{words.title} (no room for {', '.join(left_out)})")
     n_figures = len(words.columns) - words.n_left
-    if n_figures < _FEW or _fits(words):
+    if n_figures < 2 or _fits(words):
         return [words]
     return [part for half in words.halves() for part in _fitting(half)]
 
@@ -160,6 +158,8 @@ def _rich(words: "Words") -> Table:
     if has_figures and _width(table) > console.width:
         # Closer together, before a run's name is cut in two.
         table.padding = 0
+        if _width(table) > console.width:
+            table.columns[0].no_wrap = False  # cut in two, not off
     return table
 
 

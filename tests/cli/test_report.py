@@ -210,6 +210,11 @@ def test_names_of_a_sweep_stay_whole_at_80_columns(
     (scores,) = (line for line in out.splitlines() if " ± " in line and "adapter.agnostic " in line)
     assert "32,186,880" in scores
     assert out.count("FVU by position range") == 2  # a half each
+    monkeypatch.setattr("posae.cli.report.console.width", 56)
+    narrow = posae("report", runs).out
+    assert max(map(len, narrow.splitlines())) <= 56
+    for figure in ("32,186,880 (", *re.findall(r"\d\.\d{4} ± \d\.\d{4}", out)):
+        assert figure in narrow
 
 
 def test_a_report_goes_into_a_folder_that_is_not_there_yet(posae: Posae, sweep: Path, tmp_path: Path) -> None:
