@@ -49,6 +49,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def is_short(names: Iterable[str]) -> bool:
+    """Whether a column of these names leaves the other half of the terminal to the other columns."""
+    return max(map(len, names), default=0) <= console.width // 2
+
+
 def show_by_position(values: Sequence[float], digits: int = 1) -> None:
     """Draw a number for each position, from 0 up."""
     lines = plot(values, width=max(8, min(64, console.width - 22)))

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .display import LiveProgress, console
+from .display import LiveProgress, console, is_short
 from .options import Cache, CacheSize, on_this_machine
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _ANY_WIDTH = 10_000
 _N_FEATURES = 300
+
+_SPARED = ("time", "seeds", "architecture", "features", "dead")
+"""Columns that a narrow terminal goes without, the first ones first."""
 
 _COLOURS = {
     **dict.fromkeys(("holds", "helped"), "bold green"),
@@ -100,10 +103,41 @@ def comparison(runs: list[Path]) -> Group:
 
 def _shown(found: "Report") -> Group:
     """Everything, the answers last, where a terminal's reader looks first."""
-    parts: list[Table | Text] = [_rich(words) for words in (*found.measurements(), *found.answers())]
+    tables = (*found.measurements(), *found.answers())
+    parts: list[Table | Text] = [_rich(words) for whole in tables for words in _fitting(whole)]
     if not found.studies:
         parts.append(Text("\n".join(f"{Path(run.folder).name}: {run.folder}" for run in found.runs)))
+    parts += [Text(f"note: {note.words}") for note in found.notes()]
     return Group(*parts)
+
+
+def _fitting(words: "Words") -> "list[Words]":
+    """The table so that names of runs stay whole, as far as the terminal is wide enough.
+
+    Columns that can be spared go first; what is still too wide becomes two tables of half the figures each.
+    """
+    left_out: list[str] = []
+    for name in _SPARED:
+        if name in words.columns and not _fits(words):
+            words = words.without(name)
+            left_out.append(name)
+    if left_out:
+        words = words._replace(title=f"{words.title} (no room for {', '.join(left_out)})")
+    n_figures = len(words.columns) - words.n_left
+    if n_figures < 2 or _fits(words):
+        return [words]
+    return [part for half in words.halves() for part in _fitting(half)]
+
+
+def _fits(words: "Words") -> bool:
+    if words.n_left == len(words.columns):
+        return True  # sentences are folded
+    table = _rich(words)
+    return _width(table) <= console.width
+
+
+def _width(table: Table) -> int:
+    return console.measure(table, options=console.options.update(max_width=_ANY_WIDTH)).maximum
 
 
 def _rich(words: "Words") -> Table:
@@ -111,21 +145,25 @@ def _rich(words: "Words") -> Table:
         title=words.title, title_justify="left", pad_edge=False, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     answers = _COLOURS.keys() & {cell for row in words.rows for cell in row}
+    whole = {"architecture", "answer", "verdict"}
+    if is_short(row[0] for row in words.rows):
+        whole.add("run")
     for number, name in enumerate(words.columns):
         is_figure = number >= words.n_left
         table.add_column(
             name,
             justify="right" if is_figure else "left",
             overflow="fold",
-            no_wrap=is_figure or name in ("architecture", "answer", "verdict"),
+            no_wrap=is_figure or name in whole,
         )
     for row in words.rows:
         table.add_row(*_cells(row, answers))
     has_figures = words.n_left < len(words.columns)
-    wanted = console.measure(table, options=console.options.update(max_width=_ANY_WIDTH)).maximum
-    if has_figures and wanted > console.width:
+    if has_figures and _width(table) > console.width:
         # Closer together, before a run's name is cut in two.
         table.padding = 0
+        if _width(table) > console.width:
+            table.columns[0].no_wrap = False  # cut in two, not off
     return table
 
 

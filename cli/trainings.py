@@ -22,7 +22,7 @@ from ..pipeline.trackers import TrackerName, Trackers
 from ..pipeline.train import LayerMemory, Ongoing, Team, Training, side_by_side, train_together
 from ..store.errors import RunError, RunNotFoundError, SettingsError
 from ..store.reader import ActivationStore
-from .display import LiveProgress, console, duration, errors
+from .display import LiveProgress, console, duration, errors, is_short
 
 _LITTLE_R2 = 0.01
 """Below this share, position means brought nothing where they were tried (docs/paper.md)."""
@@ -199,8 +199,10 @@ class _Rest:
         self._planned = {folder / planned.folder: planned for planned in left}
         self._n_all = len(plan.trainings)
         self._n_done = self._n_all - len(left)
-        self._started = time.monotonic()
-        self._cost = self._cost_left = sum(planned.cost for planned in left)
+        self._cost_left = sum(planned.cost for planned in left)
+        self._cost_done = 0.0
+        self._seconds_training = self._seconds_scoring = 0.0
+        self._n_scored = 0
         self.failed: list[str] = []
 
     def train(self, group: Sequence[Training]) -> None:
@@ -223,7 +225,13 @@ class _Rest:
             configs = {one.training.run.folder: one.training.config for one in begun}
             with LiveProgress() as progress, Trackers(self._track, configs) as trackers:
                 labelled = _Labelled(progress, f"{numbers}/{self._n_all}")
+                started = time.monotonic()
                 train_together(begun, labelled, self._memory, trackers)
+                self._seconds_training += time.monotonic() - started
+        self._cost_left -= sum(self._planned[training.run.folder].cost for training in group)
+        for one in begun:
+            cost = self._planned[one.training.run.folder].cost
+            self._cost_done += cost * (one.stop - one.start) / one.stop
         for training in group:
             self._score(training, broken.get(training.run.folder))
 
@@ -236,17 +244,28 @@ class _Rest:
             if broken:
                 raise broken
             if not _is_done(training.store, self._folder, planned, scoring):
+                started = time.monotonic()
                 with LiveProgress() as progress:
                     _score(training, scoring, _Labelled(progress, label))
+                self._seconds_scoring += time.monotonic() - started
+                self._n_scored += 1
             told = _told(training.run.folder)
         except (RunError, SettingsError) as error:
             self.failed.append(f"{planned.folder}: {error}")
             told = f"failed: {error}"
-        self._cost_left -= planned.cost
-        if self._cost_left:
-            seconds = (time.monotonic() - self._started) * self._cost_left / (self._cost - self._cost_left)
+        seconds = self._seconds_left()
+        if seconds is not None:
             told += f"; about {duration(seconds)} left for the others"
         errors.print(f"{label}: {told}", soft_wrap=True)
+
+    def _seconds_left(self) -> float | None:
+        """Of training, by what the groups trained so far took, and of scoring; None where nobody can tell."""
+        n_left = self._n_all - self._n_done
+        if not n_left or (self._cost_left and not self._cost_done):
+            return None
+        training = self._seconds_training * self._cost_left / self._cost_done if self._cost_left else 0.0
+        scoring = self._seconds_scoring * n_left / max(1, self._n_scored)
+        return training + scoring or None
 
 
 def _is_done(store: ActivationStore, folder: Path, planned: Planned, scoring: EvaluateSettings) -> bool:
@@ -258,10 +277,11 @@ def _is_done(store: ActivationStore, folder: Path, planned: Planned, scoring: Ev
 def _overview(trainings: Sequence[Planned]) -> Table:
     """A line for each run, its seeds together."""
     table = Table(pad_edge=False, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("run", "architecture"):
-        table.add_column(name, overflow="fold")
-    for name in ("features", "parameters", "steps", "seeds"):
+    table.add_column("run", overflow="fold", no_wrap=is_short(planned.name for planned in trainings))
+    table.add_column("architecture", overflow="fold")
+    for name in ("features", "parameters", "steps"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("seeds", justify="right")
     by_name: dict[str, list[Planned]] = {}
     for planned in trainings:
         by_name.setdefault(planned.name, []).append(planned)

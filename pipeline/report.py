@@ -14,16 +14,18 @@ from pydantic import BaseModel, ValidationError
 
 from ..store.errors import RunError, RunNotFoundError, SettingsError
 from ..store.files import StoreFiles
+from ..store.seal import ROOT_PATH
 from .results import tables
 from .results.claims import Judged, judged
 from .results.comparison import Finding, findings
 from .results.explored import Explored, Unexplored
 from .results.markdown import markdown
 from .results.measured import Measured, Study, StudyRun
+from .results.notes import Note, left_out, notes
 from .results.provenance import Provenance, provenance
 from .results.tables import Series, Table
 from .results.verdicts import Interval
-from .runs import EVALUATION, Run
+from .runs import CONFIG, EVALUATION, Run
 from .settings import TrainSettings, train_words
 
 SWEEP = "sweep.json"
@@ -68,6 +70,12 @@ class Report:
     def missing(self) -> dict[str, str]:
         """Runs without scores, and why, by folder."""
         return {run.folder: run.missing for run in self.runs if run.missing is not None}
+
+    def notes(self) -> list[Note]:
+        """What a reader of the tables should know: what cannot be compared, is bad, or is left out."""
+        n_left_out = sum(not claim.is_asked for claim in self.claims)
+        shows_claims = 0 < n_left_out < len(self.claims)
+        return [*notes(self.runs), *([left_out(n_left_out)] if shows_claims else [])]
 
     def series(self) -> list[Series]:
         """What is a row of a table, or a line of a figure: a run, or all seeds of one."""
@@ -123,7 +131,7 @@ def collect(folders: Iterable[Path]) -> Report:
             for study in _studies(folder, runs):
                 studies.append(study)
         else:
-            runs[str(folder)] = _run(folder)
+            runs[str(folder)] = _run(folder, is_named=True)
     unscored = [run for run in runs.values() if run.missing]
     if unscored and len(unscored) == len(runs):
         raise RunNotFoundError(f"{unscored[0].folder} {unscored[0].missing}")
@@ -131,11 +139,33 @@ def collect(folders: Iterable[Path]) -> Report:
     return Report(tuple(runs.values()), tuple(studies), tuple(findings(studies)), tuple(claims))
 
 
-def _run(folder: Path) -> Measured:
-    """What a run's files say; where it is not one that posae began, that it is missing."""
+def _no_run(folder: Path) -> str:
+    """What a folder is where it is no run, and what to do."""
+    if not folder.exists():
+        return "is not there; give folders of runs, or of sweeps"
+    if not folder.is_dir():
+        return "is a file, not a run; give folders of runs, or of sweeps"
+    if (folder / ROOT_PATH).exists():
+        return f"is a store, not a run; train one from it: posae train {folder} RUN"
+    for below in ("*", "*/*"):
+        for name, what in ((CONFIG, "runs"), (EVALUATION, "runs"), (SWEEP, "sweeps")):
+            if next(folder.glob(f"{below}/{name}"), None):
+                return f"is no run; {what} lie below, give these: {folder}/{below}"
+    return "is no run; train one: posae train STORE RUN"
+
+
+def _run(folder: Path, *, is_named: bool = False) -> Measured:
+    """What a run's files say; where it is not one that posae began, that it is missing.
+
+    Args:
+        folder: of the run.
+        is_named: whether somebody named the folder; one that a sweep names was not begun yet.
+    """
     run = Run(folder)
-    begin = f"run posae evaluate {folder}"
     if not (folder / EVALUATION).exists():
+        if is_named and not run.is_begun and not run.is_finished:
+            return Measured(str(folder), metrics=run.metrics(), missing=_no_run(folder))
+        begin = f"run posae evaluate {folder}"
         if not run.is_finished:
             begin = "run posae train again, it goes on" if run.is_begun else "train it first"
         missing = f"has no scores yet; {begin}"
@@ -171,8 +201,12 @@ def _inside(path: Path, folder: str) -> str:
 
 
 def as_json(report: Report) -> list[Any] | dict[str, Any]:
-    """All of a report as JSON: of plain runs a list of their scores, else an object with all there is."""
-    scores = [_scores(run) for run in report.runs]
+    """All of a report as JSON: of plain runs a list of their scores, else an object with all there is.
+
+    A run that a note is about has the note among its scores, under ``notes``.
+    """
+    told = notes(report.runs)
+    scores = [_scores(run, [note.words for note in told if run.folder in note.runs]) for run in report.runs]
     if not report.studies:
         return scores
     return {
@@ -216,8 +250,9 @@ def as_json(report: Report) -> list[Any] | dict[str, Any]:
     }
 
 
-def _scores(run: Measured) -> dict[str, Any]:
-    return {"run": run.folder, **({"missing": run.missing} if run.missing else run.evaluation)}
+def _scores(run: Measured, told: Sequence[str]) -> dict[str, Any]:
+    found = {"missing": run.missing} if run.missing else run.evaluation
+    return {"run": run.folder, **found, **({"notes": told} if told else {})}
 
 
 def _interval(found: Interval | None) -> dict[str, float | int | None] | None:
@@ -244,9 +279,16 @@ def write(report: Report, path: Path, explored: Sequence[Explored | Unexplored] 
     if path.suffix == ".html":
         from .results.page import page
 
-        text = page(report.answers(), report.series(), report.written(), explored, report.provenance())
+        text = page(
+            report.answers(),
+            report.series(),
+            report.written(),
+            explored,
+            report.provenance(),
+            report.notes(),
+        )
     elif path.suffix == ".md":
-        text = markdown([*report.answers(), *report.written()])
+        text = markdown([*report.written(), *report.answers()], report.notes())
     else:
         raise SettingsError(
             f"{path} is neither a page (.html) nor Markdown (.md); give it one of these endings"

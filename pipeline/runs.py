@@ -58,7 +58,9 @@ class Run:
             RunError: not JSON.
         """
         return self._read_json(
-            CONFIG, f"there is no run at {self.folder}; train one: posae train STORE {self.folder}"
+            CONFIG,
+            missing=f"there is no run at {self.folder}; train one: posae train STORE {self.folder}",
+            remedy="train the run anew",
         )
 
     @property
@@ -78,17 +80,21 @@ class Run:
             RunNotFoundError: there is none.
             RunError: not JSON.
         """
-        return self._read_json(name, f"{self.folder} has no scores yet; run posae evaluate {self.folder}")
+        return self._read_json(
+            name,
+            missing=f"{self.folder} has no scores yet; run posae evaluate {self.folder}",
+            remedy=f"score the run again: posae evaluate {self.folder}",
+        )
 
-    def _read_json(self, name: str, missing: str) -> dict[str, Any]:
+    def _read_json(self, name: str, *, missing: str, remedy: str) -> dict[str, Any]:
         try:
             found = json.loads((self.folder / name).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             raise RunNotFoundError(missing) from None
         except (ValueError, RecursionError, OSError) as error:
-            raise RunError(f"{self.folder / name} cannot be read: {error}; train the run anew") from None
+            raise RunError(f"{self.folder / name} cannot be read: {error}; {remedy}") from None
         if not isinstance(found, dict):
-            raise RunError(f"{self.folder / name} is no JSON object; train the run anew")
+            raise RunError(f"{self.folder / name} is no JSON object; {remedy}")
         return cast("dict[str, Any]", found)
 
     @contextmanager

@@ -233,15 +233,28 @@ CLAIMS = (
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim and its verdict."""
+    """A claim and its verdict.
+
+    Attributes:
+        claim: which.
+        verdict: what runs say of it.
+        is_asked: whether its study has runs, or others answer it all the same.
+    """
 
     claim: Claim
     verdict: Verdict
+    is_asked: bool = True
 
 
 def judged(studies: Sequence[Study]) -> list[Judged]:
     """Every claim with its verdict; one that no run could tell says which training would."""
-    return [Judged(claim, claim.judge(studies) or _untrained(claim, studies)) for claim in CLAIMS]
+    asked = {study.study for study in studies if study.runs}
+    found: list[Judged] = []
+    for claim in CLAIMS:
+        verdict = claim.judge(studies) or _untrained(claim, studies)
+        is_asked = claim.study in asked or verdict.answer is not Answer.CANNOT_BE_TOLD
+        found.append(Judged(claim, verdict, is_asked))
+    return found
 
 
 def _untrained(claim: Claim, studies: Sequence[Study]) -> Verdict:

@@ -2,20 +2,23 @@
 
 from collections.abc import Sequence
 
+from .notes import Note
 from .tables import Table
 
 
-def markdown(tables: Sequence[Table]) -> str:
-    r"""All tables, each under its title; what the words hold is escaped.
+def markdown(tables: Sequence[Table], notes: Sequence[Note] = ()) -> str:
+    r"""All notes, and all tables, each under its title; what the words hold is escaped.
 
-    >>> print(markdown([Table("FVU", ["run", "0:32"], [["a|b", "0.1"]])]), end="")
+    >>> print(markdown([Table("FVU", ["run", "0:32"], [["a|b", "0.1"]])], [Note("a*")]), end="")
+    note: a\*
+    <BLANKLINE>
     ## FVU
     <BLANKLINE>
     | run | 0:32 |
     | --- | ---: |
     | a\|b | 0.1 |
     """
-    return "\n".join(_table(table) for table in tables)
+    return "\n".join([*(f"note: {_escaped(note.words)}\n" for note in notes), *map(_table, tables)])
 
 
 def _table(table: Table) -> str:

@@ -14,6 +14,7 @@ from .explored import Explored, Unexplored
 from .explorer import explorer
 from .explorer import style as explorer_style
 from .figures import Figure, drawn
+from .notes import Note
 from .provenance import Provenance
 from .provenance import section as provenance_section
 from .tables import Series, Table
@@ -34,6 +35,7 @@ border-collapse: collapse; font-variant-numeric: tabular-nums; } th, td { text-a
 top; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #ddd; } th { border-bottom: 2px solid #999;
 white-space: nowrap; } .figure { text-align: right; white-space: nowrap; } .yes, .no, .unknown { white-space:
 nowrap; font-weight: 600; } .yes { color: #00704f; } .no { color: #b3261e; } .unknown { color: #8a6100; }
+p.note { border-left: 3px solid #8a6100; padding-left: .6rem; }
 details.run { border-top: 1px solid #ddd; padding: .4rem 0; } summary { cursor: pointer; }
 details h3 { font-size: .95rem; margin: .8rem 0 .2rem; } .facts { font-size: 13px; }
 .facts th, .facts td { border-bottom: 1px solid #eee; } .facts th { font-weight: 400; color: #666; }
@@ -62,8 +64,9 @@ def page(
     measurements: Iterable[Table],
     explored: Sequence[Explored | Unexplored] = (),
     provenance: Sequence[Provenance] = (),
+    notes: Iterable[Note] = (),
 ) -> str:
-    """The page: answers first, then what was measured, figures, features, and where all of it comes from."""
+    """The page: notes and answers first, then measurements, figures, features, and where it comes from."""
     figures = [_figure(number, *found) for number, found in enumerate(drawn(series))]
     sections = [*map(_table, answers), *map(_table, measurements), *figures]
     if explored:
@@ -87,6 +90,7 @@ def page(
 <body>
 <h1>posae report</h1>
 {_contents(titles)}
+{"".join(f'<p class="note">note: {html.escape(note.words)}</p>' for note in notes)}
 {body}
 </body>
 </html>

@@ -25,6 +25,22 @@ class Table(NamedTuple):
     n_left: int = 1
     """How many columns, the first, hold words; the others hold figures."""
 
+    def without(self, name: str) -> "Table":
+        """The same less one column."""
+        place = list(self.columns).index(name)
+        return self._columns([n for n in range(len(self.columns)) if n != place])
+
+    def halves(self) -> "list[Table]":
+        """Two tables with the same words, and half of the figures each."""
+        first, n = self.n_left, len(self.columns)
+        middle = (first + n + 1) // 2
+        return [self._columns([*range(first), *part]) for part in (range(first, middle), range(middle, n))]
+
+    def _columns(self, places: Sequence[int]) -> "Table":
+        rows = [[row[place] for place in places] for row in self.rows]
+        n_left = sum(place < self.n_left for place in places)
+        return Table(self.title, [self.columns[place] for place in places], rows, n_left)
+
 
 class Series(NamedTuple):
     """Runs that differ in nothing but their seed."""
@@ -206,7 +222,8 @@ def of_study(study: Study) -> Table:
         ]
         for one, change in zip(series, beside, strict=True)
     ]
-    return Table(f"{study.study}: {study.title}", columns, rows)
+    title = f"{study.study}: {study.title}" if study.title not in ("", study.study) else study.study
+    return Table(title, columns, rows)
 
 
 def _beside_agnostic(study: Study, one: Series) -> str:
@@ -229,8 +246,10 @@ def position(found: Sequence[Finding]) -> Table:
 
 
 def claims(found: Sequence[Judged]) -> Table:
-    """What became of the paper's claims."""
-    rows = [[f"“{one.claim.says}”", one.verdict.answer.value, one.verdict.reason] for one in found]
+    """What became of the paper's claims; of those that no run is about nothing."""
+    rows = [
+        [f"“{one.claim.says}”", one.verdict.answer.value, one.verdict.reason] for one in found if one.is_asked
+    ]
     return Table("the paper's claims", ["the paper says", "verdict", "measured"], rows, n_left=3)
 
 

@@ -259,6 +259,11 @@ class Autoencoder(nn.Module, ABC):
         """
         self.position_mean.fit(sums, counts)
 
+    @property
+    def comes_in_with_alpha(self) -> bool:
+        """Whether anything changes with alpha."""
+        return self.position_adapter.form != "none"
+
     @abstractmethod
     def _codes(self, scaled: Tensor, rows: Rows) -> Codes:
         """The code that is decoded, and what else there is of it.

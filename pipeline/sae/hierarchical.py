@@ -173,6 +173,11 @@ class Hierarchical(Autoencoder):
         if self.b_dec is not None:
             nn.init.zeros_(self.b_dec)
 
+    @property
+    def comes_in_with_alpha(self) -> bool:
+        """The adapters do."""
+        return True
+
     def _codes(self, scaled: Tensor, rows: Rows) -> Codes:
         centred = scaled if self.b_dec is None else scaled - self.b_dec
         base_code, base_size = self._base(torch.addmm(self.b_enc, centred, self.W_enc), rows)

@@ -64,6 +64,11 @@ class Masked(Standard):
         device = None if self.W_enc.is_meta else self.W_enc.device
         self.register_buffer("weights_by_position", made.to(device), persistent=False)
 
+    @property
+    def comes_in_with_alpha(self) -> bool:
+        """Position adapters do, and masks that have the curriculum as schedule."""
+        return super().comes_in_with_alpha or self.mask_schedule == "curriculum"
+
     def _codes(self, scaled: Tensor, rows: Rows) -> Codes:
         weights = self.weights_by_position
         strength = self.alpha if self.mask_schedule == "curriculum" else 1.0

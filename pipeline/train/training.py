@@ -458,7 +458,7 @@ class Ongoing:
         run.add_metrics(line)
         if watch:
             watch(run.folder, line)
-        return _note(line)
+        return _note(line, with_alpha=state.autoencoder.comes_in_with_alpha)
 
     def _step(self, batch: Batch, x: Tensor) -> dict[str, Any] | None:
         s, state = self.training.settings, self.state
@@ -497,6 +497,7 @@ class Ongoing:
         save_autoencoder(autoencoder, self.training.run.folder, self.training.sae_lens_metadata)
 
 
-def _note(line: dict[str, Any]) -> str:
+def _note(line: dict[str, Any], *, with_alpha: bool) -> str:
     fvu = line["fvu"] if line["fvu"] is not None else math.nan
-    return f"loss {line['loss']:.3f}  FVU {fvu:.4f}  L0 {line['l0']:.1f}  alpha {line['alpha']:.2f}"
+    alpha = f"  alpha {line['alpha']:.2f}" if with_alpha else ""
+    return f"loss {line['loss']:.3f}  FVU {fvu:.4f}  L0 {line['l0']:.1f}{alpha}"

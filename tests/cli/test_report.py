@@ -53,9 +53,10 @@ def test_a_sweep_is_told_in_tables_and_verdicts(posae: Posae, sweep: Path) -> No
         "position: does position help",
         "“15% parameter overhead” does not hold adapters of the stated width, d/2 = 64,",
         "does not hold 128 features, and",
-        "no run of study residual;",
+        "more claims of the paper are left out for lack of runs",
     ):
         assert told in words, told
+    assert "no run of study" not in words
 
 
 def test_a_sweep_as_json_is_one_object(posae: Posae, sweep: Path) -> None:
@@ -73,6 +74,8 @@ def test_plain_runs_as_json_are_a_list_as_ever(posae: Posae, sweep: Path) -> Non
     code, out, _ = posae("report", run, "--json")
     assert code == 0
     (found,) = json.loads(out)
+    (note,) = found.pop("notes")
+    assert note.startswith("FVU above 1")
     assert found == {"run": str(run), **json.loads((run / "evaluation.json").read_text())}
 
 
@@ -184,10 +187,40 @@ def test_no_name_is_cut_at_80_columns_by_figures_as_large_as_gemmas(
     assert any(line.startswith("baseline ") and line.endswith(" 9 s") for line in lines)
 
 
+def test_names_of_a_sweep_stay_whole_at_80_columns(
+    posae: Posae, sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posae.cli.report.console.width", 80)
+    runs = shutil.copytree(sweep, tmp_path / "runs")
+    study = json.loads((runs / "sweep.json").read_text())
+    longer = {"paper": "layer-norm-adapter", "paper.agnostic": "layer-norm-adapter.agnostic"}
+    for run in study["studies"][0]["runs"]:
+        run["name"], run["of"] = longer[run["name"]], longer.get(run["of"])
+        scores = json.loads((runs / run["folder"] / "evaluation.json").read_text())
+        scores |= {"ranges": [f"{2 * r}:{2 * r + 2}" for r in range(8)], "fvu_by_range": [0.5] * 8}
+        scores |= {"n_parameters": 32_186_880, "training_seconds": 987}
+        (runs / run["folder"] / "evaluation.json").write_text(json.dumps(scores))
+    (runs / "sweep.json").write_text(json.dumps(study))
+    code, out, _ = posae("report", runs)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert "(no room for time, architecture" in out
+    first_words = [line.split()[0] for line in out.splitlines() if line.startswith(" layer-norm-")]
+    assert set(first_words) == set(longer.values())
+    (scores,) = (line for line in out.splitlines() if " ± " in line and "adapter.agnostic " in line)
+    assert "32,186,880" in scores
+    assert out.count("FVU by position range") == 2  # a half each
+    monkeypatch.setattr("posae.cli.report.console.width", 56)
+    narrow = posae("report", runs).out
+    assert max(map(len, narrow.splitlines())) <= 56
+    for figure in ("32,186,880 (", *re.findall(r"\d\.\d{4} ± \d\.\d{4}", out)):
+        assert figure in narrow
+
+
 def test_a_report_goes_into_a_folder_that_is_not_there_yet(posae: Posae, sweep: Path, tmp_path: Path) -> None:
     page = tmp_path / "for" / "people" / "report.md"
     assert posae("report", sweep, "--out", page)[0] == 0
-    assert page.read_text().startswith("#")
+    assert "## scores on" in page.read_text()
 
 
 def test_an_unscored_run_is_named_beside_the_others(posae: Posae, sweep: Path, tmp_path: Path) -> None:

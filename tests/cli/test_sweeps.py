@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -103,6 +106,46 @@ def test_a_run_of_a_sweep_is_the_run_that_the_same_settings_make_alone(
     common = ("--steps", 12, "--batch-size", 64, "--window-contexts", 8, "--seed", 1, "--data-seed", 1)
     assert posae("train", store, alone, *common).code == 0
     assert weights(alone)["."] == weights(runs)["paper/seed-1"]
+
+
+def test_the_time_left_is_that_of_groups_not_trained_yet_and_of_scoring(
+    posae: Posae, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group trains for 1000 seconds, and a run of it is scored in 1."""
+    from posae.cli import trainings
+
+    now = [0.0]
+
+    def takes(seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
+        def done(*given: Any) -> Any:
+            now[0] += seconds
+            return work(*given)
+
+        return done
+
+    monkeypatch.setattr(trainings, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(trainings, "train_together", takes(1000, trainings.train_together))
+    monkeypatch.setattr(trainings, "evaluate", takes(1, trainings.evaluate))
+    ended = posae("train", store, tmp_path / "runs", "--sweep", sweep_file(tmp_path, steps=4))
+    assert ended.code == 0, ended.err
+    left = re.findall(r"^(\d)/6 .*?(?:; about (.*) left for the others)?$", ended.err, re.MULTILINE)
+    told = dict(entry for entry in left if entry[1])
+    # One group of three is trained, and one as large is left, with two, one and no scorings before it.
+    assert told == {"1": "16 min 45 s", "2": "16 min 44 s", "3": "16 min 43 s", "4": "2 s", "5": "1 s"}
+
+
+def test_the_overview_keeps_names_whole_at_80_columns(
+    posae: Posae, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posae.cli.trainings.console.width", 80)
+    path = sweep_file(tmp_path, steps=1)
+    path.write_text(path.read_text().replace("[runs.paper]", "[runs.layer-norm-adapter-and-so-on]"))
+    path.write_text(path.read_text().replace("[0, 1]", "[0, 1, 2, 3]"))
+    ended = posae("train", store, tmp_path / "runs", "--sweep", path)
+    assert ended.code == 0, ended.err
+    assert any(
+        line.strip().startswith("layer-norm-adapter-and-so-on.agnostic ") for line in ended.out.splitlines()
+    )
 
 
 def test_a_killed_sweep_goes_on_to_the_same_weights_and_one_bad_run_does_not_stop_the_others(
@@ -233,6 +276,8 @@ def test_controls_of_a_single_run_are_a_sweep_of_one(posae: Posae, store: Path, 
     assert "stands without controls" in alone.out
     baseline = posae("train", store, tmp_path / "baseline", "--preset", "topk", "--steps", 2)
     assert "without controls" not in baseline.out
+    assert "note: FVU above 1, worse than the mean of all" in " ".join(baseline.out.split())
+    assert "FVU above 1" not in alone.out
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from posae.pipeline.report import as_json, collect, write
+from posae.pipeline.results.claims import CLAIMS
 from posae.pipeline.results.figures import MAX_POINTS, drawn, phases
 from posae.pipeline.results.measured import Measured, Study, number, numbers
 from posae.pipeline.results.tables import Series, beyond, by_range, of_study
@@ -117,9 +118,140 @@ def test_runs_of_a_sweep_that_are_not_there_are_named(made: "type[MadeRuns]", tm
 def test_nothing_scored_is_an_error(made: "type[MadeRuns]", tmp_path: Path) -> None:
     unscored = made.run()
     made.write_run(tmp_path / "b", Measured("b", unscored.config, {}, ()))
-    for folder in (tmp_path / "b", tmp_path / "nowhere"):
-        with pytest.raises(RunNotFoundError, match="has no scores yet"):
+    with pytest.raises(RunNotFoundError, match="has no scores yet"):
+        collect([tmp_path / "b"])
+
+
+def test_what_is_no_run_is_said_with_what_to_give(made: "type[MadeRuns]", tmp_path: Path) -> None:
+    store, file = tmp_path / "a.zarr", tmp_path / "a.txt"
+    store.mkdir()
+    (store / "zarr.json").touch()
+    file.touch()
+    made.write_run(tmp_path / "runs" / "a", made.run())
+    made.write_run(tmp_path / "sweep" / "paper" / "seed-0", made.run())
+    made.write_sweep(tmp_path / "data" / "all", [made.study("mine", {"a": [made.run()]})])
+    (tmp_path / "empty").mkdir()
+    for folder, told in (
+        (tmp_path / "nope", "is not there"),
+        (file, "is a file, not a run"),
+        (store, f"is a store, not a run; train one from it: posae train {store} RUN"),
+        (tmp_path / "runs", f"runs lie below, give these: {tmp_path}/runs/*"),
+        (tmp_path / "sweep" / "paper", f"runs lie below, give these: {tmp_path}/sweep/paper/*"),
+        (tmp_path / "sweep", f"runs lie below, give these: {tmp_path}/sweep/*/*"),
+        (tmp_path / "data", f"sweeps lie below, give these: {tmp_path}/data/*"),
+        (tmp_path / "empty", "is no run; train one: "),
+    ):
+        with pytest.raises(RunNotFoundError, match=re.escape(f"{folder} ") + ".*" + re.escape(told)):
             collect([folder])
+    beside = collect([tmp_path / "runs" / "a", tmp_path / "nope"])
+    assert beside.missing[str(tmp_path / "nope")].startswith("is not there")
+
+
+def test_damaged_scores_are_to_be_made_again_not_the_run(made: "type[MadeRuns]", tmp_path: Path) -> None:
+    made.write_run(tmp_path / "a", made.run())
+    for content in ("{", "[]"):
+        (tmp_path / "a" / "evaluation.json").write_text(content)
+        with pytest.raises(RunError, match=f"score the run again: posae evaluate {tmp_path / 'a'}"):
+            collect([tmp_path / "a"])
+        (tmp_path / "a" / "config.json").write_text(content)
+        with pytest.raises(RunError, match="train the run anew"):
+            collect([tmp_path / "a"])
+        (tmp_path / "a" / "config.json").write_text("{}")
+
+
+def on_store(
+    made: "type[MadeRuns]", path: str, layer: int = 2, read: dict[str, str] | None = None
+) -> Measured:
+    run = made.run(
+        layer=layer, store={"path": path, "identity": None, "read": read or {}, "trained_from": None}
+    )
+    return Measured(
+        "", {**run.config, "store": {"path": path, "read": read or {}}}, run.evaluation, run.metrics
+    )
+
+
+def notes_of(tmp_path: Path, made: "type[MadeRuns]", *runs: Measured) -> list[str]:
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+    folders = [tmp_path / "runs" / "abcdef"[number] for number in range(len(runs))]
+    for folder, run in zip(folders, runs, strict=True):
+        made.write_run(folder, run)
+    return [note.words.replace(f"{tmp_path}/runs/", "") for note in collect(folders).notes()]
+
+
+def test_runs_of_different_stores_or_layers_are_said_to_be_so(made: "type[MadeRuns]", tmp_path: Path) -> None:
+    def told(*runs: Measured) -> list[str]:
+        return notes_of(tmp_path, made, *runs)
+
+    one, two = on_store(made, "/one.zarr"), on_store(made, "/two.zarr")
+    assert told(one, one) == []
+    assert told(one, made.run()) == []  # of which nothing is known
+    assert told(one, two, one) == [
+        "these runs are of different stores; their FVU cannot be compared: "
+        "a, c: /one.zarr layer 2; b: /two.zarr layer 2"
+    ]
+    (layers,) = told(one, on_store(made, "/one.zarr", 4))
+    assert layers.startswith("these runs are of different layers; ")
+    assert layers.endswith("a: /one.zarr layer 2; b: /one.zarr layer 4")
+    first, then = {"tokens": "12", "layers/2": "abcdef0123"}, {"tokens": "12", "layers/2": "fedcba"}
+    moved = on_store(made, "/moved.zarr", read=first)
+    assert told(on_store(made, "/one.zarr", read=first), moved) == []
+    assert told(on_store(made, "/one.zarr", read=first), one) == []  # the one was not sealed yet
+    (changed,) = told(on_store(made, "/one.zarr", read=first), on_store(made, "/one.zarr", read=then))
+    assert changed.endswith(
+        "a: /one.zarr layer 2 (activations abcdef01); b: /one.zarr layer 2 (activations fedcba)"
+    )
+    assert "b, c, d, e and 1 more: /two.zarr" in told(one, two, two, two, two, two)[0]
+
+
+def test_an_fvu_above_one_is_noted(made: "type[MadeRuns]", tmp_path: Path) -> None:
+    (note,) = notes_of(tmp_path, made, made.run(fvu=1.2), made.run(fvu=0.9))
+    assert note == "FVU above 1, worse than the mean of all: a; it diverged or has not trained long enough"
+
+
+def test_notes_stand_in_every_form_of_a_report(made: "type[MadeRuns]", tmp_path: Path) -> None:
+    made.write_run(tmp_path / "a", on_store(made, "/<one>.zarr"))
+    made.write_run(tmp_path / "b", on_store(made, "/two.zarr"))
+    report = collect([tmp_path / "a", tmp_path / "b"])
+    told = "are of different stores; their FVU cannot be compared"
+    for name in ("page.html", "report.md"):
+        write(report, tmp_path / name)
+        assert told in (tmp_path / name).read_text()
+        assert "/<one>" not in (tmp_path / name).read_text().replace("\\<", "")
+    assert all(told in run["notes"][0] for run in cast("list[Any]", as_json(report)))
+    assert "notes" not in cast("list[Any]", as_json(collect([tmp_path / "a"])))[0]
+
+
+def test_ones_own_sweep_shows_no_claims_that_none_of_its_runs_is_about(
+    made: "type[MadeRuns]", sweep: Path, tmp_path: Path
+) -> None:
+    plain = [made.run({"architecture": "topk", "seed": seed}) for seed in range(2)]
+    made.write_sweep(tmp_path, [made.study("mine", {"a": plain})])
+    text = (tmp_path / "sweep.json").read_text()
+    (tmp_path / "sweep.json").write_text(text.replace('"Mine"', '"mine"'))
+    own = collect([tmp_path])
+    assert [table.title for table in own.answers()] == []
+    assert own.notes() == []
+    assert "mine" in [table.title for table in own.measurements()]
+    some = collect([sweep])
+    claims = some.answers()[-1]
+    assert claims.title == "the paper's claims"
+    assert 0 < len(claims.rows) < len(some.claims)
+    assert any("warmup steps" in row[0] for row in claims.rows)
+    assert not any("no run of study" in row[2] for row in claims.rows)
+    n_others = len(some.claims) - len(claims.rows)
+    assert some.notes()[-1].words.startswith(f"{n_others} more claims of the paper are left out")
+    write(some, tmp_path / "report.md")
+    titles = re.findall("^## (.*)$", (tmp_path / "report.md").read_text(), re.MULTILINE)
+    assert titles[0].startswith("scores on")
+    assert titles[-1] == "the paper's claims"
+
+
+def test_a_sweep_with_every_study_shows_every_claim(made: "type[MadeRuns]", tmp_path: Path) -> None:
+    names = {claim.study for claim in CLAIMS}
+    made.write_sweep(tmp_path, [made.study(name, {"a": [made.run()]}) for name in sorted(names)])
+    report = collect([tmp_path])
+    assert len(report.answers()[-1].rows) == len(CLAIMS)
+    assert report.notes() == []
 
 
 @pytest.mark.parametrize(

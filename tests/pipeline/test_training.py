@@ -235,6 +235,37 @@ def test_the_decoder_of_the_base_phase_is_kept(good_store: Made, tmp_path: Path)
     torch.testing.assert_close(kept[0].square().sum(1), torch.ones(len(kept[0])))
 
 
+class Noting(Silent):
+    """Keeps what is said of a training while it goes on."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self.notes += [note] if note else []
+
+
+@pytest.mark.parametrize(
+    ("values", "changes"),
+    [
+        ({"architecture": "hierarchical"}, True),
+        ({"architecture": "topk", "target_l0": 4}, False),
+        ({"architecture": "topk", "target_l0": 4, "position_adapter": "bias"}, True),
+        ({"architecture": "masked"}, False),
+        ({"architecture": "masked", "mask_schedule": "curriculum"}, True),
+        ({"architecture": "separate"}, False),
+    ],
+    ids=str,
+)
+def test_alpha_is_told_where_something_changes_with_it(
+    good_store: Made, tmp_path: Path, values: dict[str, Any], changes: bool
+) -> None:
+    progress = Noting()
+    few = settings(**{"steps": 2, "log_steps": 1, "ranges": "2", **values})
+    Training(ActivationStore.open(good_store.root), tmp_path / "run", few).train(progress)
+    assert [("alpha" in note, "FVU" in note) for note in progress.notes] == [(changes, True)] * 2
+
+
 def test_gradient_norms_of_every_step_are_counted(good_store: Made, tmp_path: Path) -> None:
     lines = train(good_store, tmp_path / "all", log_steps=1).run.metrics()
     training = train(good_store, tmp_path / "few", log_steps=20)
