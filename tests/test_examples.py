@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .cli.conftest import call
+
 if TYPE_CHECKING:
     from .conftest import MakeStore
 
@@ -39,3 +41,24 @@ def test_training_elsewhere(make_store: "MakeStore", tmp_path: Path) -> None:
         assert "not installed" in theirs[0]
     else:
         assert "dictionary_learning, 60 steps of TopK" in theirs[0]
+
+
+def test_features_on_a_text_of_ones_own(tmp_path: Path) -> None:
+    store, run = tmp_path / "demo.zarr", tmp_path / "run"
+    assert call("harvest", store, "--contexts", "24", "--context-length", "16", "--layers", "2") == 0
+    assert call("train", store, run, "--steps", "20", "--batch-size", "64", "--window-contexts", "8") == 0
+    words = [
+        sys.executable,
+        "-W",
+        "error",
+        EXAMPLES / "own_text.py",
+        run,
+        "demo",
+        "for name in sorted(names):",
+    ]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    *rows, last = ended.stdout.splitlines()
+    assert [row.split()[:2] for row in rows[:2]] == [["0", "'<bos>'"], ["1", "'for'"]]
+    assert last.startswith("most likely next: ")
+    assert "; without feature " in last
