@@ -342,28 +342,24 @@ def test_every_extra_for_users_is_explained() -> None:
 
 def test_example_of_gemma_equals_the_presets() -> None:
     example_file = ROOT / "examples" / "gemma-2-2b.toml"
-    harvest = resolve_settings(
-        HarvestSettings, "harvest", presets=HARVEST_PRESETS, config=example_file, options={}
-    )
+    harvest = resolve_settings(HarvestSettings, presets=HARVEST_PRESETS, config=example_file, options={})
     options = {"tokens": 22_000_000}
     assert harvest == resolve_settings(
-        HarvestSettings, "harvest", presets=HARVEST_PRESETS, preset="gemma-2-2b", options=options
+        HarvestSettings, presets=HARVEST_PRESETS, preset="gemma-2-2b", options=options
     )
-    train = resolve_settings(TrainSettings, "train", presets=TRAIN_PRESETS, config=example_file, options={})
-    assert train == resolve_settings(
-        TrainSettings, "train", presets=TRAIN_PRESETS, preset="paper", options={}
-    )
+    train = resolve_settings(TrainSettings, presets=TRAIN_PRESETS, config=example_file, options={})
+    assert train == resolve_settings(TrainSettings, presets=TRAIN_PRESETS, preset="paper", options={})
 
 
 def test_example_of_the_demo_equals_the_makefile() -> None:
     example_file = ROOT / "examples" / "demo.toml"
     makefile = (ROOT / "Makefile").read_text()
-    harvest = resolve_settings(HarvestSettings, "harvest", presets={}, config=example_file, options={})
+    harvest = resolve_settings(HarvestSettings, presets={}, config=example_file, options={})
     assert (harvest.model, harvest.dataset, harvest.layers) == ("demo", "stdlib", (1, 2, 4))
     assert f"--contexts {harvest.contexts}" in makefile
     for preset in (None, "paper-baseline"):
         train = resolve_settings(
-            TrainSettings, "train", presets=TRAIN_PRESETS, preset=preset, config=example_file, options={}
+            TrainSettings, presets=TRAIN_PRESETS, preset=preset, config=example_file, options={}
         )
         assert f"--steps {train.steps}" in makefile
         assert train.architecture == ("standard" if preset else "hierarchical")
@@ -371,9 +367,9 @@ def test_example_of_the_demo_equals_the_makefile() -> None:
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
 def test_examples_resolve_for_every_stage(file: Path) -> None:
-    resolve_settings(HarvestSettings, "harvest", presets=HARVEST_PRESETS, config=file, options={})
-    resolve_settings(TrainSettings, "train", presets=TRAIN_PRESETS, config=file, options={})
-    resolve_settings(EvaluateSettings, "evaluate", presets={}, config=file, options={})
+    resolve_settings(HarvestSettings, presets=HARVEST_PRESETS, config=file, options={})
+    resolve_settings(TrainSettings, presets=TRAIN_PRESETS, config=file, options={})
+    resolve_settings(EvaluateSettings, presets={}, config=file, options={})
 
 
 def test_every_error_stands_in_the_tree() -> None:
