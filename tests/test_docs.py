@@ -26,6 +26,7 @@ from posae.pipeline.settings import (
     TrainSettings,
     resolve_settings,
 )
+from posae.pipeline.sweep import SweepFile, read_sweep
 from posae.store import errors
 from posae.store.codecs import CODECS
 from posae.store.layout import ArraySpec
@@ -370,6 +371,17 @@ def test_examples_resolve_for_every_stage(file: Path) -> None:
     resolve_settings(HarvestSettings, presets=HARVEST_PRESETS, config=file, options={})
     resolve_settings(TrainSettings, presets=TRAIN_PRESETS, config=file, options={})
     resolve_settings(EvaluateSettings, presets={}, config=file, options={})
+
+
+def test_the_example_of_a_sweep_is_one_and_every_key_is_told(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "sweeps.md").read_text()
+    (written,) = blocks(text, "toml")
+    file = tmp_path / "sweep.toml"
+    file.write_text(written)
+    (study,) = read_sweep(file, {})
+    assert list(study.runs) == ["paper", "no-layer-norm"]
+    assert (study.seeds, study.controls) == (((0, 0), (1, 1)), ("agnostic",))
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(SweepFile.model_fields)
 
 
 def test_every_error_stands_in_the_tree() -> None:
