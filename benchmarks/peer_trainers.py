@@ -117,9 +117,7 @@ def training(task: Task, architecture: str) -> Training:
     }
     if task.learning_rate is not None:
         options["learning_rate"] = task.learning_rate
-    settings = resolve_settings(
-        TrainSettings, "train", presets=TRAIN_PRESETS, preset=architecture, options=options
-    )
+    settings = resolve_settings(TrainSettings, presets=TRAIN_PRESETS, preset=architecture, options=options)
     run = task.folder / architecture
     shutil.rmtree(run, ignore_errors=True)
     return Training(task.store, run, settings)

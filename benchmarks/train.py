@@ -136,7 +136,7 @@ class Bench:
         words |= {"dictionary_size": self.features, "checkpoint_steps": 10**6, "curriculum": "step"}
         words |= {"device": self.device}
         settings = resolve_settings(
-            TrainSettings, "train", presets=TRAIN_PRESETS, preset=preset, options=words | options
+            TrainSettings, presets=TRAIN_PRESETS, preset=preset, options=words | options
         )
         run = self.folder / "runs" / f"{preset}-{options.get('seed', 0)}"
         shutil.rmtree(run, ignore_errors=True)
@@ -300,7 +300,6 @@ def epoch(folder: Path, root: Path, features: int) -> None:
     words = {"steps": steps, "batch_size": BATCH, "window_contexts": WINDOW, "dictionary_size": features}
     settings = resolve_settings(
         TrainSettings,
-        "train",
         presets=TRAIN_PRESETS,
         preset="batchtopk",
         options=words | {"log_steps": 10**6},

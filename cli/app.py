@@ -10,16 +10,18 @@ import logging
 import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.logging import RichHandler
+from typer.core import TyperGroup
 
 from .. import __version__
+from ..pipeline.settings import in_plain_words
 from ..store.errors import PosaeError
 from ..store.shards import ShardReader
 from .copy import copy
-from .display import errors, show_error
+from .display import errors, show_error, show_interrupt
 from .evaluate import evaluate
 from .harvest import harvest
 from .import_activations import import_activations
@@ -31,8 +33,25 @@ from .report import report
 from .train import train
 from .versions import versions
 
+
+class _Commands(TyperGroup):
+    """What goes through all commands on its way out: in words of ours, before typer says it or is silent."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = in_plain_words(error.__cause__) or error.message
+            raise
+        except KeyboardInterrupt as interrupt:
+            show_interrupt(interrupt)
+            sys.exit(130)
+
+
 app = typer.Typer(
     name="posae",
+    cls=_Commands,
     help="Sparse autoencoders that know the position of each token.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -110,8 +129,8 @@ def main() -> None:
     except PosaeError as error:
         show_error(error)
         sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("interrupted; run the same command again, it goes on where it stopped")
+    except KeyboardInterrupt as interrupt:
+        show_interrupt(interrupt)
         sys.exit(130)
     except BrokenPipeError:
         # Whoever read our output has enough of it, as `head` does.

@@ -6,7 +6,7 @@ import typer
 
 from ..pipeline.settings import CopySettings, resolve_settings
 from ..store.reader import ActivationStore
-from .display import LiveProgress, console, quantity
+from .display import LiveProgress, console, goes_on, if_interrupted, quantity
 from .options import Cache, CacheSize, Config, with_settings
 
 
@@ -28,10 +28,10 @@ def copy(
 
     Example: posae copy https://example.org/pile.zarr pile.zarr --layers 12
     """
-    settings = resolve_settings(CopySettings, "copy", presets={}, config=config, options=options)
+    settings = resolve_settings(CopySettings, presets={}, config=config, options=options)
     from ..pipeline.copy import copy as copy_to
 
-    with LiveProgress() as progress:
+    with if_interrupted(goes_on), LiveProgress() as progress:
         done = copy_to(ActivationStore.open(source), destination, settings, progress)
     store = done.store
     before = "there before, " if done.was_there else ""

@@ -4,7 +4,8 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -19,6 +20,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from ..store.errors import PosaeError
 from ..store.plain_text import plot, quantity
 
 console = Console(highlight=False)
@@ -31,6 +33,33 @@ def show_error(error: Exception) -> None:
     """One line in red."""
     text = " ".join(str(error).split())
     errors.print(Text(f"error: {text}", style="bold red"), soft_wrap=True)
+
+
+def show_interrupt(interrupt: KeyboardInterrupt) -> None:
+    """One line: that the command was interrupted, and what ``if_interrupted`` knew of it."""
+    notes: list[str] = getattr(interrupt, "__notes__", [])
+    if notes != [""]:
+        errors.print(Text(": ".join(["interrupted", *notes])), soft_wrap=True)
+
+
+def goes_on() -> str:
+    """Of a command that may be interrupted at any time."""
+    return "what is done is kept, and the same command goes on"
+
+
+@contextmanager
+def if_interrupted(told: Callable[[], str]) -> Generator[None]:
+    """Say more where a Ctrl-C ends what is within: what is there, and whether the same command goes on.
+
+    Args:
+        told: asked once it is interrupted; "" where another process says all.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        with suppress(PosaeError):
+            interrupt.add_note(told())
+        raise
 
 
 def duration(seconds: float) -> str:
@@ -154,8 +183,9 @@ class LiveProgress:
         """Ready to draw."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Leave the terminal as it was, whatever happened."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave the terminal as it was, whatever happened; a bar that did not reach its end is wiped off."""
+        self._bars.live.transient = kind is not None
         self._bars.stop()
 
     def begin(self, task: str, total: int, unit: str, done: int = 0, unit_bytes: int = 0) -> None:

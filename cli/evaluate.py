@@ -29,7 +29,7 @@ def evaluate(
 
     Example: posae evaluate runs/paper --ce-loss
     """
-    settings = resolve_settings(EvaluateSettings, "evaluate", presets={}, config=config, options=options)
+    settings = resolve_settings(EvaluateSettings, presets={}, config=config, options=options)
     from ..pipeline.evaluate import evaluate as score
     from ..pipeline.scoring.evaluation import parse_evaluation
     from .show_scores import show_scores

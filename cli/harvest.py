@@ -7,7 +7,9 @@ import typer
 from rich.text import Text
 
 from ..pipeline.settings import HARVEST_PRESETS, HarvestSettings, resolve_settings
-from .display import LiveProgress, console, duration, errors, quantity
+from ..store.plain_text import counted
+from ..store.writer import StoreWriter, committed_manifest
+from .display import LiveProgress, console, duration, errors, if_interrupted, quantity
 from .options import Config, on_this_machine, with_settings
 
 
@@ -36,7 +38,7 @@ def harvest(
     Example: posae harvest pile.zarr --preset gemma-2-2b --tokens 22000000
     """
     settings = resolve_settings(
-        HarvestSettings, "harvest", presets=HARVEST_PRESETS, preset=preset, config=config, options=options
+        HarvestSettings, presets=HARVEST_PRESETS, preset=preset, config=config, options=options
     )
     from ..pipeline.harvest import Harvest
 
@@ -65,10 +67,19 @@ def harvest(
             f"warning: about {quantity(plan.expected_bytes)} will be written, "
             f"and {quantity(plan.free_bytes)} are free"
         )
-    with LiveProgress() as progress:
+    with if_interrupted(lambda: _what_is_there(store) if speaks else ""), LiveProgress() as progress:
         done = work.run(progress)
     if not speaks:
         return
-    what = f"{done.n_contexts:,} contexts in layers {', '.join(map(str, done.layers))}"
+    what = f"{counted(done.n_contexts, 'context')} in layers {', '.join(map(str, done.layers))}"
     before = "" if done.n_tokens else "finished before, "
     console.print(Text(f"{store}: {before}{what}, sealed as {done.identity[:16]}"), soft_wrap=True)
+
+
+def _what_is_there(store: Path) -> str:
+    manifest = committed_manifest(store)
+    if manifest is None:
+        return "no shard is there yet, and the same command begins anew"
+    writer = StoreWriter(store, manifest)
+    n_there = len(writer.standing_shards(writer.begun_layers()))
+    return f"{n_there:,} of {manifest.n_shards:,} shards are there, and the same command goes on"

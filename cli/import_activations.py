@@ -7,7 +7,7 @@ import typer
 from rich.text import Text
 
 from ..pipeline.settings import ImportSettings, resolve_settings
-from .display import LiveProgress, console
+from .display import LiveProgress, console, goes_on, if_interrupted
 from .options import Config, on_this_machine, with_settings
 
 
@@ -28,11 +28,11 @@ def import_activations(
 
     Example: posae import cached_activations theirs.zarr --layer 12
     """
-    settings = resolve_settings(ImportSettings, "import", presets={}, config=config, options=options)
+    settings = resolve_settings(ImportSettings, presets={}, config=config, options=options)
     from ..pipeline.import_activations import Import
 
     work = Import(source, store, settings)
-    with LiveProgress() as progress:
+    with if_interrupted(goes_on), LiveProgress() as progress:
         done = work.run(progress)
     before = "" if done.n_tokens else "finished before, "
     manifest = done.store.manifest

@@ -28,7 +28,7 @@ def import_sae(
 
     Example: posae import-sae downloads/sae runs/theirs --store pile.zarr --layer 12
     """
-    settings = resolve_settings(ImportSaeSettings, "import-sae", presets={}, config=config, options=options)
+    settings = resolve_settings(ImportSaeSettings, presets={}, config=config, options=options)
     opened = ActivationStore.open(store)
     from ..pipeline.import_sae import import_sae as make_run
 

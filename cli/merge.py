@@ -8,7 +8,7 @@ from rich.text import Text
 
 from ..pipeline.settings import MergeSettings, resolve_settings
 from ..store.reader import ActivationStore
-from .display import LiveProgress, console
+from .display import LiveProgress, console, goes_on, if_interrupted
 from .options import Cache, CacheSize, Config, on_this_machine, with_settings
 
 
@@ -33,11 +33,11 @@ def merge(
 
     Example: posae merge first.zarr second.zarr --out both.zarr
     """
-    settings = resolve_settings(MergeSettings, "merge", presets={}, config=config, options=options)
+    settings = resolve_settings(MergeSettings, presets={}, config=config, options=options)
     from ..pipeline.merge import Merge
 
     work = Merge([ActivationStore.open(store) for store in stores], out, settings)
-    with LiveProgress() as progress:
+    with if_interrupted(goes_on), LiveProgress() as progress:
         done = work.run(progress)
     before = "" if done.n_tokens else "finished before, "
     told = (

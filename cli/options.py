@@ -135,5 +135,5 @@ def _value(name: str, given: Any) -> Any:
         try:
             return tuple(int(part) for part in given.split(","))
         except ValueError:
-            raise SettingsError(f"{name} {given!r}: write them as 5,12,19") from None
+            raise SettingsError(f"--{name.replace('_', '-')} {given!r}: write them as 5,12,19") from None
     return given

@@ -7,7 +7,7 @@ import typer
 
 from ..pipeline.settings import PlantSettings, resolve_settings
 from ..store.reader import ActivationStore
-from .display import LiveProgress, console
+from .display import LiveProgress, console, goes_on, if_interrupted
 from .options import Cache, CacheSize, Config, on_this_machine, with_settings
 
 
@@ -26,11 +26,11 @@ def plant(
 
     Example: posae plant data/demo.zarr rotated.zarr --effect rotation --rank 32
     """
-    settings = resolve_settings(PlantSettings, "plant", presets={}, config=config, options=options)
+    settings = resolve_settings(PlantSettings, presets={}, config=config, options=options)
     from ..pipeline.plant import Planting
 
     work = Planting(ActivationStore.open(store), out, settings)
-    with LiveProgress() as progress:
+    with if_interrupted(goes_on), LiveProgress() as progress:
         done = work.run(progress)
     before = "" if done.n_tokens else "finished before, "
     console.print(

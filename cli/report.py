@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ..store.errors import SettingsError
 from .display import LiveProgress, console, is_short
 from .options import Cache, CacheSize, on_this_machine
 
@@ -67,6 +68,8 @@ def report(
 
     Example: posae report runs/paper runs/baseline --out page.html
     """
+    if features and (out is None or out.suffix != ".html"):
+        raise SettingsError("--features shows features on a page; add --out page.html, or leave it out")
     from ..pipeline.report import as_json as in_json
     from ..pipeline.report import collect, write
 

@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..store.errors import SettingsError, StoreFormatError
+from ..store.plain_text import counted
 from ..store.reader import ActivationStore
 from .display import console, duration, quantity, show_by_position
 
@@ -28,7 +29,7 @@ def show_brief(store: ActivationStore, facts: dict[str, Any]) -> None:
     what = f"{store.manifest.model} on {store.manifest.dataset}"
     console.print(Text.assemble((str(store.root), "bold"), f": {what}, {state}"), soft_wrap=True)
     console.print(
-        f"layers {', '.join(map(str, store.layers))}, {facts['contexts']:,} contexts of "
+        f"layers {', '.join(map(str, store.layers))}, {counted(facts['contexts'], 'context')} of "
         f"{store.context_length} tokens, {quantity(facts['total_bytes'])}, {ratio}",
         soft_wrap=True,
     )
@@ -54,8 +55,8 @@ def show_store(store: ActivationStore, facts: dict[str, Any]) -> None:
         "contexts": f"{facts['contexts']:,} of {manifest.n_contexts:,} committed ({percent:.0%}), "
         f"{manifest.context_length} tokens each, {manifest.packing}; the last {held:,} held out",
         "tokens": f"{facts['tokens']:,} in each layer",
-        "chunks": f"{manifest.chunk_contexts} contexts to a chunk, {manifest.shard_contexts} to a shard; "
-        f"codec {manifest.codec}",
+        "chunks": f"{counted(manifest.chunk_contexts, 'context')} to a chunk, "
+        f"{manifest.shard_contexts} to a shard; codec {manifest.codec}",
     }
     if manifest.origin:
         pieces = zip(manifest.origin.contexts, manifest.origin.stores, strict=False)
@@ -65,9 +66,9 @@ def show_store(store: ActivationStore, facts: dict[str, Any]) -> None:
         rows["imported"] = f"from {manifest.imported.kind} of {manifest.imported.dtype}; not known: {unknown}"
     if corpus:
         rows["corpus"] = (
-            f"{corpus['documents']:,} documents ({corpus['documents_left_out']:,} left out), "
-            f"{corpus['duplicate_contexts']:,} contexts that repeat another, special tokens "
-            + ", ".join(f"{token}: {count:,}" for token, count in corpus["special_tokens"].items())
+            f"{counted(corpus['documents'], 'document')} ({corpus['documents_left_out']:,} left out), "
+            f"contexts that repeat another: {corpus['duplicate_contexts']:,}, special tokens: "
+            + (", ".join(f"{token} {n:,}" for token, n in corpus["special_tokens"].items()) or "none")
         )
     if manifest.mantissa_bits is not None:
         rows["loss"] = f"rounded to {manifest.mantissa_bits} mantissa bits of 7; errors below"
@@ -102,7 +103,7 @@ def _show_layer(store: ActivationStore, facts: dict[str, Any], layer: int) -> No
     norms = [value or 0.0 for value in facts["norms"][str(layer)]]
     rest = sum(norms[1:]) / max(1, len(norms) - 1)
     of_layer, outliers = facts["by_layer"][str(layer)], facts["outlier_share"][str(layer)]
-    told = [f"{n_contexts:,} contexts, ratio {of_layer['ratio']:.3f}"]
+    told = [f"{counted(n_contexts, 'context')}, ratio {of_layer['ratio']:.3f}"]
     if of_layer["bound"] is not None:
         told[0] += f", {of_layer['share_of_bound']:.1%} of the byte-plane bound {of_layer['bound']:.3f}"
     if of_layer["rounding_error"] is not None:

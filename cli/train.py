@@ -12,7 +12,7 @@ from ..pipeline.sweep import Plan, Study, read_sweep
 from ..pipeline.trackers import TrackerName
 from ..store.errors import SettingsError
 from ..store.reader import ActivationStore
-from .display import LiveProgress, console, errors
+from .display import LiveProgress, console, errors, if_interrupted
 from .options import Cache, CacheSize, Config, on_this_machine, with_settings
 from .report import comparison
 
@@ -91,7 +91,7 @@ def train(
         all_settings = [settings for study in studies for settings in study.runs.values()]
     else:
         settings = resolve_settings(
-            TrainSettings, "train", presets=TRAIN_PRESETS, preset=preset, config=config, options=options
+            TrainSettings, presets=TRAIN_PRESETS, preset=preset, config=config, options=options
         )
         all_settings = [settings]
         if controls:
@@ -111,7 +111,8 @@ def train(
         from .trainings import fit_to, train_all
 
         plan = Plan(studies, fit_to(opened, run))
-        train_all(opened, run, plan, LayerMemory(resident), together, track or ())
+        with if_interrupted(lambda: _how_many_are_done(run, plan)):
+            train_all(opened, run, plan, LayerMemory(resident), together, track or ())
     else:
         _train_alone(opened, run, all_settings[0], resident, track or ())
 
@@ -129,10 +130,14 @@ def _train_alone(
     training, memory = Training(store, run, settings), LayerMemory(resident)
     with training.team() as team:
         if not team.is_first:
-            training.train(memory=memory, team=team)
+            with if_interrupted(lambda: ""):
+                training.train(memory=memory, team=team)
             return
+        training.check()  # before anything is said of a training that cannot be
         errors.print(about_position(store.position_r2(training.layer)), soft_wrap=True)
-        with LiveProgress(curve="FVU") as progress:
+        if training.epochs >= 2:
+            errors.print(f"the training part is read {training.epochs:,.1f} times", soft_wrap=True)
+        with if_interrupted(lambda: _how_far(run)), LiveProgress(curve="FVU") as progress:
             was_left = train_one(training, EvaluateSettings(), progress, memory, track, team)
     found = scores(run)
     if found is None:
@@ -153,3 +158,22 @@ def _train_alone(
             "and a folder for all of them trains both",
             soft_wrap=True,
         )
+
+
+def _how_far(folder: Path) -> str:
+    from ..pipeline.runs import Run
+
+    run = Run(folder)
+    if run.is_finished:
+        return "the training is done, and the same command scores it"
+    step = run.checkpoint_step
+    if step is None:
+        return "no checkpoint is there yet, and the same command begins anew"
+    return f"a checkpoint of step {step:,} is there, and the same command goes on"
+
+
+def _how_many_are_done(folder: Path, plan: Plan) -> str:
+    from ..pipeline.runs import Run
+
+    n_done = sum(Run(folder / planned.folder).is_finished for planned in plan.trainings)
+    return f"{n_done} of {len(plan.trainings)} trainings are done, and the same command goes on"

@@ -25,6 +25,7 @@ from ..store.errors import (
     RunNotFoundError,
     StoreIncompleteError,
     StoreMismatchError,
+    StoreNotFoundError,
 )
 from ..store.ranges import PositionRange, equal_ranges, parse_ranges
 from ..store.reader import ActivationStore
@@ -135,7 +136,15 @@ class _HeldOut(NamedTuple):
                 f"{run.folder} has not finished training; run posae train again, it goes on"
             )
         if store is None:
-            store = ActivationStore.open(settings.store or config["store"]["path"])
+            place = settings.store or config["store"]["path"]
+            try:
+                store = ActivationStore.open(place)
+            except StoreNotFoundError:
+                if settings.store is not None:
+                    raise
+                raise StoreNotFoundError(
+                    f"there is no store at {place}; if it was moved, name it with --store"
+                ) from None
         layer: int = config["settings"]["layer"]
         store.check_layer(layer)
         differ = run.unlike(store.digests(layer))

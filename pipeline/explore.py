@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 from torch import Tensor
 
-from ..store.errors import PosaeError, RunError, RunNotFoundError, StoreIncompleteError
+from ..store.errors import (
+    PosaeError,
+    RunError,
+    RunNotFoundError,
+    StoreIncompleteError,
+    StoreNotFoundError,
+)
 from ..store.ranges import PositionRange, equal_ranges
 from ..store.reader import ActivationStore
 from .batches import as_torch
@@ -217,7 +223,13 @@ class _LookedAt(NamedTuple):
             raise RunNotFoundError(
                 f"{run.folder} has not finished training; run posae train again, it goes on"
             )
-        store, layer = ActivationStore.open(_place(run, config.store.path)), config.settings.layer
+        place, layer = _place(run, config.store.path), config.settings.layer
+        try:
+            store = ActivationStore.open(place)
+        except StoreNotFoundError:
+            raise StoreNotFoundError(
+                f"there is no store at {place}; if it was moved: posae evaluate {run.folder} --store STORE"
+            ) from None
         store.check_layer(layer)
         run.check_read(store.root, store.digests(layer), "run posae evaluate with --store and the right one")
         first, last = store.held_out_part(layer)

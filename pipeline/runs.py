@@ -24,11 +24,15 @@ from torch import Tensor
 from ..store.errors import RunError, RunMismatchError, RunNotFoundError
 from ..store.files import PARTIAL, StoreFiles, exclusive, writing
 from ..store.notebook import block, columns, facts, folded
+from ..store.plain_text import differences
 
 CONFIG, METRICS, EVALUATION = "config.json", "metrics.jsonl", "evaluation.json"
 CHECKPOINT = "checkpoint/state.safetensors"
 BASE_PHASE = "base_phase.safetensors"
 WEIGHTS = "sae_weights.safetensors"
+
+_SETTING = "settings."
+_UNREADABLE = (SafetensorError, KeyError, TypeError, ValueError, OSError)
 
 
 class Run:
@@ -130,13 +134,24 @@ class Run:
             RunError: the folder holds something else.
         """
         if self.is_begun:
-            differ = list(_differences(self.config, json.loads(json.dumps(config))))
+            begun = self.config
+            if ("imported" in begun) != ("imported" in config):
+                raise RunMismatchError(f"{self.folder} is a run already; give another folder")
+            differ = list(_differences(begun, json.loads(json.dumps(config))))
             if differ:
+                # What was typed comes first; the rest often follows from it.
+                differ.sort(key=lambda found: not found[0].startswith(_SETTING))
+                told = differences([(name.removeprefix(_SETTING), *values) for name, *values in differ])
                 raise RunMismatchError(
-                    f"{self.folder} was begun otherwise: {'; '.join(differ)}; "
+                    f"{self.folder} was begun otherwise: {told}; "
                     "give the same words to go on, or another folder"
                 )
         elif self.folder.exists() and not self._is_free():
+            if any(next(self.folder.glob(f"{below}/{CONFIG}"), None) for below in ("*", "*/*")):
+                raise RunError(
+                    f"{self.folder} is no run, and it holds runs: add --controls or --sweep, or give another "
+                    "folder"
+                )
             raise RunError(f"{self.folder} is there already and is no run; give another folder")
 
     def _is_free(self) -> bool:
@@ -235,9 +250,25 @@ class Run:
                 step = int(file.metadata()["step"])  # pyright: ignore
                 names = cast("list[str]", file.keys())  # pyright: ignore
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}  # pyright: ignore
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        except _UNREADABLE as error:
             raise self.no_checkpoint(str(error)) from None
         return step, tensors
+
+    @property
+    def checkpoint_step(self) -> int | None:
+        """Steps done at the last checkpoint, or None where there is none; the file's header alone is read.
+
+        Raises:
+            RunError: the file is damaged, or may not be read.
+        """
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:  # pyright: ignore[reportUnknownVariableType]
+                return int(file.metadata()["step"])  # pyright: ignore
+        except _UNREADABLE as error:
+            raise self.no_checkpoint(str(error)) from None
 
     def no_checkpoint(self, why: str) -> RunError:
         """What to raise where the checkpoint is not what ``save_checkpoint`` was given."""
@@ -308,7 +339,10 @@ def _word(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> Iterator[str]:
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], place: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Name with the names above it, value before, value now."""
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
@@ -316,4 +350,4 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], place: str =
                 cast("dict[str, Any]", old), cast("dict[str, Any]", new), f"{place}{key}."
             )
         elif old != new:
-            yield f"{place}{key} is {old!r} there and {new!r} now"
+            yield f"{place}{key}", old, new

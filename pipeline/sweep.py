@@ -121,16 +121,14 @@ class _Given(NamedTuple):
         runs: dict[str, TrainSettings] = {}
         for name, own in self.runs.items():
             with _naming(f"{self.file}, run {name!r}"):
-                values = {**self.shared, **own, **options}
-                preset = values.pop("preset", None)
                 runs[name] = resolve_settings(
-                    TrainSettings, "train", presets=TRAIN_PRESETS, preset=preset, options=values
+                    TrainSettings, presets=TRAIN_PRESETS, config={**self.shared, **own}, options=options
                 )
         wanted = self.controls if controls is None else controls
         if wanted is None or isinstance(wanted, bool):
             wanted = () if wanted is False else CONTROLS
         pairs = tuple((seed, seed) for seed in seeds)
-        scoring = build(EvaluateSettings, self.scoring, f"{self.file}, [evaluate]")
+        scoring = build(EvaluateSettings, self.scoring, f"{self.file}: [evaluate]")
         return Study(str(self.file), self.name, self.title, self.claim, runs, pairs, wanted, scoring)
 
 
@@ -200,7 +198,11 @@ def _read(path: Path, above: tuple[Path, ...]) -> Iterator[_Given]:
         raise SettingsError(
             f"{path} includes itself: {' > '.join(map(str, (*above, path)))}; break the circle"
         )
-    parsed = build(SweepFile, read_toml(path), str(path))
+    found = read_toml(path)
+    for name in found:
+        if name in {"preset", *TrainSettings.model_fields} - {"seed", "data_seed"}:
+            raise SettingsError(f"{path}: {name} stands outside of a table; put it under [train]")
+    parsed = build(SweepFile, found, f"{path}:")
     seeds = parsed.seeds
     if seeds is not None and (not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds)):
         raise SettingsError(f"{path}: seeds are different whole numbers from 0, at least one")

@@ -20,6 +20,39 @@ def quantity(n_bytes: float) -> str:
     raise AssertionError
 
 
+def counted(number: int, word: str) -> str:
+    """A count and its word.
+
+    >>> counted(1, "context"), counted(1024, "context")
+    ('1 context', '1,024 contexts')
+    """
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def shortened(value: object) -> str:
+    """A value as Python writes it, cut behind its first 16 characters where it is long, as a digest is.
+
+    >>> shortened("a" * 64), shortened("google/gemma-2-2b-it"), shortened(None)
+    ("'aaaaaaaaaaaaaaa…", "'google/gemma-2-2b-it'", 'None')
+    """
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:16]}…"
+
+
+def differences(differ: Sequence[tuple[str, object, object]], most: int = 3) -> str:
+    """What differs between before and now, in one line: the first few, and how many more.
+
+    Args:
+        differ: name, value before, value now; what matters most comes first.
+        most: how many are named.
+
+    >>> differences([("codec", "small", "raw"), ("a", 1, 2), ("b", 1, 2), ("c", 1, 2), ("d", 1, 2)], 1)
+    "codec is 'small' there and 'raw' now; and 4 more"
+    """
+    told = [f"{name} is {shortened(old)} there and {shortened(new)} now" for name, old, new in differ[:most]]
+    return "; ".join([*told, f"and {len(differ) - most} more"] if len(differ) > most else told)
+
+
 def plot(values: Sequence[float], width: int = 64, height: int = 4, *, top: float | None = None) -> list[str]:
     """Bars from 0 to ``top``, top line first; a bar over several values shows the greatest.
 

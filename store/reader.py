@@ -571,7 +571,7 @@ def select(selection: Selection, size: int, axis: str) -> NDArray[np.int64]:
         return np.flatnonzero(wanted)
     wanted = wanted.astype(np.int64).reshape(-1)
     if wanted.size and not -size <= int(wanted.min()) <= int(wanted.max()) < size:
-        raise StoreIncompleteError(
-            f"{axis} {int(wanted.min())} to {int(wanted.max())} were asked for, and {size} are there"
-        )
+        low, high = int(wanted.min()), int(wanted.max())
+        told = f"{axis} {low} to {high} were" if low < high else f"{axis.removesuffix('s')} {low} was"
+        raise StoreIncompleteError(f"{told} asked for, and {size} are there")
     return wanted % size if wanted.size else wanted

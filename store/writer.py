@@ -24,6 +24,7 @@ from .errors import StoreDamagedError, StoreFormatError, StoreMismatchError, Sto
 from .files import PARTIAL, StoreFiles, exclusive
 from .layout import ArraySpec, Json
 from .manifest import Manifest, group_json, layer_path, layer_spec, root_json, token_specs
+from .plain_text import differences
 from .reader import ActivationStore
 from .rounding import round_mantissas
 from .seal import (
@@ -38,6 +39,11 @@ from .seal import (
 from .shards import Rows, ShardReader, ShardWriter, encode_chunks, shard_bytes, write_array
 from .stats import ChunkStats, stats_specs
 
+_CHOSEN = {
+    *("model", "dataset", "dataset_config", "n_contexts", "context_length", "skip_contexts", "packing"),
+    *("held_out", "seed", "codec", "mantissa_bits", "batch_contexts", "attention", "device"),
+}
+"""What of a manifest its user chose; the rest follows, and is told after it."""
 _LARGE_FILE = SealedFile(10**10 - 1, "0" * 64)
 
 
@@ -516,16 +522,15 @@ def _check_same(root: Path, found: Manifest, wanted: Manifest) -> None:
     for manifest in (before, now):
         manifest["versions"].pop("posae", None)
         # What differs within one of these is told key by key.
-        for name in ("planted", "origin", "imported"):
+        for name in ("planted", "origin", "imported", "versions"):
             inner: Json = manifest.pop(name) or {}
             manifest |= {f"{name} {key}": value for key, value in inner.items()}
     differ = [
-        f"{key} is {before.get(key)!r} there and {now.get(key)!r} now"
-        for key in {**before, **now}
-        if before.get(key) != now.get(key)
+        (key, before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)
     ]
     if differ:
+        differ.sort(key=lambda found: found[0] not in _CHOSEN and not found[0].startswith("planted "))
         raise StoreMismatchError(
-            f"{root} was begun with other settings: {'; '.join(differ)}; "
+            f"{root} was begun with other settings: {differences(differ)}; "
             "give the same ones to go on, or another folder"
         )

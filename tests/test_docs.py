@@ -26,6 +26,7 @@ from posae.pipeline.settings import (
     TrainSettings,
     resolve_settings,
 )
+from posae.pipeline.sweep import SweepFile, read_sweep
 from posae.store import errors
 from posae.store.codecs import CODECS
 from posae.store.layout import ArraySpec
@@ -342,28 +343,24 @@ def test_every_extra_for_users_is_explained() -> None:
 
 def test_example_of_gemma_equals_the_presets() -> None:
     example_file = ROOT / "examples" / "gemma-2-2b.toml"
-    harvest = resolve_settings(
-        HarvestSettings, "harvest", presets=HARVEST_PRESETS, config=example_file, options={}
-    )
+    harvest = resolve_settings(HarvestSettings, presets=HARVEST_PRESETS, config=example_file, options={})
     options = {"tokens": 22_000_000}
     assert harvest == resolve_settings(
-        HarvestSettings, "harvest", presets=HARVEST_PRESETS, preset="gemma-2-2b", options=options
+        HarvestSettings, presets=HARVEST_PRESETS, preset="gemma-2-2b", options=options
     )
-    train = resolve_settings(TrainSettings, "train", presets=TRAIN_PRESETS, config=example_file, options={})
-    assert train == resolve_settings(
-        TrainSettings, "train", presets=TRAIN_PRESETS, preset="paper", options={}
-    )
+    train = resolve_settings(TrainSettings, presets=TRAIN_PRESETS, config=example_file, options={})
+    assert train == resolve_settings(TrainSettings, presets=TRAIN_PRESETS, preset="paper", options={})
 
 
 def test_example_of_the_demo_equals_the_makefile() -> None:
     example_file = ROOT / "examples" / "demo.toml"
     makefile = (ROOT / "Makefile").read_text()
-    harvest = resolve_settings(HarvestSettings, "harvest", presets={}, config=example_file, options={})
+    harvest = resolve_settings(HarvestSettings, presets={}, config=example_file, options={})
     assert (harvest.model, harvest.dataset, harvest.layers) == ("demo", "stdlib", (1, 2, 4))
     assert f"--contexts {harvest.contexts}" in makefile
     for preset in (None, "paper-baseline"):
         train = resolve_settings(
-            TrainSettings, "train", presets=TRAIN_PRESETS, preset=preset, config=example_file, options={}
+            TrainSettings, presets=TRAIN_PRESETS, preset=preset, config=example_file, options={}
         )
         assert f"--steps {train.steps}" in makefile
         assert train.architecture == ("standard" if preset else "hierarchical")
@@ -371,9 +368,20 @@ def test_example_of_the_demo_equals_the_makefile() -> None:
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
 def test_examples_resolve_for_every_stage(file: Path) -> None:
-    resolve_settings(HarvestSettings, "harvest", presets=HARVEST_PRESETS, config=file, options={})
-    resolve_settings(TrainSettings, "train", presets=TRAIN_PRESETS, config=file, options={})
-    resolve_settings(EvaluateSettings, "evaluate", presets={}, config=file, options={})
+    resolve_settings(HarvestSettings, presets=HARVEST_PRESETS, config=file, options={})
+    resolve_settings(TrainSettings, presets=TRAIN_PRESETS, config=file, options={})
+    resolve_settings(EvaluateSettings, presets={}, config=file, options={})
+
+
+def test_the_example_of_a_sweep_is_one_and_every_key_is_told(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "sweeps.md").read_text()
+    (written,) = blocks(text, "toml")
+    file = tmp_path / "sweep.toml"
+    file.write_text(written)
+    (study,) = read_sweep(file, {})
+    assert list(study.runs) == ["paper", "no-layer-norm"]
+    assert (study.seeds, study.controls) == (((0, 0), (1, 1)), ("agnostic",))
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(SweepFile.model_fields)
 
 
 def test_every_error_stands_in_the_tree() -> None:

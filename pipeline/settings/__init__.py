@@ -5,7 +5,7 @@ from where they were given, ``words`` writes a training as a command. No torch: 
 """
 
 from .presets import HARVEST_PRESETS, TRAIN_PRESETS
-from .resolving import build, nearest, read_toml, resolve_settings
+from .resolving import build, in_plain_words, nearest, read_toml, resolve_settings
 from .stages import (
     CopySettings,
     EvaluateSettings,
@@ -32,6 +32,7 @@ __all__ = [
     "Settings",
     "TrainSettings",
     "build",
+    "in_plain_words",
     "nearest",
     "read_toml",
     "resolve_settings",

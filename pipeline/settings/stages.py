@@ -4,7 +4,7 @@ A class per stage, frozen; the string under a field is its only description, and
 contradicts itself is refused here, before anything is loaded.
 """
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,9 +14,14 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    table: ClassVar[str] = ""
+    """Name of a stage's table in a TOML file."""
+
 
 class HarvestSettings(Settings):
     """Settings of ``posae harvest``: what is harvested from what."""
+
+    table: ClassVar[str] = "harvest"
 
     model: str = "demo"
     """Language model: a hub id, a local folder, or demo (built in)."""
@@ -103,6 +108,8 @@ class HarvestSettings(Settings):
 class EvaluateSettings(Settings):
     """Settings of ``posae evaluate``: scores on the held-out part of a store."""
 
+    table: ClassVar[str] = "evaluate"
+
     store: str | None = None
     """Store to score on, a folder or a URL: the run's own in another place, or another one, which
     evaluation.json then says; by default the one that the run was trained from."""
@@ -130,10 +137,12 @@ class EvaluateSettings(Settings):
 class CopySettings(Settings):
     """Settings of ``posae copy``: what part of a store is copied; by default all of it, byte for byte."""
 
+    table: ClassVar[str] = "copy"
+
     layers: tuple[int, ...] | None = None
     """Layers to copy, as 12 or 5,12."""
 
-    contexts: str | None = Field(default=None, pattern=r"^\d+:\d+$")
+    contexts: str | None = Field(default=None, pattern=r"^\d+:\d+$", examples=["0:100000"])
     """Contexts to copy, as 0:100000: from the first to the one before the second."""
 
     fraction: float | None = Field(default=None, gt=0, le=1)
@@ -151,6 +160,8 @@ class CopySettings(Settings):
 
 class PlantSettings(Settings):
     """Settings of ``posae plant``: a known effect of position, put into a copy of a store."""
+
+    table: ClassVar[str] = "plant"
 
     effect: Literal["additive", "rotation", "none"] = "additive"
     """additive (a vector for each position), rotation (of a subspace, another one in each position range but
@@ -189,6 +200,8 @@ class PlantSettings(Settings):
 class MergeSettings(Settings):
     """Settings of ``posae merge``: several stores made one."""
 
+    table: ClassVar[str] = "merge"
+
     layers: tuple[int, ...] | None = None
     """Layers to take, as 5,12,19; by default all, and then every store must have the same."""
 
@@ -201,6 +214,8 @@ class MergeSettings(Settings):
 
 class ImportSettings(Settings):
     """Settings of ``posae import``: activations of another program made a store."""
+
+    table: ClassVar[str] = "import"
 
     layer: int | None = Field(default=None, ge=0)
     """Layer that the activations are of; by default what the files say, if they do."""
@@ -238,6 +253,8 @@ class ImportSettings(Settings):
 
 class ImportSaeSettings(Settings):
     """Settings of ``posae import-sae``: an autoencoder of another program made a run."""
+
+    table: ClassVar[str] = "import-sae"
 
     layer: int | None = Field(default=None, ge=0)
     """Layer that it was trained on; by default what it says itself."""

@@ -1,6 +1,6 @@
 """What a training can be told; each setting is declared as in ``stages``."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,8 @@ from .stages import Settings
 
 class TrainSettings(Settings):
     """Settings of ``posae train``: one autoencoder on one layer of a store."""
+
+    table: ClassVar[str] = "train"
 
     layer: int | None = Field(default=None, ge=0)
     """Layer to train on; by default the middle one of the store."""

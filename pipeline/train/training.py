@@ -261,6 +261,11 @@ class Training:
         of_store = (self.store.address, self.layer, self.n_contexts, self.leave_out)
         return (*of_store, s.batch_size, s.window_contexts, s.data_seed, self.device)
 
+    @property
+    def epochs(self) -> float:
+        """How often the training part is read, about."""
+        return self.settings.steps * self.settings.batch_size / max(1, self.stats.n_tokens)
+
     @cached_property
     def n_bytes(self) -> int:
         """Memory that its weights, their gradient and the optimizer take while it trains."""

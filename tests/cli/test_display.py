@@ -50,6 +50,20 @@ def test_of_several_trainings_no_curve_is_drawn(terminal: io.StringIO) -> None:
     assert not re.search("[▁▂▃▄▅▆▇█]", terminal.getvalue())
 
 
+def test_nothing_stays_of_a_bar_that_was_interrupted(terminal: io.StringIO) -> None:
+    def train_until_interrupted() -> None:
+        with LiveProgress() as progress:
+            progress.begin("training", 100, "tokens")
+            progress.advance(1, "FVU 0.5")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_until_interrupted()
+    _, after_the_note = terminal.getvalue().rsplit("FVU 0.5", 1)
+    up_and_wiped = "\x1b[1A\x1b[2K"
+    assert after_the_note.endswith(2 * up_and_wiped), "the bar and the note below it"
+
+
 def test_bytes_are_shown_for_people(terminal: io.StringIO) -> None:
     with LiveProgress() as progress:
         progress.begin("verifying", 214_000_000_000, "bytes")

@@ -46,7 +46,7 @@ def test_an_autoencoder_of_saelens_is_imported_scored_and_reported(
     # It is no training that could go on.
     ended = posae("train", store, run, "--layer", 3, "--preset", "paper-baseline")
     assert ended.code == 1
-    assert "was begun otherwise" in ended.err
+    assert "is a run already; give another folder" in ended.err
 
 
 @pytest.fixture(scope="module")

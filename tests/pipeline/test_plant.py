@@ -224,7 +224,7 @@ def test_other_words_are_refused_by_name(made: "Made", tmp_path: Path) -> None:
     before = tree(out)
     with pytest.raises(StoreMismatchError, match=r"planted strength is '0.12' there and '0.2' now"):
         planting(made, out, strength=0.2).run()
-    with pytest.raises(StoreMismatchError, match="planted seed is '0' there and None now"):
+    with pytest.raises(StoreMismatchError, match="planted effect is 'additive' there and 'none' now"):
         planting(made, out, effect="none").run()
     with pytest.raises(StoreMismatchError, match="planted effect is 'additive' there and None now"):
         StoreWriter.begin(out, made.manifest)
@@ -273,14 +273,14 @@ def test_an_activation_that_would_leave_bfloat16_is_refused(make_store: "MakeSto
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"effect": "scale"}, "effect: "),
-        ({"strength": 1.5}, "strength: "),
-        ({"strength": -0.1}, "strength: "),
+        ({"effect": "scale"}, "effect must be"),
+        ({"strength": 1.5}, "strength must be"),
+        ({"strength": -0.1}, "strength must be"),
         ({"strength": 0.0}, "take effect none"),
         ({"strength": 1.0}, "nothing but the position"),
         ({"effect": "none", "strength": 0.1}, "effect none has no strength"),
         ({"effect": "rotation", "rank": 1}, "at least 2"),
-        ({"rank": 0}, "rank: "),
+        ({"rank": 0}, "rank must be"),
         ({"efect": "none"}, "did you mean 'effect'"),
     ],
 )

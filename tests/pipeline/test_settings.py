@@ -1,5 +1,7 @@
 """Settings: one declaration, many sources, and refusals that help."""
 
+import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +10,7 @@ import pytest
 from posae.pipeline.settings import (
     HARVEST_PRESETS,
     TRAIN_PRESETS,
+    CopySettings,
     HarvestSettings,
     TrainSettings,
     build,
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
 def train(options: dict[str, Any], preset: str | None = None, config: Path | None = None) -> TrainSettings:
     return resolve_settings(
-        TrainSettings, "train", presets=TRAIN_PRESETS, preset=preset, config=config, options=options
+        TrainSettings, presets=TRAIN_PRESETS, preset=preset, config=config, options=options
     )
 
 
@@ -99,10 +102,11 @@ def test_impossible_settings_are_refused(values: dict[str, Any], said: str) -> N
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[trian]\nsteps = 1", "did you mean 'train'"),
-        ("steps = 1", "outside all"),
+        ("[trian]\nsteps = 1", r"posae.toml has a table \[trian\]; did you mean 'train'"),
+        ("[foo]", r"posae.toml has a table \[foo\]; there are copy, evaluate, harvest, import, import-sae, "),
+        ("steps = 1", r"posae.toml: steps stands outside of a table; put it under \[train\]"),
         ("[train", "cannot be read as TOML"),
-        ("train = 3", "should be a table"),
+        ("train = 3", r"write \[train\] and settings below it"),
     ],
 )
 def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -110,6 +114,41 @@ def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, said: str)
     config.write_text(text)
     with pytest.raises(SettingsError, match=said):
         train({}, config=config)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"bandwidth": 0}, "bandwidth must be above 0, not 0"),
+        ({"warmup_share": 1.5}, "warmup_share must be at most 1, not 1.5"),
+        ({"dropout": 1}, "dropout must be below 1, not 1"),
+        ({"window_contexts": 12}, "window_contexts must be a multiple of 8, not 12"),
+        ({"precision": "float16"}, "precision must be 'float32', 'tf32' or 'bfloat16', not 'float16'"),
+        ({"steps": "ten"}, "steps must be a whole number, not 'ten'"),
+        ({"steps": 2.5}, "steps must be a whole number, not 2.5"),
+        ({"dropout": "x" * 64}, "dropout must be a number, not 'xxxxxxxxxxxxxxx…"),
+        ({"residual": "maybe"}, "residual must be true or false, not 'maybe'"),
+        ({"ranges": 4}, "ranges must be text, not 4"),
+    ],
+)
+def test_an_impossible_value_is_refused_in_plain_words_that_say_where_it_stands(
+    tmp_path: Path, values: dict[str, Any], said: str
+) -> None:
+    (name,) = values
+    with pytest.raises(SettingsError, match=f"^--{name.replace('_', '-')}{re.escape(said[len(name) :])}$"):
+        train(values)
+    config = tmp_path / "posae.toml"
+    config.write_text(f"[train]\n{name} = {json.dumps(values[name])}\n")
+    with pytest.raises(SettingsError, match=rf"^{config}: \[train\] {re.escape(said)}$"):
+        train({}, config=config)
+
+
+def test_an_entry_of_a_list_and_a_form_of_its_own_are_told_too() -> None:
+    with pytest.raises(SettingsError, match=r"^layers has an entry that must be a whole number, not 'a'$"):
+        build(HarvestSettings, {"layers": [1, "a"]}, "")
+    with pytest.raises(SettingsError, match=r"^--contexts is written as 0:100000, not '5-7'$"):
+        build(CopySettings, {"contexts": "5-7"}, "", ["contexts"])
 
 
 def test_tokens_are_rounded_up_to_whole_contexts() -> None:

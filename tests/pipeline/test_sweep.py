@@ -61,6 +61,16 @@ def test_default_preset_shared_own_and_option_win_in_this_order(tmp_path: Path) 
     assert one(path).runs["with"].steps == 50
 
 
+@pytest.mark.parametrize("key", ["steps = 100", 'preset = "paper"'])
+def test_a_setting_outside_of_a_table_is_told_its_place(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path, "a.toml", key + TWO)
+    name = key.split()[0]
+    with pytest.raises(
+        SettingsError, match=rf"a.toml: {name} stands outside of a table; put it under \[train\]"
+    ):
+        read_sweep(path, {})
+
+
 def test_each_run_is_trained_once_a_seed_which_is_its_data_seed_too(tmp_path: Path) -> None:
     found = plan(write(tmp_path, "a.toml", TWO))
     assert [(t.folder, t.settings.seed, t.settings.data_seed) for t in found.trainings] == [

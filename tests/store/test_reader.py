@@ -166,7 +166,7 @@ def test_what_is_not_there_is_said_with_what_is(good_store: "Made") -> None:
             ask()
     with pytest.raises(StoreIncompleteError, match="contexts up to 42 were asked for, and 41 are there"):
         store.read(0, slice(0, 42))
-    with pytest.raises(StoreIncompleteError, match="positions 6 to 6 were asked for, and 6 are there"):
+    with pytest.raises(StoreIncompleteError, match="position 6 was asked for, and 6 are there"):
         store.read(0, slice(0, 1), [6])
     with pytest.raises(SettingsError, match="dtype 'float64'"):
         store.read(0, dtype="float64")
