@@ -529,7 +529,8 @@ def _check_same(root: Path, found: Manifest, wanted: Manifest) -> None:
         (key, before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)
     ]
     if differ:
-        differ.sort(key=lambda found: found[0] not in _CHOSEN and not found[0].startswith("planted "))
+        made_of = ("planted ", "origin ", "imported ")  # from which the rest follows, where there is one
+        differ.sort(key=lambda found: (not found[0].startswith(made_of), found[0] not in _CHOSEN))
         raise StoreMismatchError(
             f"{root} was begun with other settings: {differences(differ)}; "
             "give the same ones to go on, or another folder"
