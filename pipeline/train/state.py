@@ -221,10 +221,11 @@ class State:
 @contextmanager
 def _tf32(device: torch.device, is_wanted: bool) -> Generator[None]:
     """Whether a GPU's float32 products are rounded: one switch for all that a process does, so set back."""
+    if device.type != "cuda":
+        yield
+        return
     switch = torch.backends.cuda.matmul
-    before = switch.allow_tf32
-    if device.type == "cuda":
-        switch.allow_tf32 = is_wanted
+    before, switch.allow_tf32 = switch.allow_tf32, is_wanted
     try:
         yield
     finally:

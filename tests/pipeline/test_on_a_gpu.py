@@ -13,6 +13,7 @@ from posae.pipeline.explore import explore_runs
 from posae.pipeline.harvest import Harvest
 from posae.pipeline.progress import Silent
 from posae.pipeline.results.explored import Explored
+from posae.pipeline.sae.standard import Standard
 from posae.pipeline.sae.topk import BatchTopK
 from posae.pipeline.settings import TRAIN_PRESETS, EvaluateSettings, HarvestSettings, TrainSettings, build
 from posae.pipeline.train import Training
@@ -124,6 +125,26 @@ def test_dropout_is_drawn_there(good_store: Made, tmp_path: Path) -> None:
     with pretended_gpu():
         trained = Training(ActivationStore.open(good_store.root), tmp_path / "run", settings).train()
     assert np.isfinite(trained.run.metrics()[-1]["loss"])
+
+
+def test_rounded_products_are_of_the_steps_alone(
+    good_store: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[bool] = []
+    forward = Standard.forward
+
+    def watched(self: Standard, *words: Any) -> Any:
+        found.append(torch.backends.cuda.matmul.allow_tf32)
+        return forward(self, *words)
+
+    monkeypatch.setattr(Standard, "forward", watched)
+    settings = small("paper-baseline", "cuda").model_copy(update={"precision": "tf32"})
+    with pretended_gpu():
+        store = ActivationStore.open(good_store.root)
+        Training(store, tmp_path / "run", settings).train()
+        assert found == [True] * 20
+        evaluate(tmp_path / "run", EvaluateSettings(), None, store)
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_every_score_is_the_same(tmp_path: Path) -> None:
