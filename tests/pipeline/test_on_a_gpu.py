@@ -130,7 +130,7 @@ def test_dropout_is_drawn_there(good_store: Made, tmp_path: Path) -> None:
 def test_rounded_products_are_of_the_steps_alone(
     good_store: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: list[bool] = []
+    found: list[Any] = []
     forward = Standard.forward
 
     def watched(self: Standard, *words: Any) -> Any:
