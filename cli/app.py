@@ -6,10 +6,12 @@ decoded ends the command with such a line and 1 too, though no Python is running
 """
 
 import ctypes
+import inspect
 import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -57,16 +59,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command("harvest")(harvest)
-app.command("train")(train)
-app.command("inspect-store")(inspect_store)
-app.command("evaluate")(evaluate)
-app.command("report")(report)
-app.command("copy")(copy)
-app.command("plant")(plant)
-app.command("merge")(merge)
-app.command("import")(import_activations)
-app.command("import-sae")(import_sae)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "harvest": harvest,
+    "train": train,
+    "inspect-store": inspect_store,
+    "evaluate": evaluate,
+    "report": report,
+    "copy": copy,
+    "plant": plant,
+    "merge": merge,
+    "import": import_activations,
+    "import-sae": import_sae,
+}
+for _name, _command in _COMMANDS.items():
+    # A line to a paragraph, which a terminal of any width folds.
+    _paragraphs = inspect.cleandoc(_command.__doc__ or "").split("\n\n")
+    _help = "\n\n".join(" ".join(paragraph.split()) for paragraph in _paragraphs)
+    app.command(_name, help=_help)(_command)
 
 
 def _version(wanted: bool) -> None:

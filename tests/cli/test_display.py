@@ -9,6 +9,8 @@ from rich.console import Console
 from posae.cli import display
 from posae.cli.display import LiveProgress
 
+from .conftest import Posae
+
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
@@ -70,3 +72,11 @@ def test_bytes_are_shown_for_people(terminal: io.StringIO) -> None:
         progress.advance(214_000_000_000)
         progress.end()
     assert any("214.00 GB/214.00 GB" in line for line in lines(terminal))
+
+
+def test_help_fills_the_width_that_there_is(posae: Posae, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert (
+        "it goes on where it stopped; --layers may add layers. Many processes may share"
+        in posae("harvest", "--help").out
+    )
