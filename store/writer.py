@@ -516,6 +516,13 @@ def _abandon(writers: Any) -> None:
         writer.abandon()
 
 
+def _rank(key: str) -> int:
+    """Where a key stands among those that differ: before what follows from it."""
+    if key in ("model", "dataset"):
+        return 0
+    return 1 if key.startswith(("planted ", "origin ", "imported ")) else 2 if key in _CHOSEN else 3
+
+
 def _check_same(root: Path, found: Manifest, wanted: Manifest) -> None:
     before, now = found.model_dump(), wanted.model_dump()
     # Within a format every posae writes the same bytes; of other libraries nobody can say that.
@@ -529,8 +536,7 @@ def _check_same(root: Path, found: Manifest, wanted: Manifest) -> None:
         (key, before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)
     ]
     if differ:
-        made_of = ("planted ", "origin ", "imported ")  # from which the rest follows, where there is one
-        differ.sort(key=lambda found: (not found[0].startswith(made_of), found[0] not in _CHOSEN))
+        differ.sort(key=lambda found: _rank(found[0]))
         raise StoreMismatchError(
             f"{root} was begun with other settings: {differences(differ)}; "
             "give the same ones to go on, or another folder"
