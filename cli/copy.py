@@ -1,5 +1,6 @@
 """``posae copy``: a store, or a part of it, to another place."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -7,7 +8,7 @@ import typer
 from ..pipeline.settings import CopySettings, resolve_settings
 from ..store.reader import ActivationStore
 from .display import LiveProgress, console, goes_on, if_interrupted, quantity
-from .options import Cache, CacheSize, Config, with_settings
+from .options import Cache, CacheSize, Config, on_this_machine, with_settings
 
 
 @with_settings(CopySettings)
@@ -28,6 +29,8 @@ def copy(
 
     Example: posae copy https://example.org/pile.zarr pile.zarr --layers 12
     """
+    if "://" not in destination:
+        on_this_machine(Path(destination))
     settings = resolve_settings(CopySettings, presets={}, config=config, options=options)
     from ..pipeline.copy import copy as copy_to
 

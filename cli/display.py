@@ -57,7 +57,7 @@ def if_interrupted(told: Callable[[], str]) -> Generator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        with suppress(PosaeError):
+        with suppress(PosaeError, OSError, ValueError):
             interrupt.add_note(told())
         raise
 

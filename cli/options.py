@@ -13,6 +13,7 @@ import typer
 from ..pipeline.settings import Settings
 from ..store.cache import parse_size
 from ..store.errors import SettingsError
+from ..store.reader import is_store
 
 Config = Annotated[
     Path | None, typer.Option("--config", help="TOML file with settings; options given here win over it.")
@@ -46,8 +47,8 @@ def on_this_machine(place: Path | None) -> Path | None:
             f"{url} is a URL, and this is written on this machine; name a place here. A finished store goes "
             "there by posae copy"
         )
-    for folder in place.absolute().parents if place is not None else ():
-        if (folder / "zarr.json").exists():
+    for folder in place.resolve().parents if place is not None else ():
+        if is_store(folder):
             raise SettingsError(f"{place} lies within {folder}, which is a store; name a place beside it")
     return place
 

@@ -349,12 +349,13 @@ class ShuffledBatches:
 
     @property
     def usual_size(self) -> int:
-        """Tokens to a batch of the first window: less than asked for where a window holds less.
+        """Tokens to a batch of the first window that has some: less than asked for where a window holds less.
 
         Raises:
             StoreDamagedError: the tokens are not what was written.
         """
-        n_rows = int(self._wanted_of(next(self.order.windows_of_epoch(0))).sum())
+        in_windows = (int(self._wanted_of(chunks).sum()) for chunks in self.order.windows_of_epoch(0))
+        n_rows = next((n for n in in_windows if n), 0)
         return n_rows // max(1, self.order.n_batches(n_rows))
 
     def _wanted_of(self, chunks: NDArray[np.int64]) -> NDArray[np.int64]:

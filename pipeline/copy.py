@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ..store.cache import default_folder
 from ..store.errors import SettingsError, StoreIncompleteError
 from ..store.reader import ActivationStore
-from ..store.remote import is_url, shown
+from ..store.remote import shown
 from ..store.servers import open_remote
 from ..store.transfer import bytes_to_move, copy_store, publish
 from .assembling import copy_part, first_part
@@ -58,12 +58,14 @@ def copy(
         raise StoreIncompleteError(
             f"{source.root} is an unfinished harvest, which is not copied; run the harvest again to finish it"
         )
-    is_remote = is_url(destination)
+    is_remote = "://" in destination
     if is_remote and destination.lower().startswith(("http://", "https://")):
         raise SettingsError(
             f"{shown(destination)} cannot be written: the web can only be read; name a folder, hf://, s3://, "
             "gs:// or sftp://"
         )
+    if is_remote:
+        open_remote(destination)  # refuses what names no server, before a part is made for it
     place = shown(destination) if is_remote else str(Path(destination).absolute())
     if place == source.address:
         raise SettingsError(f"{destination} is the store to copy from; name another place")

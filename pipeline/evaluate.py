@@ -336,17 +336,24 @@ def _about_store(held_out: _HeldOut) -> dict[str, Any]:
 
 def _kept(held_out: _HeldOut) -> dict[str, Any]:
     """What an earlier evaluation measured on the same store that this one may not."""
-    for name in (EVALUATION, _name_aside(held_out.store.identity)):
+    for name in (EVALUATION, *sorted(path.name for path in held_out.run.folder.glob("evaluation-*.json"))):
         before = _before(held_out.run, name)
-        if before and before.store.get("read") == held_out.store.digests(held_out.layer):
+        if before and _is_of(before, held_out):
             return before.model_dump(include={"ce_loss", "probing"})
     return {}
+
+
+def _is_of(scores: Evaluation, held_out: _HeldOut) -> bool:
+    """Whether scores are of what is scored now: of a store without a seal, only its place tells."""
+    read = held_out.store.digests(held_out.layer)
+    is_same = bool(read) or scores.store.get("path") == held_out.store.address
+    return is_same and scores.store.get("read") == read
 
 
 def _set_aside(held_out: _HeldOut, progress: Progress) -> None:
     """Keep scores on another store: some take hours."""
     before = _before(held_out.run, EVALUATION)
-    if before and before.store.get("read") != held_out.store.digests(held_out.layer):
+    if before and not _is_of(before, held_out):
         name = _name_aside(before.store.get("identity"))
         held_out.run.write_json(name, before.model_dump(mode="json"))
         progress.say(f"the scores on {before.store.get('path')} are kept in {held_out.run.folder / name}")

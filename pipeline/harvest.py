@@ -29,7 +29,7 @@ from ..store.manifest import Manifest, token_specs
 from ..store.rounding import MANTISSA_BITS
 from ..store.shards import ShardReader
 from ..store.stats import ordinary_tokens
-from ..store.writer import ShardOfLayers, StoreWriter, committed_manifest
+from ..store.writer import ShardOfLayers, StoreWriter, committed_manifest, standing_store
 from .device import choose_device, n_cores
 from .host_copies import HostCopies, HostCopy
 from .language_model import (
@@ -207,9 +207,12 @@ class Harvest:
         progress = progress or Silent()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # else each process would also take memory on the first GPU
-        # What is wrong with the model is told before a store is begun, and before hours of tokenising.
-        model = None if self.begun else self._load_model()
-        writer = StoreWriter.begin(self.path, self.manifest)
+        manifest, model = self.manifest, None
+        if self.begun is None:
+            # What is wrong with it is told before a store is begun, and before hours of tokenising.
+            standing_store(self.path)
+            model = self._load_model()
+        writer = StoreWriter.begin(self.path, manifest)
         with writer.lock():
             if not writer.has_tokens:
                 self._commit_tokens(writer, progress)

@@ -1,15 +1,11 @@
 """A Ctrl-C, or a request to end, that waits until what must not be left half done is done."""
 
-import math
 import signal
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from threading import current_thread, main_thread
 from types import FrameType
 
-_SAME_REQUEST = 1.0
-"""Seconds: a Ctrl-C that comes sooner after another is the same one, passed on by torchrun too."""
 _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 """Ctrl-C; and what SLURM and torchrun send to a process that is to end."""
 
@@ -36,12 +32,16 @@ class Interrupt:
 
 
 @contextmanager
-def held_back() -> Generator[Interrupt]:
+def held_back(*, is_alone: bool = True) -> Generator[Interrupt]:
     """Hold a Ctrl-C or SIGTERM back until the caller finds a good place to ``stop``.
 
-    A second Ctrl-C interrupts at once. A second SIGTERM does not: SLURM and torchrun each send one, and who
+    A second Ctrl-C interrupts at once, but for one of several processes: to those torchrun passes on what
+    they have got from the terminal. A second SIGTERM never does: SLURM and torchrun each send one, and who
     cannot wait has SIGKILL. Where signals cannot be caught, outside the main thread, or are not Python's to
     catch, as in a process that ignores them, everything is as it was.
+
+    Args:
+        is_alone: whether this process was started by itself.
     """
     interrupt = Interrupt()
     is_main = current_thread() is main_thread()
@@ -49,13 +49,8 @@ def held_back() -> Generator[Interrupt]:
         number: usual for number, usual in _USUAL.items() if is_main and signal.getsignal(number) is usual
     }
 
-    first_asked = math.inf
-
     def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal first_asked
-        now = time.monotonic()
-        first_asked = min(first_asked, now)
-        if number == signal.SIGINT and now - first_asked > _SAME_REQUEST:
+        if number == signal.SIGINT and interrupt.asked and is_alone:
             raise KeyboardInterrupt
         interrupt.asked = True
         interrupt.to_end |= number == signal.SIGTERM

@@ -25,7 +25,7 @@ from .results.notes import Note, left_out, notes
 from .results.provenance import Provenance, provenance
 from .results.tables import Series, Table
 from .results.verdicts import Interval
-from .runs import CONFIG, EVALUATION, Run
+from .runs import EVALUATION, Run, runs_below
 from .settings import TrainSettings, train_words
 
 SWEEP = "sweep.json"
@@ -147,8 +147,10 @@ def _no_run(folder: Path) -> str:
         return "is a file, not a run; give folders of runs, or of sweeps"
     if (folder / ROOT_PATH).exists():
         return f"is a store, not a run; train one from it: posae train {folder} RUN"
+    if found := runs_below(folder):
+        return f"is no run; runs lie below, give these: {folder}/{found}"
     for below in ("*", "*/*"):
-        for name, what in ((CONFIG, "runs"), (EVALUATION, "runs"), (SWEEP, "sweeps")):
+        for name, what in ((EVALUATION, "runs"), (SWEEP, "sweeps")):
             if next(folder.glob(f"{below}/{name}"), None):
                 return f"is no run; {what} lie below, give these: {folder}/{below}"
     return "is no run; train one: posae train STORE RUN"

@@ -32,6 +32,7 @@ BASE_PHASE = "base_phase.safetensors"
 WEIGHTS = "sae_weights.safetensors"
 
 _SETTING = "settings."
+_FOLLOWS = {f"{_SETTING}{name}" for name in ("warmup_steps", "ramp_steps", "adapter_width")}
 _UNREADABLE = (SafetensorError, KeyError, TypeError, ValueError, OSError)
 
 
@@ -140,14 +141,14 @@ class Run:
             differ = list(_differences(begun, json.loads(json.dumps(config))))
             if differ:
                 # What was typed comes first; the rest often follows from it.
-                differ.sort(key=lambda found: not found[0].startswith(_SETTING))
+                differ.sort(key=lambda found: (not found[0].startswith(_SETTING), found[0] in _FOLLOWS))
                 told = differences([(name.removeprefix(_SETTING), *values) for name, *values in differ])
                 raise RunMismatchError(
                     f"{self.folder} was begun otherwise: {told}; "
                     "give the same words to go on, or another folder"
                 )
         elif self.folder.exists() and not self._is_free():
-            if any(next(self.folder.glob(f"{below}/{CONFIG}"), None) for below in ("*", "*/*")):
+            if runs_below(self.folder):
                 raise RunError(
                     f"{self.folder} is no run, and it holds runs: add --controls or --sweep, or give another "
                     "folder"
@@ -312,6 +313,21 @@ class Run:
             return f"finished, {steps} steps"
         lines = self.metrics()
         return f"at step {_shown(_object(lines[-1]), 'step') if lines else 0} of {steps}"
+
+
+def runs_below(folder: Path) -> str | None:
+    """Where runs lie below a folder, ``*`` or ``*/*``; None: no run is there."""
+    for below in ("*", "*/*"):
+        if any(_is_configuration(path) for path in folder.glob(f"{below}/{CONFIG}")):
+            return below
+    return None
+
+
+def _is_configuration(path: Path) -> bool:
+    try:
+        return {"settings", "store"} <= _object(json.loads(path.read_bytes())).keys()
+    except (ValueError, RecursionError, OSError):
+        return False
 
 
 def _scores_html(evaluation: Mapping[str, Any]) -> list[str]:

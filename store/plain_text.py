@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
+_MOST_NAMES = 12
 
 
 def quantity(n_bytes: float) -> str:
@@ -40,17 +41,20 @@ def shortened(value: object) -> str:
 
 
 def differences(differ: Sequence[tuple[str, object, object]], most: int = 3) -> str:
-    """What differs between before and now, in one line: the first few, and how many more.
+    """What differs between before and now, in one line: the first few with their values, more by name.
 
     Args:
         differ: name, value before, value now; what matters most comes first.
-        most: how many are named.
+        most: how many are told with their values.
 
-    >>> differences([("codec", "small", "raw"), ("a", 1, 2), ("b", 1, 2), ("c", 1, 2), ("d", 1, 2)], 1)
-    "codec is 'small' there and 'raw' now; and 4 more"
+    >>> differences([("codec", "small", "raw"), ("seed", 0, 1), ("n_contexts", 8, 16)], 1)
+    "codec is 'small' there and 'raw' now; also seed, n_contexts"
     """
     told = [f"{name} is {shortened(old)} there and {shortened(new)} now" for name, old, new in differ[:most]]
-    return "; ".join([*told, f"and {len(differ) - most} more"] if len(differ) > most else told)
+    names = [name for name, *_ in differ[most:]]
+    more = [f"{len(names) - _MOST_NAMES} more"] if len(names) > _MOST_NAMES else []
+    rest = [f"also {', '.join([*names[:_MOST_NAMES], *more])}"] if names else []
+    return "; ".join([*told, *rest])
 
 
 def plot(values: Sequence[float], width: int = 64, height: int = 4, *, top: float | None = None) -> list[str]:

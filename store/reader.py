@@ -8,6 +8,7 @@ whole chunks (8 contexts) out of the memory map, about 2 GB/s to a core with che
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -358,7 +359,10 @@ class ActivationStore:
         return ThreadPoolExecutor(self.reading_threads, thread_name_prefix="posae-read")
 
     def tokens(self, contexts: Selection = slice(None)) -> NDArray[np.int32]:
-        """Token ids of contexts that some layer has; int32 [contexts, positions].
+        """Token ids; int32 [contexts, positions].
+
+        By default, and counted from the end, of the contexts that every layer has; by their numbers of any
+        that some layer has.
 
         Raises:
             StoreDamagedError: a chunk is not what was written.
@@ -373,8 +377,9 @@ class ActivationStore:
         return self._beside("document", contexts)
 
     def _beside(self, name: str, contexts: Selection) -> NDArray[Any]:
-        # As far as the layer that is farthest: each is read, and trained on, by itself.
-        rows = select(contexts, max(self.contexts_by_layer.values(), default=0), "contexts")
+        # Of what is named, as far as the layer that is farthest: each is read, and trained on, by itself.
+        farthest = max(self.contexts_by_layer.values(), default=0)
+        rows = select(contexts, farthest if _names_each(contexts) else self.n_contexts, "contexts")
         if not len(rows):
             # The array itself may not be committed yet.
             return np.empty((0, self.context_length), token_specs(self.manifest)[name].dtype)
@@ -520,6 +525,15 @@ def _check_index(shard: tuple[ShardReader, int]) -> None:
     shard[0].check_index(shard[1])
 
 
+def is_store(folder: Path) -> bool:
+    """Whether there is a store, or a group of one, in a folder of this machine; nothing is checked."""
+    try:
+        found: Any = json.loads((folder / ROOT_PATH).read_bytes())
+        return "posae" in found["attributes"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return False
+
+
 def _files_at(place: str | Path, cache: PartCache | None) -> ReadableFiles:
     if "://" in str(place):  # of whatever scheme: no folder is named so
         return RemoteFiles(open_remote(str(place)), cache or PartCache())
@@ -545,6 +559,15 @@ def _seal_of(files: ReadableFiles) -> Seal | None:
     except OSError as error:
         raise StoreFormatError(f"{root} cannot be read: {error.strerror}") from None
     return seal
+
+
+def _names_each(selection: Selection) -> bool:
+    """Whether what is selected does not depend on how many there are."""
+    if isinstance(selection, slice):
+        ends = (selection.start, selection.stop)
+        return selection.stop is not None and all(end is None or end >= 0 for end in ends)
+    wanted = np.asarray(selection)
+    return wanted.dtype != np.bool_ and wanted.size > 0 and int(wanted.min()) >= 0
 
 
 def select(selection: Selection, size: int, axis: str) -> NDArray[np.int64]:

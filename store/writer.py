@@ -60,6 +60,24 @@ def committed_manifest(root: Path) -> Manifest | None:
     return store.manifest if store.files.exists(CORPUS_PATH) else None
 
 
+def standing_store(root: Path) -> ActivationStore | None:
+    """The store at ``root``, or None where one can be begun.
+
+    Raises:
+        StoreFormatError: something else is there.
+        StoreDamagedError: what is there is not what was written.
+    """
+    try:
+        return ActivationStore.open(root)
+    except StoreNotFoundError:
+        return None
+    except StoreFormatError:
+        # What a kill left is no obstacle.
+        if any(not name.endswith(PARTIAL) for name in StoreFiles(root).walk()):
+            raise
+        return None
+
+
 class StoreWriter:
     """A store opened for writing; every method may be called again after a kill.
 
@@ -89,14 +107,7 @@ class StoreWriter:
         writer = cls(root, manifest)
         writer.files.make_root()
         with exclusive(root):
-            try:
-                found = ActivationStore.open(root)
-            except StoreNotFoundError:
-                found = None
-            except StoreFormatError:
-                if any(not name.endswith(PARTIAL) for name in writer.files.walk()):
-                    raise
-                found = None
+            found = standing_store(root)
             if found is not None and found.is_sealed and not writer.has_tokens:
                 raise StoreDamagedError("the file is missing", array=CORPUS_PATH)
             if found is None or not writer.has_tokens:

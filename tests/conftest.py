@@ -1,6 +1,7 @@
 """Small stores without a model: random activations, and tokens with BOS first and some EOS."""
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,14 @@ MANIFEST: dict[str, Any] = {
     "shard_contexts": 512,
     "versions": {"numpy": "any"},
 }
+
+
+@pytest.fixture
+def in_a_terminal() -> Generator[None]:
+    """Ctrl-C interrupts: a process that is started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

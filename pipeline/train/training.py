@@ -372,7 +372,7 @@ def train_together(
             f"{batches.order.window_chunks * batches.order.chunk_contexts:,} contexts holds no more"
         )
     progress.begin("training", n_steps * size, "tokens", n_before * size)
-    with held_back() as interrupt:
+    with held_back(is_alone=processes_here().n_processes == 1) as interrupt:
         for batch in batches.steps(start, stop):
             x = batch.on_device.to(torch.float32)
             taking = [one for one in trainings if one.start <= batch.step < one.stop]

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from posae.pipeline import as_torch, load_autoencoder
+from posae.pipeline.language_model import LanguageModel
 from posae.pipeline.runs import Run
 from posae.store import ActivationStore
 
@@ -393,6 +394,18 @@ def test_a_local_model_and_local_text_are_named_without_their_folders(posae: Pos
     assert ended.code == 1
     assert "--tokenizer" in ended.err
     assert posae("inspect-store", store, "--context", 0, "--tokenizer", model).code == 0
+
+
+def test_a_model_is_not_loaded_where_something_else_is_wrong(
+    posae: Posae, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        pytest.fail("it was loaded")
+
+    monkeypatch.setattr(LanguageModel, "load", load)
+    for words in ((tmp_path / "a.zarr", "--dataset", tmp_path / "no.txt"), (trained,)):
+        ended = posae("harvest", *words, *SMALL)
+        assert (ended.code, ended.err.startswith("error: ")) == (1, True)
 
 
 def test_what_is_wrong_with_a_model_is_told_before_a_store_is_begun(posae: Posae, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Stores passed from hand to hand by the real commands, over real servers."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +146,8 @@ def test_a_copy_that_was_killed_goes_on(store: Path, start_server: StartServer, 
         (("train", "STORE", "hf://datasets/a/b"), "hf://datasets/a/b is a URL"),
         (("report", "OUT", "--out", "gs://bucket/x.html"), "gs://bucket/x.html is a URL"),
         (("train", "STORE", "WITHIN"), "demo.zarr, which is a store; name a place beside it"),
+        (("copy", "STORE", "WITHIN"), "demo.zarr, which is a store; name a place beside it"),
+        (("copy", "STORE", "nope://b/x", "--fraction", "0.5"), "nope://b/x is no URL of http://"),
     ],
     ids=str,
 )
@@ -157,6 +160,15 @@ def test_what_cannot_be_copied_or_written_is_told(
     assert ended.code == 1
     assert said in ended.err
     assert tree(store) == before
+
+
+def test_what_is_beside_a_store_is_not_within_it(posae: Posae, store: Path, tmp_path: Path) -> None:
+    group = tmp_path / "group"
+    group.mkdir()
+    (group / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    shutil.copytree(store, group / "a.zarr")
+    assert posae("train", store, group / "a.zarr" / ".." / "run", *QUICK).code == 0
+    assert (group / "run" / "evaluation.json").exists()
 
 
 def test_an_unfinished_store_is_neither_copied_nor_opened_from_a_server(

@@ -1,8 +1,6 @@
 """What a training resolves, refuses and keeps. That a killed one ends the same is tested with the command."""
 
 import signal
-import time
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -302,18 +300,16 @@ def test_the_threshold_of_batchtopk_ends_where_l0_is_the_target(good_store: Made
     assert active / n_rows == pytest.approx(5, rel=0.01)
 
 
-@pytest.fixture
-def in_a_terminal() -> Generator[None]:
-    """Ctrl-C interrupts: a process that is started in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("in_a_terminal")
-@pytest.mark.parametrize("presses", [1, 2], ids=["once", "twice"])
+@pytest.mark.parametrize(
+    ("presses", "n_processes", "repeated"),
+    [(1, 1, 0), (2, 1, 5), (2, 2, 0)],
+    ids=["once", "twice", "passed on by torchrun"],
+)
 def test_a_training_that_is_interrupted_goes_on_to_the_same_weights(
     presses: int,
+    n_processes: int,
+    repeated: int,
     good_store: Made,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -329,17 +325,17 @@ def test_a_training_that_is_interrupted_goes_on_to_the_same_weights(
         if steps == 15:
             for _ in range(presses):
                 signal.raise_signal(signal.SIGINT)
-                signal.raise_signal(signal.SIGINT)  # the same, passed on by torchrun
-                time.sleep(1.1 * (presses > 1))
         return looks(self, step)
 
     monkeypatch.setattr(Curriculum, "looks", pressing)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(n_processes))
     with pytest.raises(KeyboardInterrupt):
         train(good_store, tmp_path / "run", **words)
-    # Who presses twice does not wait for the step, whose half is left.
     assert steps == 15
     train(good_store, tmp_path / "run", **words)
-    assert steps == (15 + 25 if presses == 1 else 15 + 30)
+    # Who presses twice does not wait for the step, whose half is left: from the last checkpoint on.
+    assert steps == 15 + 25 + repeated
     assert weights(tmp_path / "whole") == weights(tmp_path / "run")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

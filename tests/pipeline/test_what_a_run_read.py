@@ -184,7 +184,8 @@ def test_what_was_measured_on_another_store_is_kept_for_that_store(trained: Trai
     assert evaluate(trained.run, EvaluateSettings())["probing"] == {"source": "made up"}
     other = trained.another(tmp_path / "other.zarr", seed=1)
     assert evaluate(trained.run, EvaluateSettings(store=str(other.root)))["probing"] is None
-    # Set aside, and there again for the store that it is of.
+    # Set aside, and there again for the store that it is of, which has grown meanwhile.
+    put(trained.another(tmp_path / "more.zarr"), trained.store.root)
     assert evaluate(trained.run, EvaluateSettings())["probing"] == {"source": "made up"}
 
 

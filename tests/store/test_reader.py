@@ -137,10 +137,12 @@ def test_only_the_longest_run_of_whole_shards_is_there(make_store: "MakeStore", 
     for ask in (slice(0, 17), [16], [-17], np.ones(17, bool), slice(17, None)):
         with pytest.raises(StoreIncompleteError):
             store.read(0, ask)
-    # Tokens are there for the layer that is farthest.
-    np.testing.assert_array_equal(store.tokens(), made.tokens[:48])
+    np.testing.assert_array_equal(store.tokens(), made.tokens[:16])
+    np.testing.assert_array_equal(store.tokens([-1]), made.tokens[[15]])
+    # What is named is there for the layer that is farthest.
     np.testing.assert_array_equal(store.documents([40, 2]), made.documents[[40, 2]])
-    for ask in (slice(0, 49), [48], [-49], np.ones(49, bool)):
+    np.testing.assert_array_equal(store.tokens(slice(30, 48)), made.tokens[30:48])
+    for ask in (slice(0, 49), [48], [-17], np.ones(17, bool), slice(17, None)):
         with pytest.raises(StoreIncompleteError):
             store.tokens(ask)
     made.write((0, 3))
