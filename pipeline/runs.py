@@ -243,17 +243,11 @@ class Run:
         Raises:
             RunError: the file is damaged, or may not be read.
         """
-        path = self.folder / CHECKPOINT
-        if not path.exists():
-            return None
-        try:
-            with safe_open(path, "pt") as file:  # pyright: ignore[reportUnknownVariableType]
-                step = int(file.metadata()["step"])  # pyright: ignore
-                names = cast("list[str]", file.keys())  # pyright: ignore
-                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}  # pyright: ignore
-        except _UNREADABLE as error:
-            raise self.no_checkpoint(str(error)) from None
-        return step, tensors
+        with self._checkpoint() as file:
+            if file is None:
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return _step(file), tensors
 
     @property
     def checkpoint_step(self) -> int | None:
@@ -262,12 +256,19 @@ class Run:
         Raises:
             RunError: the file is damaged, or may not be read.
         """
+        with self._checkpoint() as file:
+            return None if file is None else _step(file)
+
+    @contextmanager
+    def _checkpoint(self) -> Generator[Any]:
+        """The file of the last checkpoint, opened; None where there is none."""
         path = self.folder / CHECKPOINT
         if not path.exists():
-            return None
+            yield None
+            return
         try:
             with safe_open(path, "pt") as file:  # pyright: ignore[reportUnknownVariableType]
-                return int(file.metadata()["step"])  # pyright: ignore
+                yield file
         except _UNREADABLE as error:
             raise self.no_checkpoint(str(error)) from None
 
@@ -313,6 +314,10 @@ class Run:
             return f"finished, {steps} steps"
         lines = self.metrics()
         return f"at step {_shown(_object(lines[-1]), 'step') if lines else 0} of {steps}"
+
+
+def _step(checkpoint: Any) -> int:
+    return int(checkpoint.metadata()["step"])
 
 
 def runs_below(folder: Path) -> str | None:

@@ -11,7 +11,6 @@ import torch
 from posae.pipeline.evaluate import evaluate
 from posae.pipeline.explore import explore_runs
 from posae.pipeline.harvest import Harvest
-from posae.pipeline.progress import Silent
 from posae.pipeline.results.explored import Explored
 from posae.pipeline.sae.standard import Standard
 from posae.pipeline.sae.topk import BatchTopK
@@ -21,6 +20,7 @@ from posae.store import ActivationStore
 from posae.store.ranges import equal_ranges
 
 from ..conftest import Made, tree
+from .impatient import Impatient
 from .pretended_gpu import GPU, pretended_gpu
 
 LAYER = 2
@@ -36,18 +36,6 @@ def harvest(path: Path, device: str) -> dict[str, bytes]:
     }
     Harvest(path, build(HarvestSettings, words, "")).run()
     return tree(path)
-
-
-class Impatient(Silent):
-    """Presses Ctrl-C after some steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps_left = steps
-
-    def advance(self, amount: int, note: str = "") -> None:
-        self.steps_left -= 1
-        if not self.steps_left:
-            raise KeyboardInterrupt
 
 
 def small(preset: str, device: str) -> TrainSettings:

@@ -22,6 +22,7 @@ from posae.store.errors import RunError, RunMismatchError, SettingsError
 from posae.store.shards import ShardReader
 
 from ..conftest import Made
+from .impatient import Impatient
 
 
 def settings(**values: Any) -> TrainSettings:
@@ -41,18 +42,6 @@ def small(preset: str, **values: Any) -> dict[str, Any]:
     if found["architecture"] not in ("topk", "batchtopk", "jumprelu"):
         del found["target_l0"]
     return found | {"steps": 20, "batch_size": 32, **values}
-
-
-class Impatient(Silent):
-    """Presses Ctrl-C after some steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps_left = steps
-
-    def advance(self, amount: int, note: str = "") -> None:
-        self.steps_left -= 1
-        if not self.steps_left:
-            raise KeyboardInterrupt
 
 
 def weights(folder: Path) -> bytes:
