@@ -59,6 +59,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _flowing(command: Callable[..., None]) -> str:
+    """What a command says of itself, a line to a paragraph, which a terminal of any width folds."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
 _COMMANDS: dict[str, Callable[..., None]] = {
     "harvest": harvest,
     "train": train,
@@ -72,10 +80,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "import-sae": import_sae,
 }
 for _name, _command in _COMMANDS.items():
-    # A line to a paragraph, which a terminal of any width folds.
-    _paragraphs = inspect.cleandoc(_command.__doc__ or "").split("\n\n")
-    _help = "\n\n".join(" ".join(paragraph.split()) for paragraph in _paragraphs)
-    app.command(_name, help=_help)(_command)
+    app.command(_name, help=_flowing(_command))(_command)
 
 
 def _version(wanted: bool) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ..store.cache import default_folder
 from ..store.errors import SettingsError, StoreIncompleteError
 from ..store.reader import ActivationStore
-from ..store.remote import shown
+from ..store.remote import RemoteFolder, shown
 from ..store.servers import open_remote
 from ..store.transfer import bytes_to_move, copy_store, publish
 from .assembling import copy_part, first_part
@@ -64,22 +64,21 @@ def copy(
             f"{shown(destination)} cannot be written: the web can only be read; name a folder, hf://, s3://, "
             "gs:// or sftp://"
         )
-    if is_remote:
-        open_remote(destination)  # refuses what names no server, before a part is made for it
+    server = open_remote(destination) if is_remote else None
     place = shown(destination) if is_remote else str(Path(destination).absolute())
     if place == source.address:
         raise SettingsError(f"{destination} is the store to copy from; name another place")
     if not _is_part(source, settings):
-        if is_remote:
-            return _published(source, destination, progress)
+        if server:
+            return _published(source, server, progress)
         return _moved(source, Path(destination), progress)
-    if not is_remote:
+    if not server:
         return Copied(*_part(source, Path(destination), settings, progress))
     # Of each destination its own: the first of two copies to be done removes it.
     words = f"{source.identity} {settings.model_dump_json()} {place}"
     folder = default_folder() / "parts" / hashlib.sha256(words.encode()).hexdigest()[:16]
     part, _, _ = _part(source, folder, settings, progress)
-    copied = _published(part, destination, progress)
+    copied = _published(part, server, progress)
     shutil.rmtree(folder)
     return copied
 
@@ -129,8 +128,7 @@ def _moved(source: ActivationStore, folder: Path, progress: Progress) -> Copied:
     return Copied(ActivationStore.open(folder), str(folder), not n_files)
 
 
-def _published(source: ActivationStore, url: str, progress: Progress) -> Copied:
-    folder = open_remote(url)
+def _published(source: ActivationStore, folder: RemoteFolder, progress: Progress) -> Copied:
     progress.begin("sending", bytes_to_move(source), "bytes")
     n_files = publish(source, folder, progress.advance)
     progress.end()

@@ -31,7 +31,7 @@ from ..store.ranges import PositionRange, equal_ranges, parse_ranges
 from ..store.reader import ActivationStore
 from .batches import Batch, ordered_batches
 from .device import choose_device
-from .language_model import CausalLanguageModel, LanguageModel, load_tokenizer, model_facts
+from .language_model import CausalLanguageModel, LanguageModel, is_hub_id, load_tokenizer, model_facts
 from .metrics import ABOVE, ScoreKeeper
 from .probing.hub import probe_saebench
 from .probing.offline import probe_store
@@ -464,8 +464,7 @@ def _probe(held_out: _HeldOut, settings: EvaluateSettings, progress: Progress) -
     name = settings.model or manifest.language_model
     revision = None if settings.model else manifest.model_revision
     if not settings.model and name != "demo":
-        # A store may come from a stranger: it names a model of the hub, never a place on this machine.
-        if manifest.is_of_local_model or Path(name).exists() or name.startswith((".", "/", "~")):
+        if not is_hub_id(name, revision):
             raise StoreMismatchError(
                 f"{store.root} was made with a local model, {name}; name its folder with --model"
             )

@@ -30,7 +30,7 @@ from ..store.ranges import PositionRange, equal_ranges
 from ..store.reader import ActivationStore
 from .batches import as_torch
 from .device import choose_device
-from .language_model import load_tokenizer
+from .language_model import is_hub_id, load_tokenizer
 from .metrics import ABOVE
 from .progress import Progress, Silent
 from .results.explored import Excerpt, Explored, ExploredFeature, Unexplored
@@ -364,17 +364,14 @@ class _Readers:
         revision = None if self._named else manifest.model_revision
         key = (name, revision, manifest.tokenizer_hash)
         if key not in self._found:
-            self._found[key] = self._sought(*key, manifest.is_of_local_model)
+            self._found[key] = self._sought(*key)
             if note := self._found[key][1]:
                 self._progress.say(f"token ids in place of text: {note}")
         return self._found[key]
 
-    def _sought(
-        self, name: str, revision: str | None, wanted_hash: str, is_local: bool
-    ) -> tuple[Any, str | None]:
+    def _sought(self, name: str, revision: str | None, wanted_hash: str) -> tuple[Any, str | None]:
         if not self._named and name != "demo":
-            # A store may come from a stranger: it names a model of the hub, never a place on this machine.
-            if is_local or Path(name).exists() or name.startswith((".", "/", "~")):
+            if not is_hub_id(name, revision):
                 return (
                     None,
                     f"the store was made with a local model, {name}; name its folder with --tokenizer",

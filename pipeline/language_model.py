@@ -120,6 +120,17 @@ def model_facts(model: str, revision: str | None = None) -> ModelFacts:
         )
 
 
+def is_hub_id(model: str, revision: str | None) -> bool:
+    """Whether a store's word for its model is one of the hub's: a stranger's names no place on this machine.
+
+    Args:
+        model: as its manifest has it.
+        revision: likewise; of a folder it is a digest.
+    """
+    is_of_folder = (revision or "").startswith("sha256:")
+    return not (is_of_folder or Path(model).exists() or model.startswith((".", "/", "~")))
+
+
 def default_layers(n_layers: int) -> tuple[int, ...]:
     """The layers to harvest where none are named, as deep as 5, 12 and 19 are of Gemma 2's 26.
 

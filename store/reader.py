@@ -85,6 +85,7 @@ class ActivationStore:
         self._specs: dict[str, ArraySpec] = {}
         self._samples: dict[int, LayerStats] = {}
         self._sound_layers: set[int] = set()
+        self._digests: dict[int, dict[str, str]] = {}
         self.layers: tuple[int, ...] = self._find_layers()
         self._check_seal_is_no_longer_than_the_store()
         self.contexts_by_layer = {layer: self._committed(layer) for layer in self.layers}
@@ -480,10 +481,12 @@ class ActivationStore:
     def digests(self, layer: int) -> dict[str, str]:
         """What a run that reads ``layer`` reads: digest by name of tokens, activations, statistics.
 
-        Empty for an unsealed store, whose files have no final digest.
+        Empty for an unsealed store, whose files have no final digest. An opened store reckons once.
         """
         if not self.seal:
             return {}
+        if layer in self._digests:
+            return dict(self._digests[layer])
         prefixes = {name: f"{name}/" for name in ("tokens", layer_path(layer))}
         prefixes["stats"] = f"stats/{layer_path(layer)}/"
         found: dict[str, str] = {}
@@ -492,7 +495,8 @@ class ActivationStore:
                 f"{path} {file.sha256}\n" for path, file in self.seal.files.items() if path.startswith(prefix)
             )
             found[name] = hashlib.sha256("".join(lines).encode()).hexdigest()
-        return found
+        self._digests[layer] = found
+        return dict(found)
 
     def __repr__(self) -> str:
         """A line for notebooks."""

@@ -20,22 +20,16 @@ from posae.store import ActivationStore
 from posae.store.errors import SettingsError
 
 from ..conftest import Made
+from .impatient import Impatient
 
 QUICK = {"steps": 30, "batch_size": 32, "window_contexts": 16, "log_steps": 5, "checkpoint_steps": 10}
 
 BLOCK, WHOLE, LAST = 2**15, 1, 4
 
 
-class CutOff(Silent):
+def cut_off(steps: int) -> Impatient:
     """Ends the training after some steps, as a kill would."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps_left = steps
-
-    def advance(self, amount: int, note: str = "") -> None:
-        self.steps_left -= 1
-        if not self.steps_left:
-            raise RuntimeError("cut off")
+    return Impatient(steps, RuntimeError("cut off"))
 
 
 def train(store: Made, folder: Path, *names: TrackerName, progress: Silent | None = None) -> Run:
@@ -55,7 +49,7 @@ def value(line: Mapping[str, Any], name: str) -> float:
 def test_tensorboard_has_every_line_once_after_a_cut(good_store: Made, tmp_path: Path) -> None:
     reader: Any = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with pytest.raises(RuntimeError, match="cut off"):
-        train(good_store, tmp_path / "run", TrackerName.TENSORBOARD, progress=CutOff(18))
+        train(good_store, tmp_path / "run", TrackerName.TENSORBOARD, progress=cut_off(18))
     run = train(good_store, tmp_path / "run", TrackerName.TENSORBOARD)
     lines = run.metrics()
     found = reader.EventAccumulator(str(run.folder / "tensorboard"))
@@ -85,7 +79,7 @@ def test_wandb_has_runs_side_by_side_and_goes_on_in_the_same(
         configs = {one.run.folder: one.config for one in group}
         try:
             with Trackers([TrackerName.WANDB], configs) as trackers:
-                train_together(begun, CutOff(2 * cut) if cut else None, watch=trackers)
+                train_together(begun, cut_off(2 * cut) if cut else None, watch=trackers)
         except RuntimeError:
             assert cut
             time.sleep(1.1)  # their folders are named by the second, and the run
