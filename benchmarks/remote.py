@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
 from posae.pipeline.train import Training
 from posae.store import ActivationStore
-from posae.store.cache import PartCache
+from posae.store.remote.cache import PartCache
 
 LEAST = 0.9
 PRESETS = ("paper", "posae")

@@ -51,7 +51,8 @@ from posae.store.seal import (
     pretty_json,
     seal_bytes,
 )
-from posae.store.shards import ShardWriter, encode_chunks, index_bytes
+from posae.store.shard_writer import ShardWriter, encode_chunks
+from posae.store.shards import index_bytes
 from posae.store.stats import stats_specs
 from posae.store.writer import StoreWriter
 

@@ -38,7 +38,8 @@ from posae.store.manifest import Manifest, layer_spec
 from posae.store.ranges import equal_ranges
 from posae.store.reader import ActivationStore
 from posae.store.rounding import round_mantissas
-from posae.store.shards import ShardReader, encode_chunks, index_bytes, parse_index
+from posae.store.shard_writer import encode_chunks
+from posae.store.shards import ShardReader, index_bytes, parse_index
 from posae.store.stats import bits_to_float32
 
 LENGTH, D_MODEL = 128, 2304
@@ -403,7 +404,7 @@ def writing(folder: Path, demo: ActivationStore, manifest: Manifest, table: Tabl
 def write_ours(root: Path, spec: ArraySpec, rows: NDArray[np.uint16]) -> None:
     """One shard by our writer, streamed chunk by chunk."""
     from posae.store.files import StoreFiles
-    from posae.store.shards import ShardWriter
+    from posae.store.shard_writer import ShardWriter
 
     shutil.rmtree(root, ignore_errors=True)
     (root / spec.path).mkdir(parents=True)

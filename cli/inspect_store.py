@@ -13,7 +13,7 @@ import typer
 
 from ..store.errors import StoreDamagedError, StoreError, StoreFormatError
 from ..store.reader import ActivationStore
-from ..store.remote import is_url
+from ..store.remote.folder import is_url
 from .display import LiveProgress
 from .options import Cache, CacheSize
 from .show_store import show_brief, show_context, show_damage, show_store

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 
 from ..pipeline.settings import Settings
-from ..store.cache import parse_size
 from ..store.errors import SettingsError
 from ..store.reader import is_store
+from ..store.remote.cache import parse_size
 
 Config = Annotated[
     Path | None, typer.Option("--config", help="TOML file with settings; options given here win over it.")

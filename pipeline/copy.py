@@ -10,12 +10,13 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from ..store.cache import default_folder
 from ..store.errors import SettingsError, StoreIncompleteError
 from ..store.reader import ActivationStore
-from ..store.remote import RemoteFolder, shown
-from ..store.servers import open_remote
-from ..store.transfer import bytes_to_move, copy_store, publish
+from ..store.remote.cache import default_folder
+from ..store.remote.folder import RemoteFolder, shown
+from ..store.remote.publish import publish
+from ..store.remote.servers import open_remote
+from ..store.transfer import bytes_to_move, copy_store
 from .assembling import copy_part, first_part
 from .progress import Progress, Silent
 from .settings import CopySettings

@@ -27,7 +27,8 @@ from .layout import MAX_SHARDS, ArraySpec, Json
 from .manifest import Manifest, Origin, layer_path, layer_spec, token_specs
 from .reader import ActivationStore
 from .seal import check_sealed_bytes
-from .shards import ShardReader, most_bytes
+from .shard_writer import most_bytes
+from .shards import ShardReader
 from .stats import ordinary_tokens, stats_specs
 from .writer import ShardOfLayers, StoreWriter
 

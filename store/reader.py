@@ -19,7 +19,6 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import PartCache
 from .errors import (
     SettingsError,
     StoreDamagedError,
@@ -33,7 +32,9 @@ from .manifest import Manifest, layer_path, layer_spec, parse_corpus, parse_mani
 from .notebook import block, columns, facts
 from .plain_text import quantity
 from .readable import ReadableFiles
-from .remote_files import READING_THREADS, RemoteFiles
+from .remote.cache import PartCache
+from .remote.files import READING_THREADS, RemoteFiles
+from .remote.servers import open_remote
 from .seal import (
     CORPUS_PATH,
     MAX_METADATA_BYTES,
@@ -44,7 +45,6 @@ from .seal import (
     parse_json,
     read_seal,
 )
-from .servers import open_remote
 from .shards import ShardReader
 from .stats import (
     LayerStats,

@@ -36,7 +36,8 @@ from .seal import (
     seal_bytes,
     sha256_of,
 )
-from .shards import Rows, ShardReader, ShardWriter, encode_chunks, shard_bytes, write_array
+from .shard_writer import Rows, ShardWriter, encode_chunks, shard_bytes, write_array
+from .shards import ShardReader
 from .stats import ChunkStats, stats_specs
 
 _CHOSEN = {

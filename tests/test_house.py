@@ -34,9 +34,9 @@ ONLY_IN = {
     "sae_lens": "pipeline/saelens.py",
     "sae_bench": "pipeline/saebench.py",
     "wandb": "pipeline/trackers.py",
-    **dict.fromkeys(("boto3", "botocore", "urllib3"), "store/s3.py"),
-    "google": "store/gs.py",
-    "paramiko": "store/sftp.py",
+    **dict.fromkeys(("boto3", "botocore", "urllib3"), "store/remote/s3.py"),
+    "google": "store/remote/gs.py",
+    "paramiko": "store/remote/sftp.py",
 }
 STAGES = {
     *("harvest", "train", "evaluate", "explore", "report", "sweep", "plant", "copy", "merge"),

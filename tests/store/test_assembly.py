@@ -34,7 +34,7 @@ from posae.store.errors import (
 from posae.store.files import StoreFiles
 from posae.store.manifest import parse_manifest
 from posae.store.seal import CARD_PATH, SealedFile, seal_bytes
-from posae.store.shards import ShardWriter, write_shard
+from posae.store.shard_writer import ShardWriter, write_shard
 from posae.store.stats import stats_specs
 from posae.store.verify import verify
 

@@ -17,7 +17,7 @@ from posae.store.card import card, is_ours, write_card
 from posae.store.errors import StoreWriteError
 from posae.store.files import StoreFiles
 from posae.store.seal import CARD_PATH
-from posae.store.shards import write_array
+from posae.store.shard_writer import write_array
 from posae.store.stats import stats_specs
 from posae.store.verify import verify
 from posae.store.writer import StoreWriter

@@ -10,7 +10,7 @@ import pytest
 from posae.store.errors import StoreDamagedError, StoreWriteError
 from posae.store.files import StoreFiles
 from posae.store.manifest import layer_spec
-from posae.store.shards import ShardWriter
+from posae.store.shard_writer import ShardWriter
 
 if TYPE_CHECKING:
     from ..conftest import Made

@@ -26,7 +26,7 @@ from posae.store import ActivationStore
 from posae.store.files import StoreFiles
 from posae.store.layout import ArraySpec
 from posae.store.manifest import Manifest, group_json, layer_spec, token_specs
-from posae.store.shards import write_array, write_shard
+from posae.store.shard_writer import write_array, write_shard
 from posae.store.stats import stats_specs
 
 if TYPE_CHECKING:

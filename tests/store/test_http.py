@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posae.store import http, retries
 from posae.store.errors import StoreDamagedError, StoreRemoteError
-from posae.store.http import HttpFolder
-from posae.store.retries import PassingError, retry_after_seconds, tried, tried_once
+from posae.store.remote import http, retries
+from posae.store.remote.http import HttpFolder
+from posae.store.remote.retries import PassingError, retry_after_seconds, tried, tried_once
 
 if TYPE_CHECKING:
     from ..servers import Server, StartServer

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posae.store import ActivationStore
-from posae.store.cache import PartCache, parse_size
 from posae.store.errors import (
     SettingsError,
     StoreDamagedError,
@@ -19,6 +18,7 @@ from posae.store.errors import (
     StoreNotFoundError,
     StoreRemoteError,
 )
+from posae.store.remote.cache import PartCache, parse_size
 from posae.store.verify import verify
 
 from ..conftest import Made, MakeStore

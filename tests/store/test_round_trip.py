@@ -17,7 +17,8 @@ import posae.store
 from posae.store import ActivationStore
 from posae.store.files import StoreFiles
 from posae.store.manifest import layer_spec, token_specs
-from posae.store.shards import ShardReader, write_array
+from posae.store.shard_writer import write_array
+from posae.store.shards import ShardReader
 from posae.store.stats import stats_specs
 from posae.store.verify import verify
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from posae.store import remote, retries
 from posae.store.errors import SettingsError, StoreDamagedError, StoreRemoteError
-from posae.store.remote import RemoteFolder, inside, is_url, same, shown
-from posae.store.retries import PassingError
-from posae.store.servers import open_remote
+from posae.store.remote import folder as remote
+from posae.store.remote import retries
+from posae.store.remote.folder import RemoteFolder, inside, is_url, same, shown
+from posae.store.remote.retries import PassingError
+from posae.store.remote.servers import open_remote
 
 if TYPE_CHECKING:
     from ..fakes import Hub
@@ -414,7 +415,7 @@ class TestS3:
         self, start_server: "StartServer", monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # S3 refuses a body that is not that of its Content-MD5; moto does not look.
-        monkeypatch.setattr("posae.store.s3.PIECE_BYTES", 5 << 20)
+        monkeypatch.setattr("posae.store.remote.s3.PIECE_BYTES", 5 << 20)
         folder = cast(Any, open_remote(start_server("s3").url()))
         sent: list[tuple[bytes, str]] = []
 
@@ -471,7 +472,7 @@ class TestS3:
     def test_parts_of_what_failed_are_removed(
         self, start_server: "StartServer", monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("posae.store.s3.PIECE_BYTES", 5 << 20)
+        monkeypatch.setattr("posae.store.remote.s3.PIECE_BYTES", 5 << 20)
         server = start_server("s3")
         folder = cast(Any, open_remote(server.url()))
         folder.write("large", b"1" * (6 << 20))
@@ -583,7 +584,7 @@ class TestUrls:
         package = {"s3": "boto3", "gs": "google.auth", "sftp": "paramiko"}[scheme]
         code = (
             f"import sys; sys.modules[{package!r}] = None\n"
-            f"from posae.store.servers import open_remote\nopen_remote('{scheme}://host/a')"
+            f"from posae.store.remote.servers import open_remote\nopen_remote('{scheme}://host/a')"
         )
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert ended.stderr.strip().endswith(
@@ -592,7 +593,7 @@ class TestUrls:
 
     def test_nothing_is_imported_that_is_not_asked_for(self) -> None:
         code = (
-            "import sys; from posae.store.servers import open_remote\n"
+            "import sys; from posae.store.remote.servers import open_remote\n"
             "print({'httpx2', 'boto3', 'paramiko', 'google.auth', 'huggingface_hub'} & set(sys.modules))"
         )
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -23,8 +23,8 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
 import httpx2
 
-from .errors import SettingsError, StoreRemoteError
-from .remote import changed, inside, shown, too_large
+from ..errors import SettingsError, StoreRemoteError
+from .folder import changed, inside, shown, too_large
 from .retries import BUSY, PassingError, retry_after_seconds, tried
 
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every URL, with a query that may be secret

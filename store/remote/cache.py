@@ -13,7 +13,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from .errors import SettingsError
+from ..errors import SettingsError
 
 DEFAULT_BYTES = 50 * 10**9
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -1,7 +1,7 @@
 """A URL to the folder that it names; each kind of server is imported only when it is asked for."""
 
-from .errors import SettingsError
-from .remote import SCHEMES, RemoteFolder, is_url, shown
+from ..errors import SettingsError
+from .folder import SCHEMES, RemoteFolder, is_url, shown
 
 
 def open_remote(url: str) -> RemoteFolder:

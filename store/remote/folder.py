@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 from urllib.parse import urlsplit, urlunsplit
 
-from .errors import StoreDamagedError, StoreRemoteError
+from ..errors import StoreDamagedError, StoreRemoteError
 
 SCHEMES = {"http": None, "https": None, "s3": "s3", "gs": "gs", "sftp": "sftp", "hf": None}
 """What a URL may begin with, and the extra of posae that brings what it needs; None: posae itself."""

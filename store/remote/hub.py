@@ -31,9 +31,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from .errors import SettingsError, StoreError, StoreRemoteError
+from ..errors import SettingsError, StoreError, StoreRemoteError
+from .folder import PIECE_BYTES, inside, opened, shown
 from .http import HttpReader
-from .remote import PIECE_BYTES, inside, opened, shown
 from .retries import BUSY, PassingError, retry_after_seconds, tried, tried_once
 
 _CREDENTIALS = "HF_TOKEN, hf auth login"

@@ -25,9 +25,9 @@ from urllib.parse import unquote, urlsplit
 
 import paramiko
 
-from .errors import SettingsError, StoreError, StoreRemoteError
-from .files import PARTIAL
-from .remote import PIECE_BYTES, changed, inside, opened, same, shown, too_large
+from ..errors import SettingsError, StoreError, StoreRemoteError
+from ..files import PARTIAL
+from .folder import PIECE_BYTES, changed, inside, opened, same, shown, too_large
 from .retries import PassingError, tried, tried_once
 
 _MAX_SESSIONS = 8  # OpenSSH's own limit is 10 a connection

@@ -23,9 +23,9 @@ import httpx2
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
 from google.auth.transport.requests import Request
 
-from .errors import SettingsError, StoreRemoteError
+from ..errors import SettingsError, StoreRemoteError
+from .folder import PIECE_BYTES, inside, opened, same, shown
 from .http import HttpReader, received
-from .remote import PIECE_BYTES, inside, opened, same, shown
 from .retries import PassingError, tried, tried_once
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"

@@ -13,7 +13,7 @@ from email.utils import parsedate_to_datetime
 from time import sleep
 from typing import TypeVar
 
-from .errors import StoreRemoteError
+from ..errors import StoreRemoteError
 
 N_TRIES = 7
 FIRST_WAIT_SECONDS = 0.5

@@ -33,8 +33,8 @@ from botocore.exceptions import (
     SSLError,
 )
 
-from .errors import SettingsError, StoreError, StoreRemoteError
-from .remote import PIECE_BYTES, changed, inside, opened, same, shown, too_large
+from ..errors import SettingsError, StoreError, StoreRemoteError
+from .folder import PIECE_BYTES, changed, inside, opened, same, shown, too_large
 from .retries import BUSY, PassingError, retry_after_seconds, tried, tried_once
 
 _MAX_PARTS = 10_000

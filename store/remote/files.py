@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..errors import StoreDamagedError, StoreIncompleteError, StoreNotFoundError
+from ..files import StoreFiles
+from ..seal import CARD_PATH, MAX_SEAL_BYTES, ROOT_PATH, SEAL_PATH, SealedFile, parse_seal
 from .cache import PartCache
-from .errors import StoreDamagedError, StoreIncompleteError, StoreNotFoundError
-from .files import StoreFiles
-from .remote import RemoteFolder
-from .seal import CARD_PATH, MAX_SEAL_BYTES, ROOT_PATH, SEAL_PATH, SealedFile, parse_seal
+from .folder import RemoteFolder
 
 READING_THREADS = 32
 """Parts that are asked for at once: at 50 ms to a request, 640 of them a second."""

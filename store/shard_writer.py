@@ -1,0 +1,273 @@
+"""Writing the shards of an array: encoding rows, streaming chunks, committing by a rename.
+
+A shard is written under its lock to a temporary file, a chunk at a time, and renamed when its index is
+durable: the rename is the commit record. Costs what the codec costs, and two fsyncs a shard.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .codecs import CHECKSUM_BYTES, HEADER_BYTES, checksum
+from .errors import StoreDamagedError
+from .files import StoreFiles, partial_name, sync_folder, take_lock, writing
+from .layout import ArraySpec
+from .shards import ABSENT, ShardReader, index_bytes
+
+
+class ShardDigest(NamedTuple):
+    """What the seal says of a file."""
+
+    n_bytes: int
+    sha256: bytes
+
+
+class ShardWriter:
+    """One shard being written, under its lock; whoever holds the lock alone may write it.
+
+    The temporary file is the lock: a kill frees it, and the next holder begins it anew.
+    """
+
+    def __init__(self, files: StoreFiles, spec: ArraySpec, shard: int, handle: int) -> None:
+        """Begin with an empty file; use ``try_lock``."""
+        self.spec = spec
+        self.shard = shard
+        self._files = files
+        self._path = spec.shard_path(shard)
+        self._target = files.root / self._path
+        self._file = os.fdopen(handle, "wb", buffering=0)
+        self._index = np.full((spec.chunks_per_shard, 2), ABSENT, "<u8")
+        self._digest = hashlib.sha256()
+        self._n_chunks = 0
+        self._n_bytes = 0
+        self._linked = ""
+
+    @classmethod
+    def try_lock(
+        cls,
+        files: StoreFiles,
+        spec: ArraySpec,
+        shard: int,
+        *,
+        wait: bool,
+        is_committed: Callable[[], bool] | None = None,
+    ) -> Self | None:
+        """The writer of ``shard``, or None where another process has it or it is committed.
+
+        Args:
+            files: the store.
+            spec: the array.
+            shard: which of its shards.
+            wait: wait for the other process, rather than return None at once.
+            is_committed: whether nothing is left to do; by default, whether the shard is there.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        path = spec.shard_path(shard)
+        partial = partial_name(path)
+        reader = ShardReader(files, spec)
+        is_done = is_committed or (lambda: reader.is_committed(shard))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        while True:
+            with writing(files.root / path), files.folder_of(path) as folder:
+                handle = os.open(partial, flags, 0o666, dir_fd=folder)
+            try:
+                # The file may have been renamed to its final name, or removed, before we got the lock.
+                ours = take_lock(handle, files.root / path, wait=wait) and _is_at(files, path, handle)
+            except BaseException as error:
+                os.close(handle)
+                if isinstance(error, BlockingIOError):
+                    return None
+                raise
+            if not ours:
+                os.close(handle)
+                if is_done():
+                    return None
+                continue
+            if is_done():
+                with suppress(FileNotFoundError), files.folder_of(path) as folder:
+                    os.unlink(partial, dir_fd=folder)
+                os.close(handle)
+                return None
+            os.ftruncate(handle, 0)
+            return cls(files, spec, shard, handle)
+
+    def append(self, encoded: bytes) -> None:
+        """Write the next chunk, as its codec encoded it.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        self._index[self._n_chunks] = (self._n_bytes, len(encoded))
+        self._n_chunks += 1
+        self._write(encoded)
+
+    def _write(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._n_bytes += len(data)
+        view = memoryview(data)
+        with writing(self._target):
+            while len(view):
+                view = view[self._file.write(view) :]
+
+    def finish(self) -> ShardDigest:
+        """Write the index and make the file durable; it is not committed yet.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        if self._n_chunks != self.spec.chunks_in(self.shard):
+            raise ValueError(f"{self._n_chunks} of {self.spec.chunks_in(self.shard)} chunks written")
+        index = self._index.tobytes()
+        self._write(index + checksum(index))
+        with writing(self._target):
+            os.fsync(self._file.fileno())
+        return ShardDigest(self._n_bytes, self._digest.digest())
+
+    def adopt(self, source: ShardReader, shard: int) -> None:
+        """Be a whole shard of a sealed store, in place of ``append`` and ``finish``; nothing is decoded.
+
+        The file gets one more name where the file system can do that, and only its size and its index are
+        looked at. Else it is copied, and all of its bytes checked.
+
+        Args:
+            source: the same layer, with the same codec and shards, of the other store.
+            shard: which of its shards.
+
+        Raises:
+            StoreDamagedError: the file is missing or not what was sealed.
+            StoreWriteError: the disk refused.
+        """
+        source.check_index(shard)
+        path = source.spec.shard_path(shard)
+        # Not the temporary name: that is the lock, and whoever gets it next empties the file.
+        linked = partial_name(f"{self._path}.linked")
+        with writing(self._target), self._files.folder_of(self._path) as folder:
+            with suppress(FileNotFoundError):
+                os.unlink(linked, dir_fd=folder)
+            if source.files.link(path, folder, linked):
+                self._linked = linked
+                return
+        for piece in source.files.pieces(path):
+            self._write(piece)
+        with writing(self._target):
+            os.fsync(self._file.fileno())
+        found = (self._n_bytes, self._digest.hexdigest())
+        if source.sealed is None or source.sealed.get(path) != found:
+            raise StoreDamagedError(
+                "its bytes are not those that were sealed", array=source.spec.path, shard=shard
+            )
+
+    def commit(self) -> None:
+        """Rename the finished file: the commit record.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        name, partial = self._path.rpartition("/")[2], partial_name(self._path)
+        with writing(self._target), self._files.folder_of(self._path) as folder:
+            os.rename(self._linked or partial, name, src_dir_fd=folder, dst_dir_fd=folder)
+            sync_folder(folder)
+            if self._linked:
+                self._remove_temporary(folder)
+        self._file.close()
+
+    def _remove_temporary(self, folder: int) -> None:
+        # Of a linked file both may be there: renaming one name of a file to another does nothing.
+        for name in filter(None, (self._linked, partial_name(self._path))):
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder)
+
+    def abandon(self) -> None:
+        """Remove the file, unless it is committed, and free the lock."""
+        if not self._file.closed:
+            with suppress(OSError), self._files.folder_of(self._path) as folder:
+                self._remove_temporary(folder)
+            self._file.close()
+
+
+def _is_at(files: StoreFiles, path: str, handle: int) -> bool:
+    """Whether the open file ``handle`` is the one at the temporary name of ``path``."""
+    try:
+        with files.folder_of(path) as folder:
+            there = os.stat(partial_name(path), dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(handle), there)
+
+
+def encode_chunks(spec: ArraySpec, rows: NDArray[Any]) -> list[bytes]:
+    """Consecutive rows as encoded chunks, the last one padded with fill."""
+    chunks: list[bytes] = []
+    for start in range(0, len(rows), spec.chunk_rows):
+        part = rows[start : start + spec.chunk_rows]
+        if len(part) < spec.chunk_rows:
+            padded = np.full(spec.chunk_shape, spec.fill, spec.dtype)
+            padded[: len(part)] = part
+            part = padded
+        chunks.append(spec.codec.encode(np.ascontiguousarray(part, spec.dtype)))
+    return chunks
+
+
+class Rows(Protocol):
+    """Entries of an array, some at a time: numpy's own, or what makes them as they are asked for."""
+
+    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
+        """The entries of a slice without a step."""
+        ...
+
+
+def write_array(
+    files: StoreFiles,
+    spec: ArraySpec,
+    rows: Rows,
+    existing: Callable[[int], bytes | None] = lambda _shard: None,
+) -> None:
+    """Write every shard of a small array, durably.
+
+    Args:
+        files: the store.
+        spec: the array.
+        rows: all of its entries.
+        existing: the file of a shard, where there is one to be taken as it is.
+
+    Raises:
+        StoreWriteError: the disk refused.
+    """
+    for shard in range(spec.n_shards):
+        if data := existing(shard):
+            files.write(spec.shard_path(shard), data)
+        else:
+            start = shard * spec.shard_rows
+            write_shard(files, spec, shard, rows[start : start + spec.shard_rows])
+
+
+def most_bytes(spec: ArraySpec) -> int:
+    """The most that a shard's file can be long."""
+    return spec.chunks_per_shard * (spec.chunk_bytes + HEADER_BYTES + CHECKSUM_BYTES) + index_bytes(spec)
+
+
+def write_shard(files: StoreFiles, spec: ArraySpec, shard: int, rows: NDArray[Any]) -> None:
+    """Write one shard of a small array, in place of what may be there; durable, no lock.
+
+    Raises:
+        StoreWriteError: the disk refused.
+    """
+    files.write(spec.shard_path(shard), shard_bytes(spec, rows))
+
+
+def shard_bytes(spec: ArraySpec, rows: NDArray[Any]) -> bytes:
+    """The file of a shard that holds ``rows``."""
+    index = np.full((spec.chunks_per_shard, 2), ABSENT, "<u8")
+    data = bytearray()
+    for number, encoded in enumerate(encode_chunks(spec, rows)):
+        index[number] = (len(data), len(encoded))
+        data += encoded
+    raw = index.tobytes()
+    return bytes(data + raw + checksum(raw))
