@@ -1,5 +1,6 @@
 """``posae harvest``: a language model's activations into a store."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,7 +8,7 @@ import typer
 from rich.text import Text
 
 from ..pipeline.settings import HARVEST_PRESETS, HarvestSettings, resolve_settings
-from ..store.plain_text import counted
+from ..store.plain_text import counted, numbers
 from ..store.writer import StoreWriter, committed_manifest
 from .display import LiveProgress, console, duration, errors, if_interrupted, quantity
 from .options import Config, on_this_machine, with_settings
@@ -67,19 +68,25 @@ def harvest(
             f"warning: about {quantity(plan.expected_bytes)} will be written, "
             f"and {quantity(plan.free_bytes)} are free"
         )
-    with if_interrupted(lambda: _what_is_there(store) if speaks else ""), LiveProgress() as progress:
+    held, left = work.layers_held() if speaks else ((), ())
+    if left:
+        note = f"layers {numbers(left)}, begun earlier, stay incomplete; the store will hold {numbers(held)}"
+        console.print(Text(f"{store}: {note}"), soft_wrap=True)
+    with (
+        if_interrupted(lambda: _what_is_there(store, work.layers) if speaks else ""),
+        LiveProgress() as progress,
+    ):
         done = work.run(progress)
     if not speaks:
         return
-    what = f"{counted(done.n_contexts, 'context')} in layers {', '.join(map(str, done.layers))}"
+    what = f"{counted(done.n_contexts, 'context')} in layers {numbers(done.layers)}"
     before = "" if done.n_tokens else "finished before, "
     console.print(Text(f"{store}: {before}{what}, sealed as {done.identity[:16]}"), soft_wrap=True)
 
 
-def _what_is_there(store: Path) -> str:
+def _what_is_there(store: Path, layers: Sequence[int]) -> str:
     manifest = committed_manifest(store)
     if manifest is None:
-        return "no shard is there yet, and the same command begins anew"
-    writer = StoreWriter(store, manifest)
-    n_there = len(writer.standing_shards(writer.begun_layers()))
-    return f"{n_there:,} of {manifest.n_shards:,} shards are there, and the same command goes on"
+        return "no shard is written yet; the same command starts over"
+    n_written = len(StoreWriter(store, manifest).standing_shards(layers))
+    return f"{n_written:,} of {manifest.n_shards:,} shards are written; the same command resumes"

@@ -26,10 +26,11 @@ from ..store.corpus import corpus_counts
 from ..store.errors import ModelError
 from ..store.layout import CHUNK_CONTEXTS, shard_contexts
 from ..store.manifest import Manifest, token_specs
+from ..store.reader import ActivationStore
 from ..store.rounding import MANTISSA_BITS
 from ..store.shards import ShardReader
 from ..store.stats import ordinary_tokens
-from ..store.writer import ShardOfLayers, StoreWriter, committed_manifest, standing_store
+from ..store.writer import NotFiniteError, ShardOfLayers, StoreWriter, committed_manifest, standing_store
 from .device import choose_device, n_cores
 from .host_copies import HostCopies, HostCopy
 from .language_model import (
@@ -76,6 +77,8 @@ class Harvested(NamedTuple):
     """What a harvest left."""
 
     layers: tuple[int, ...]
+    """All that the store holds."""
+
     n_contexts: int
     n_tokens: int
     """Tokens that went through the model this time; 0 if all was there."""
@@ -108,6 +111,18 @@ class Harvest:
         check_layers(self.facts, self.layers)
         self.processes: Processes = processes_here()
         self.device = choose_device(settings.device, self.processes.local_rank)
+
+    def layers_held(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The layers that the store will hold, and those begun earlier that are left incomplete."""
+        store = standing_store(self.path) if self.begun else None
+        if store is None or self.begun is None:
+            return self.layers, ()
+        writer = StoreWriter(self.path, self.begun)
+        held = {*self.layers, *(store.layers if store.is_sealed else ())}
+        left = {
+            layer for layer in writer.begun_layers() if layer not in held and writer.missing_shards([layer])
+        }
+        return tuple(sorted({*held, *writer.begun_layers()} - left)), tuple(sorted(left))
 
     def plan(self) -> Plan:
         """Sizes, without touching the dataset or the disk."""
@@ -208,19 +223,21 @@ class Harvest:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # else each process would also take memory on the first GPU
         manifest, model = self.manifest, None
+        allow_versions = self.settings.allow_versions
         if self.begun is None:
-            # What is wrong with it is told before a store is begun, and before hours of tokenising.
-            standing_store(self.path)
+            # What is wrong with the folder or the model shows before hours of tokenising.
+            StoreWriter(self.path, manifest, allow_versions=allow_versions).check(self.layers)
             model = self._load_model()
-        writer = StoreWriter.begin(self.path, manifest)
+        writer = StoreWriter.begin(self.path, manifest, self.layers, allow_versions=allow_versions)
         with writer.lock():
             if not writer.has_tokens:
                 self._commit_tokens(writer, progress)
             layers = writer.begin_layers(self.layers)
         n_tokens = self._fill(writer, layers, model, progress) if layers else 0
         with writer.lock():
-            identity = writer.finish(layers)
-        return Harvested(self.layers, self.manifest.n_contexts, n_tokens, identity)
+            identity = writer.finish(self.layers)
+        layers = ActivationStore(self.path).layers
+        return Harvested(layers, self.manifest.n_contexts, n_tokens, identity)
 
     def _commit_tokens(self, writer: StoreWriter, progress: Progress) -> None:
         contexts = self._take_contexts(progress)
@@ -286,7 +303,7 @@ class Harvest:
                     model = model or self._load_model()
                     rows = tokens.read_rows(np.array(shard.contexts))
                     batches = self._batches(shard, rows, model, copies)
-                    with _finite(manifest, shard):
+                    with _finite(manifest, shard, self.layers):
                         for copy, ordinary in _one_behind(batches):
                             for layer, bits in copy.bits().items():
                                 copy.read_by(shard.append(layer, bits, ordinary, encoders))
@@ -294,7 +311,7 @@ class Harvest:
                     if committing:
                         committing.result()
                     held.pop_all()
-                    committing = committer.submit(_commit, manifest, shard)
+                    committing = committer.submit(_commit, manifest, shard, self.layers)
                 n_tokens += rows.size
             if committing:
                 committing.result()
@@ -324,6 +341,12 @@ class Harvest:
         for start in range(0, len(tokens), size):
             within = slice(start, start + size)
             activations = model.activations(on_device[within], shard.layers)
+            if silent := sorted(set(shard.layers) - activations.keys()):
+                others = ",".join(str(layer) for layer in self.layers if layer not in silent)
+                raise ModelError(
+                    f"layer {silent[0]} of {self.facts.id} does not run on text alone; leave it out"
+                    + (f": --layers {others}" if others else "")
+                )
             yield (
                 copies.start(activations),
                 ordinary_tokens(self.manifest, tokens[within], shard.contexts[within]),
@@ -383,20 +406,22 @@ def _one_behind(items: Iterable[_Item]) -> Iterator[_Item]:
     yield from last
 
 
-def _commit(manifest: Manifest, shard: ShardOfLayers) -> None:
-    with shard, _finite(manifest, shard):
+def _commit(manifest: Manifest, shard: ShardOfLayers, wanted: Sequence[int]) -> None:
+    with shard, _finite(manifest, shard, wanted):
         shard.commit()
 
 
 @contextmanager
-def _finite(manifest: Manifest, shard: ShardOfLayers) -> Generator[None]:
+def _finite(manifest: Manifest, shard: ShardOfLayers, wanted: Sequence[int]) -> Generator[None]:
     try:
         yield
-    except FloatingPointError:
+    except NotFiniteError as error:
+        others = ",".join(str(layer) for layer in wanted if layer != error.layer)
         raise ModelError(
-            f"{manifest.model} gives activations that are not finite, in contexts "
-            f"{shard.contexts.start} to {shard.contexts.stop - 1}; try another device "
-            "or attention implementation"
+            f"layer {error.layer} of {manifest.model} gives activations that are not finite, in contexts "
+            f"{shard.contexts.start} to {shard.contexts.stop - 1}; "
+            + (f"leave that layer out (--layers {others}), or " if others else "")
+            + "harvest into another folder with another --device or --attention"
         ) from None
 
 

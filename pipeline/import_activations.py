@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..store.errors import ForeignFileError, SettingsError
 from ..store.layout import CHUNK_CONTEXTS, shard_contexts
-from ..store.manifest import MAX_LAYERS, Imported, Manifest, layer_spec
+from ..store.manifest import MAX_LAYERS, Imported, Manifest
 from ..store.reader import ActivationStore
 from ..store.stats import ordinary_tokens
 from ..store.writer import ShardOfLayers, StoreWriter
@@ -201,16 +201,7 @@ class Import:
             StoreWriteError: the disk refused.
         """
         progress = progress or Silent()
-        try:
-            layer_spec(self.manifest, self.layer).check_bounds()
-        except ForeignFileError:
-            raise
-        except ValueError:  # of the manifest, too
-            raise SettingsError(
-                f"{self.source}: no store can have contexts of {self.length} tokens with "
-                f"{self.cache.shape.d_model} numbers each; give a smaller --context-length"
-            ) from None
-        writer = StoreWriter.begin(self.path, self.manifest)
+        writer = StoreWriter.begin(self.path, self.manifest, [self.layer])
         with writer.lock():
             if not writer.has_tokens:
                 # No counts: of the corpus nothing is known.
@@ -225,7 +216,7 @@ class Import:
             not_finite=self._not_finite,
         )
         with writer.lock():
-            writer.finish(layers)
+            writer.finish([self.layer])
         return ImportedStore(ActivationStore.open(self.path), n_tokens, self.n_left_out)
 
     def _not_finite(self, contexts: range) -> ForeignFileError:

@@ -259,13 +259,11 @@ class Planting:
         """
         progress = progress or Silent()
         effects = {layer: self.effect(layer) for layer in self.layers}
-        writer = StoreWriter.begin(self.path, self.manifest)
+        writer = StoreWriter.begin(self.path, self.manifest, self.layers)
         with writer.lock():
             if not writer.has_tokens:
                 writer.write_tokens(self.source.tokens(), self.source.documents(), self.source.corpus)
             layers = writer.begin_layers(self.layers)
-        # Another planting of the same words may have begun further layers.
-        effects |= {layer: self.effect(layer) for layer in layers if layer not in effects}
         n_tokens = fill_shards(
             writer,
             layers,
@@ -275,7 +273,7 @@ class Planting:
             not_finite=self._too_large,
         )
         with writer.lock():
-            writer.finish(layers)
+            writer.finish(self.layers)
         return Planted(ActivationStore.open(self.path), self.layers, n_tokens)
 
     def _too_large(self, contexts: range) -> SettingsError:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..store.errors import RunError, RunMismatchError, RunNotFoundError
-from ..store.files import PARTIAL, StoreFiles, exclusive, writing
+from ..store.files import StoreFiles, exclusive, is_leftover, writing
 from ..store.notebook import block, columns, facts, folded
 from ..store.plain_text import differences
 
@@ -158,7 +158,7 @@ class Run:
     def _is_free(self) -> bool:
         """Whether a run can be begun in the folder: nothing is there but what a lock or a kill left."""
         folder = self.folder
-        return folder.is_dir() and all(path.name.endswith(PARTIAL) for path in folder.iterdir())
+        return folder.is_dir() and all(is_leftover(path.name) for path in folder.iterdir())
 
     def unlike(self, read: Mapping[str, str]) -> list[str]:
         """What of a store is not what the run read: some of tokens, activations, statistics.

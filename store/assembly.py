@@ -154,11 +154,12 @@ class Assembly:
         for store in {id(piece.store): piece.store for piece in self.pieces}.values():
             for layer in set(layers) - set(store.layers):
                 store.check_layer(layer)
-        self._writer = StoreWriter.begin(self.root, self.manifest)
+        self._writer = StoreWriter.begin(self.root, self.manifest, layers)
         with self._writer.lock():
             if not self._writer.has_tokens:
                 self._write_tokens()
             self._layers = self._writer.begin_layers(layers)
+        self._wanted = tuple(layers)
         self._missing = self._writer.missing_shards(self._layers)
         return sum(len(self.manifest.contexts_of(shard)) for shard in self._missing)
 
@@ -187,7 +188,7 @@ class Assembly:
             StoreWriteError: the disk refused.
         """
         with self._writer.lock():
-            self._writer.finish(self._layers)
+            self._writer.finish(self._wanted)
         return ActivationStore.open(self.root)
 
     def _write_tokens(self) -> None:

@@ -11,6 +11,7 @@ and exits with 1. Anything that is no ``PosaeError`` is a bug and keeps its trac
     │   ├── StoreDamagedError (ValueError)      bytes are missing or not what was written
     │   ├── StoreMismatchError (ValueError)     the store was made with other settings
     │   ├── StoreIncompleteError (LookupError)  what was asked for is not committed yet
+    │   ├── StoreReadError (OSError)            the disk could not read a file that is there
     │   ├── StoreWriteError (OSError)           the disk refused: no space, no permission
     │   └── StoreRemoteError (ConnectionError)  a server refused, or does not answer
     ├── ModelError (ValueError)                 a language model that is missing, gated or unfit
@@ -78,6 +79,27 @@ class StoreMismatchError(StoreError, ValueError):
 
 class StoreIncompleteError(StoreError, LookupError):
     """What was asked for is not committed yet."""
+
+
+class StoreReadError(StoreError, OSError):
+    """The disk could not read a file that is there: no permission, a failing disk, a stale network mount.
+
+    Attributes:
+        errno: of the system's error.
+        strerror: its text.
+    """
+
+    def __init__(self, place: object, error: OSError) -> None:
+        """Name the file and what the system said of it."""
+        super().__init__(
+            f"{place} cannot be read ({error.strerror}); check the disk and its permissions, then run the "
+            "same command again"
+        )
+        self.errno, self.strerror = error.errno, error.strerror
+
+    def __str__(self) -> str:
+        """The message, where OSError would show the number."""
+        return str(self.args[0])
 
 
 class StoreWriteError(StoreError, OSError):

@@ -16,13 +16,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import StoreDamagedError, StoreError, StoreWriteError
+from .errors import StoreDamagedError, StoreError, StoreReadError, StoreWriteError
 from .readable import MappedFile
 
 PARTIAL = ".partial"
 """Ending of a file being written; such a file is never part of a store."""
 
-_LOCK = f".lock{PARTIAL}"
+LOCK_PATH = ".lock"
 _PIECE_BYTES = 2**22
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 256, 4096  # on Linux, with the slash and the NUL
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -35,6 +35,15 @@ def partial_name(path: str) -> str:
     '.c.0.0.0.partial'
     """
     return f".{path.rpartition('/')[2]}{PARTIAL}"
+
+
+def is_leftover(path: str) -> bool:
+    """Whether a file is no part of any store or run: a lock, or what a kill left half-written.
+
+    >>> is_leftover(".lock"), is_leftover("layer_5/.c.0.0.0.partial"), is_leftover("zarr.json")
+    (True, True, False)
+    """
+    return path == LOCK_PATH or path.endswith(PARTIAL)
 
 
 class StoreFiles:
@@ -66,7 +75,8 @@ class StoreFiles:
 
         Raises:
             FileNotFoundError: no such file.
-            StoreDamagedError: a link, pipe, device or folder stands there, or it may not be read.
+            StoreDamagedError: a link, pipe, device or folder stands there.
+            StoreReadError: the disk could not read it, or this user may not.
         """
         name = path.rpartition("/")[2]
         # O_NONBLOCK: opening a pipe returns at once and is refused below.
@@ -83,7 +93,7 @@ class StoreFiles:
                 raise StoreDamagedError("not a regular file (a link, pipe or device)", array=path) from None
             if error.errno in (errno.ENOENT, errno.EMFILE, errno.ENFILE):
                 raise
-            raise StoreDamagedError(f"it cannot be opened ({error.strerror})", array=path) from None
+            raise StoreReadError(self.root / path, error) from None
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)
             raise StoreDamagedError("not a regular file (a link, pipe or device)", array=path)
@@ -250,12 +260,13 @@ class StoreFiles:
             sync_folder(folder)
 
     def remove(self, folder: str, unwanted: Callable[[str], bool]) -> None:
-        """Remove the files in one folder whose name is ``unwanted``; where there is none, nothing.
+        """Remove the files in one folder (``""``: the root) whose name is ``unwanted``.
 
         Raises:
             StoreWriteError: the disk refused, or a link stands in the folder's place.
         """
-        with writing(self.root / folder), suppress(FileNotFoundError), self.folder_of(f"{folder}/") as handle:
+        inside = f"{folder}/" if folder else ""
+        with writing(self.root / folder), suppress(FileNotFoundError), self.folder_of(inside) as handle:
             for name in filter(unwanted, os.listdir(handle)):  # noqa: PTH208 (a descriptor)
                 os.unlink(name, dir_fd=handle)
 
@@ -328,88 +339,57 @@ def writing(path: Path) -> Generator[None]:
 def exclusive(folder: Path, *, wait: bool = True) -> Generator[bool]:
     """Hold the lock of a folder; a kill frees it.
 
-    Gives whether it is held: not where another process has it and ``wait`` is not set.
+    The lock is on a file that stays in the folder: a network file system does not pass on locks on the folder
+    itself, and removing the file would race with whoever opens it. Anyone who may write into the folder may
+    lock it. Where nothing can be written there is nothing to lock.
 
-    The lock is a file of its own in the folder, there only while it is held: a network file system does not
-    tell other machines of locks on a folder itself. Where nothing may be written that will do.
+    Yields:
+        Whether it is held: not where another process holds it and ``wait`` is not set.
 
     Raises:
         StoreWriteError: no such folder, or its file system has no locks.
     """
-    path = folder / _LOCK
-    is_file = True
+    path = folder / LOCK_PATH
     with writing(path):
         try:
-            handle = _locked(path, wait=wait)
-        except BlockingIOError:
-            handle = None
+            handle = _open_lock(path)
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or os.access(folder, os.W_OK):
                 raise
-            is_file = False
-            handle = _locked_folder(folder, wait=wait)
-    if handle is None:
-        yield False
-        return
+            yield True
+            return
     try:
-        yield True
+        with writing(path):
+            is_held = lock(handle, wait=wait)
+        yield is_held
     finally:
-        if is_file:
-            with suppress(OSError):
-                path.unlink()
         os.close(handle)
 
 
-def _locked(path: Path, *, wait: bool) -> int:
-    """A descriptor of the file at ``path``, made if need be, with its lock.
-
-    Raises:
-        BlockingIOError: another process has it, and that is not to be waited for.
-    """
-    while True:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        handle = os.open(path, flags, 0o666)
-        try:
-            # Whoever had the lock may have removed the file.
-            with suppress(FileNotFoundError):
-                if take_lock(handle, path, wait=wait) and os.path.samestat(os.fstat(handle), path.lstat()):
-                    return handle
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-
-
-def _locked_folder(folder: Path, *, wait: bool) -> int | None:
-    """A descriptor of a folder with its lock; None where another has it, and that is not waited for."""
-    handle = os.open(folder, _FOLDER)
+def _open_lock(path: Path) -> int:
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        take_lock(handle, folder, wait=wait)
-    except BlockingIOError:
-        os.close(handle)
-        return None
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+    except PermissionError:
+        # Made by another user whose umask keeps us out: reading is enough to lock it on a local disk.
+        return os.open(path, os.O_RDONLY | flags)
+    with suppress(PermissionError):
+        os.fchmod(handle, 0o666)
     return handle
 
 
-def take_lock(handle: int, path: Path, *, wait: bool) -> bool:
-    """Lock an open file, and say whether that went: another machine may have removed it meanwhile.
+def lock(handle: int, *, wait: bool) -> bool:
+    """Lock an open file, to be freed by closing it; whether this process holds it now.
 
     Args:
-        handle: its descriptor, open for writing, which network file systems ask for.
-        path: what to call it in errors.
-        wait: wait for another process that has the lock.
+        handle: its descriptor, open for writing, which network file systems require.
+        wait: wait for another process that holds it, rather than return False.
 
     Raises:
-        BlockingIOError: another process has it, and that is not to be waited for.
-        StoreWriteError: the file system has no locks.
+        OSError: its file system has no locks, or (ESTALE) another machine removed the file.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        raise
-    except OSError as error:
-        if error.errno == errno.ESTALE:
-            return False
-        with writing(path):
-            raise
+        return False
     return True

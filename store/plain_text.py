@@ -1,7 +1,7 @@
 """Amounts and curves in plain text, for a terminal and for a store's card."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -28,6 +28,15 @@ def counted(number: int, word: str) -> str:
     ('1 context', '1,024 contexts')
     """
     return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def numbers(values: Iterable[int]) -> str:
+    """A list of numbers.
+
+    >>> numbers((5, 12, 19))
+    '5, 12, 19'
+    """
+    return ", ".join(map(str, values))
 
 
 def shortened(value: object) -> str:

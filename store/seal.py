@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 from .errors import StoreDamagedError, StoreFormatError, StoreWriteError
+from .files import PARTIAL
 from .layout import FORMAT, Json, refuse_newer
 from .readable import ReadableFiles
 
@@ -25,6 +26,9 @@ CORPUS_PATH = "stats/zarr.json"
 
 CARD_PATH = "README.md"
 """The card. May be edited, and so is never sealed."""
+
+COPY_PATH = f".copy{PARTIAL}"
+"""In a folder that a copy was begun in, until it is sealed: the identity of the source."""
 
 MAX_PATH = 255
 MAX_METADATA_BYTES = 1 << 20

@@ -4,10 +4,11 @@ A shard is written under its lock to a temporary file, a chunk at a time, and re
 durable: the rename is the commit record. Costs what the codec costs, and two fsyncs a shard.
 """
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from .codecs import CHECKSUM_BYTES, HEADER_BYTES, checksum
 from .errors import StoreDamagedError
-from .files import StoreFiles, partial_name, sync_folder, take_lock, writing
+from .files import StoreFiles, lock, partial_name, sync_folder, writing
 from .layout import ArraySpec
 from .shards import ABSENT, ShardReader, index_bytes
 
@@ -75,28 +76,25 @@ class ShardWriter:
         is_done = is_committed or (lambda: reader.is_committed(shard))
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         while True:
-            with writing(files.root / path), files.folder_of(path) as folder:
+            with writing(files.root / path), files.folder_of(path) as folder, ExitStack() as closing:
                 handle = os.open(partial, flags, 0o666, dir_fd=folder)
-            try:
-                # The file may have been renamed to its final name, or removed, before we got the lock.
-                ours = take_lock(handle, files.root / path, wait=wait) and _is_at(files, path, handle)
-            except BaseException as error:
-                os.close(handle)
-                if isinstance(error, BlockingIOError):
-                    return None
-                raise
-            if not ours:
-                os.close(handle)
-                if is_done():
-                    return None
-                continue
+                closing.callback(os.close, handle)
+                try:
+                    if not lock(handle, wait=wait):
+                        return None
+                    # It may have been renamed to its final name, or removed, before we got the lock.
+                    if _is_at(folder, partial, handle):
+                        if is_done():
+                            os.unlink(partial, dir_fd=folder)
+                            return None
+                        os.ftruncate(handle, 0)
+                        closing.pop_all()
+                        return cls(files, spec, shard, handle)
+                except OSError as error:
+                    if error.errno != errno.ESTALE:  # another machine removed it
+                        raise
             if is_done():
-                with suppress(FileNotFoundError), files.folder_of(path) as folder:
-                    os.unlink(partial, dir_fd=folder)
-                os.close(handle)
                 return None
-            os.ftruncate(handle, 0)
-            return cls(files, spec, shard, handle)
 
     def append(self, encoded: bytes) -> None:
         """Write the next chunk, as its codec encoded it.
@@ -192,14 +190,12 @@ class ShardWriter:
             self._file.close()
 
 
-def _is_at(files: StoreFiles, path: str, handle: int) -> bool:
-    """Whether the open file ``handle`` is the one at the temporary name of ``path``."""
+def _is_at(folder: int, name: str, handle: int) -> bool:
+    """Whether the open file ``handle`` is the one called ``name`` in a folder, by the folder's descriptor."""
     try:
-        with files.folder_of(path) as folder:
-            there = os.stat(partial_name(path), dir_fd=folder, follow_symlinks=False)
+        return os.path.samestat(os.fstat(handle), os.stat(name, dir_fd=folder, follow_symlinks=False))
     except FileNotFoundError:
         return False
-    return os.path.samestat(os.fstat(handle), there)
 
 
 def encode_chunks(spec: ArraySpec, rows: NDArray[Any]) -> list[bytes]:

@@ -1,10 +1,10 @@
 """A whole sealed store copied into a folder of this machine, from a folder or a server.
 
-Files are moved as they are, several at once, each checked against the seal: what arrives is what was sealed,
-or it is not there. The seal comes last, so what was begun and not finished is no store that looks whole.
-Doing it again goes on: a file that has arrived is not moved again. Nothing that someone else put there is
-ever overwritten, but for a seal whose files are all in the new one: so a store grows by a layer. Costs one
-pass over the bytes, and a few megabytes of memory for each file on its way.
+Files are copied as they are, several at once, each checked against the seal: what arrives is what was sealed,
+or it is not there. The root comes last but for the seal, so a copy that was stopped is no store, and a record
+of the source tells it from anything else: run again, the copy resumes, and every other writer refuses the
+folder. Nothing of others is overwritten, except a seal whose files are all in the new one: so a store
+grows by a layer. Costs one pass over the bytes, and a few megabytes of memory per file under way.
 """
 
 import hashlib
@@ -15,12 +15,12 @@ from pathlib import Path
 
 from .card import is_ours, read_card, write_card
 from .errors import StoreDamagedError, StoreError, StoreFormatError, StoreMismatchError, StoreWriteError
-from .files import PARTIAL, StoreFiles, exclusive
+from .files import StoreFiles, exclusive, is_leftover
 from .readable import ReadableFiles
 from .reader import ActivationStore
 from .seal import (
     CARD_PATH,
-    CORPUS_PATH,
+    COPY_PATH,
     MAX_METADATA_BYTES,
     MAX_SEAL_BYTES,
     ROOT_PATH,
@@ -62,31 +62,32 @@ def copy_store(store: ActivationStore, destination: Path, moved: Moved) -> int:
     """
     seal = seal_of(store)
     files = StoreFiles(destination)
+    _begun(seal, files)  # first, so that not even a lock is left in a folder of something else
     files.make_root()
     with exclusive(destination):
-        old = _seal_there(files, destination)
+        old, is_begun = _begun(seal, files)
         if old is not None and holds(old, seal, str(destination)):
             moved(bytes_to_move(store))
-            _bring_card(store, files)
+            _end(store, files)
             return 0
-        if old is None:
-            _check_begun_by_the_same(store, files)
         _check_room(seal, files)
+        if not is_begun:
+            files.write(COPY_PATH, seal.identity.encode())
 
         def bring(path: str) -> bool:
             return _bring(store, files, path, seal.files[path], moved, old)
 
-        # First the root, which says whose copy this is; the corpus, which says that tokens are there, late.
-        n_moved = int(bring(ROOT_PATH))
-        n_moved += each(bring, [path for path in seal.files if path not in (ROOT_PATH, CORPUS_PATH)])
-        n_moved += int(bring(CORPUS_PATH))
+        n_moved = each(bring, [path for path in seal.files if path != ROOT_PATH])
+        # Without its root a folder is no store, so no other writer takes these files for its own.
+        n_moved += int(bring(ROOT_PATH))
         files.write(SEAL_PATH, store.files.read(SEAL_PATH, MAX_SEAL_BYTES))
-        _bring_card(store, files)
+        _end(store, files)
     return n_moved + 1
 
 
-def _bring_card(store: ActivationStore, files: StoreFiles) -> None:
-    """The card that the source's owner wrote, where the copy has none of its own; else posae's."""
+def _end(store: ActivationStore, files: StoreFiles) -> None:
+    """Give the copy the card that the source's owner wrote, where it has none of its own; else posae's."""
+    files.remove("", lambda name: name == COPY_PATH)
     theirs = read_card(store.files)
     if theirs is not None and not is_ours(theirs):
         here = read_card(files)
@@ -132,18 +133,31 @@ def holds(old: Seal, new: Seal, place: str) -> bool:
     return False
 
 
-def _check_begun_by_the_same(store: ActivationStore, files: StoreFiles) -> None:
-    """Refuse a folder that holds anything but the beginning of this copy."""
+def _begun(seal: Seal, files: StoreFiles) -> tuple[Seal | None, bool]:
+    """The seal in the folder, and whether this copy was begun there; refuses what is not of this copy.
+
+    Raises:
+        StoreFormatError: the folder holds something else.
+        StoreMismatchError: another store, or a copy of another one.
+    """
+    if (old := _seal_there(files, files.root)) is not None:
+        holds(old, seal, str(files.root))
+        return old, True
     try:
-        root = files.read(ROOT_PATH, MAX_METADATA_BYTES)
+        source = files.read(COPY_PATH, MAX_METADATA_BYTES).decode(errors="replace")
     except FileNotFoundError:
-        if all(path.endswith(PARTIAL) for path in files.walk()):
-            return
-        raise StoreFormatError(f"{files.root} is not empty and holds no store; name another folder") from None
-    if root != store.files.read(ROOT_PATH, MAX_METADATA_BYTES):
+        if other := next((path for path in files.walk() if not is_leftover(path)), None):
+            raise StoreFormatError(
+                f"{files.root} holds {other}, which this copy did not write; finish what was begun there, or "
+                "name another folder"
+            ) from None
+        return None, False
+    if source != seal.identity:
         raise StoreMismatchError(
-            f"{files.root} holds the beginning of another store; name another folder, or remove it"
+            f"{files.root} holds the beginning of a copy of another store; finish that one, or name another "
+            "folder"
         )
+    return None, True
 
 
 def _check_room(seal: Seal, files: StoreFiles) -> None:

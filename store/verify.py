@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from .errors import StoreDamagedError, StoreError, StoreFormatError, StoreRemoteError
-from .files import PARTIAL
+from .files import LOCK_PATH, is_leftover
 from .manifest import layer_path, layer_spec, token_specs
 from .reader import ActivationStore
 from .seal import CARD_PATH, CORPUS_PATH, ROOT_PATH, SEAL_PATH, SealedFile, sha256_of
@@ -121,7 +121,7 @@ def _few_ahead(
 
 def _may_be_ours(store: ActivationStore, path: str) -> bool:
     # A harvest in progress: what lies past the committed part is neither damage nor foreign.
-    return not store.is_sealed and not path.endswith(PARTIAL)
+    return path == LOCK_PATH or (not store.is_sealed and not is_leftover(path))
 
 
 def _plain_files(store: ActivationStore) -> Iterator[str]:

@@ -9,7 +9,7 @@ lock.
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -20,15 +20,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .card import write_card
-from .errors import StoreDamagedError, StoreFormatError, StoreMismatchError, StoreNotFoundError
-from .files import PARTIAL, StoreFiles, exclusive
-from .layout import ArraySpec, Json
+from .errors import (
+    SettingsError,
+    StoreDamagedError,
+    StoreFormatError,
+    StoreIncompleteError,
+    StoreMismatchError,
+    StoreNotFoundError,
+)
+from .files import PARTIAL, StoreFiles, exclusive, is_leftover
+from .layout import MAX_CHUNK_BYTES, ArraySpec, Json
 from .manifest import Manifest, group_json, layer_path, layer_spec, root_json, token_specs
-from .plain_text import differences
+from .plain_text import differences, quantity
 from .reader import ActivationStore
 from .rounding import round_mantissas
 from .seal import (
+    COPY_PATH,
     CORPUS_PATH,
+    MAX_METADATA_BYTES,
     ROOT_PATH,
     SEAL_PATH,
     SealedFile,
@@ -74,9 +83,22 @@ def standing_store(root: Path) -> ActivationStore | None:
         return None
     except StoreFormatError:
         # What a kill left is no obstacle.
-        if any(not name.endswith(PARTIAL) for name in StoreFiles(root).walk()):
+        if any(not is_leftover(name) for name in StoreFiles(root).walk()):
             raise
         return None
+
+
+class NotFiniteError(FloatingPointError):
+    """An activation is not finite.
+
+    Attributes:
+        layer: which layer's.
+    """
+
+    def __init__(self, layer: int) -> None:
+        """Name the layer."""
+        super().__init__(f"layer {layer}")
+        self.layer = layer
 
 
 class StoreWriter:
@@ -87,35 +109,77 @@ class StoreWriter:
         files: its files.
     """
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
-        """Speak of the store at ``root``; see ``begin``."""
+    def __init__(self, root: Path, manifest: Manifest, *, allow_versions: bool = False) -> None:
+        """A store at ``root``, which may not exist yet; see ``begin``."""
         self.root = root
         self.manifest = manifest
+        self._allow_versions = allow_versions
         self.files = StoreFiles(root)
 
     @classmethod
-    def begin(cls, root: Path, manifest: Manifest) -> "StoreWriter":
-        """Create the store, or open it to go on.
+    def begin(
+        cls, root: Path, manifest: Manifest, layers: Sequence[int] = (), *, allow_versions: bool = False
+    ) -> "StoreWriter":
+        """Create the store, or open it to resume.
 
         Before its tokens are committed nothing is fixed, and the root is simply written again.
 
+        Args:
+            root: the store's folder.
+            manifest: what the store is made from.
+            layers: those that are to be filled.
+            allow_versions: other versions of libraries than the store's may write further layers, whose
+                versions are recorded with them.
+
         Raises:
+            SettingsError: chunks larger than a store can have.
             StoreFormatError: the folder holds something else.
             StoreMismatchError: the store was made with other settings; says which.
             StoreDamagedError: what is there is not what was written.
-            StoreWriteError: the disk refused.
+            StoreWriteError: the disk refused, or the store would have more files than its seal can name.
         """
-        writer = cls(root, manifest)
+        writer = cls(root, manifest, allow_versions=allow_versions)
+        writer.check(layers)  # first, so that not even a lock is left in a folder of something else
         writer.files.make_root()
         with exclusive(root):
-            found = standing_store(root)
-            if found is not None and found.is_sealed and not writer.has_tokens:
-                raise StoreDamagedError("the file is missing", array=CORPUS_PATH)
-            if found is None or not writer.has_tokens:
+            writer.check(layers)
+            if not writer.has_tokens:
                 writer.files.write(ROOT_PATH, pretty_json(root_json(manifest)))
-            else:
-                _check_same(root, found.manifest, manifest)
+                writer.files.remove("", lambda name: name == COPY_PATH)
         return writer
+
+    def check(self, layers: Sequence[int]) -> None:
+        """Refuse what ``begin`` refuses; writes nothing.
+
+        Raises:
+            StoreError: see ``begin``.
+            SettingsError: chunks larger than a store can have.
+        """
+        store = standing_store(self.root)
+        if store and self.has_tokens:
+            _check_same(self.root, store.manifest, self.manifest, allow_versions=self._allow_versions)
+        elif store and store.is_sealed:
+            raise StoreDamagedError("the file is missing", array=CORPUS_PATH)
+        elif store and (foreign := next(filter(_follows_tokens, self.files.walk()), None)):
+            raise StoreFormatError(
+                f"{self.root} holds {foreign} but no committed tokens, so it is not this store's beginning; "
+                "remove the folder, or name another"
+            )
+        self._check_can_be_finished({*layers, *(store.layers if store else ())})
+
+    def _check_can_be_finished(self, layers: Collection[int]) -> None:
+        """Hold the new store to its reader's bounds before anything is written."""
+        for spec in self._specs_of([*layers] or [0]):
+            try:
+                spec.check_bounds()
+            except ValueError:
+                raise SettingsError(
+                    f"{self.manifest.context_length:,} tokens a context and activations "
+                    f"{self.manifest.d_model:,} wide make chunks of {quantity(spec.chunk_bytes)} in "
+                    f"{spec.path}, and a chunk may have {quantity(MAX_CHUNK_BYTES)}; take shorter contexts"
+                ) from None
+        # As if each file had ten digits: the seal must name them all.
+        seal_bytes(dict.fromkeys(self._files_of(sorted(layers)), _LARGE_FILE))
 
     @property
     def has_tokens(self) -> bool:
@@ -177,33 +241,43 @@ class StoreWriter:
         """Write the metadata of layers that the store does not have yet; call under ``lock``.
 
         Raises:
+            StoreMismatchError: a layer was begun with other versions of libraries.
             StoreWriteError: the disk refused.
         """
         for layer in layers:
-            group = f"stats/{layer_path(layer)}/zarr.json"
-            if not self.files.exists(group):
-                self.files.write(group, pretty_json(group_json({})))
+            self._write_layer_group(layer)
             for spec in stats_specs(self.manifest, layer).values():
                 self._write_metadata(spec)
             self._write_metadata(layer_spec(self.manifest, layer))
 
+    def _write_layer_group(self, layer: int) -> None:
+        """The group of a layer's statistics; it records versions that are not the manifest's."""
+        path = f"stats/{layer_path(layer)}/zarr.json"
+        fixed = ActivationStore(self.root).manifest.versions
+        now = _but_posae(self.manifest.versions)
+        other = {name: version for name, version in now.items() if version != fixed.get(name)}
+        group = pretty_json(group_json({"posae": {"versions": other}} if other else {}))
+        if not self.files.exists(path):
+            self.files.write(path, group)
+        elif self.files.read(path, MAX_METADATA_BYTES) != group:
+            raise StoreMismatchError(
+                f"layer {layer} of {self.root} was begun with other versions of libraries, which {path} "
+                "names; finish it with those"
+            )
+
     def begin_layers(self, wanted: Sequence[int]) -> tuple[int, ...]:
         """Begin the layers that are ``wanted``, and return those to be filled; call under ``lock``.
 
-        What an unfinished store has begun is to be finished with them; what is sealed is not touched.
+        Of a finished store what is sealed is not touched; layers that others begun are left to them.
 
         Raises:
             StoreMismatchError: another process committed other tokens since ``begin``; says what differs.
-            StoreWriteError: the disk refused, or the store would have more files than its seal can name.
+            StoreWriteError: the disk refused.
         """
         store = ActivationStore.open(self.root)
-        _check_same(self.root, store.manifest, self.manifest)
-        if store.is_sealed:
-            layers = tuple(sorted({*wanted} - {*store.layers}))
-        else:
-            layers = tuple(sorted({*wanted, *self.begun_layers()}))
-        # Told now, and not after days of work: what the seal would be with files of ten digits.
-        seal_bytes(dict.fromkeys(self._files_of(sorted({*store.layers, *layers})), _LARGE_FILE))
+        _check_same(self.root, store.manifest, self.manifest, allow_versions=self._allow_versions)
+        layers = tuple(sorted({*wanted} - {*(store.layers if store.is_sealed else ())}))
+        self._check_can_be_finished({*layers, *store.layers})
         self.add_layers(layers)
         return layers
 
@@ -292,29 +366,35 @@ class StoreWriter:
             The store's identity.
 
         Raises:
+            StoreIncompleteError: a shard of one of ``layers`` is not committed.
             StoreDamagedError: a file that was committed is missing or not what was written.
+            StoreReadError: the disk could not read a file that the seal must name.
             StoreWriteError: the disk refused.
         """
         store = ActivationStore.open(self.root)
         if not store.is_sealed or set(layers) - set(store.layers):
-            self.seal()
+            self.seal(layers)
             store = ActivationStore.open(self.root)
         write_card(store)
         return str(store.identity)
 
-    def seal(self) -> str:
+    def seal(self, layers: Sequence[int] = ()) -> str:
         """Name every file of the finished store, and return its identity; ``finish`` does it where needed.
 
-        Files that a seal named already keep their entry; digests of shards were taken while they
-        were written.
+        What it names are ``layers``, what an older seal names, and other layers that are complete. Files
+        of an older seal keep their entry; digests of shards were taken while they were written.
 
         Raises:
-            StoreDamagedError: a file that was committed is missing or not what was written.
-            StoreWriteError: the disk refused.
+            StoreError: as for ``finish``.
         """
         old = ActivationStore.open(self.root).seal
         sealed: dict[str, SealedFile] = dict(old.files) if old else {}
-        complete = self._complete_layers()
+        complete = [layer for layer in self.begun_layers() if not self.missing_shards([layer])]
+        if lacking := sorted(set(layers) - set(complete)):
+            raise StoreIncompleteError(
+                f"{self.root} lacks shards of layers {', '.join(map(str, lacking))}, so it is not sealed; "
+                "run the same command again"
+            )
         for path in self._files_of(complete):
             if path not in sealed:
                 sealed[path] = self._digest(path)
@@ -323,12 +403,6 @@ class StoreWriter:
         data = seal_bytes(sealed)
         self.files.write(SEAL_PATH, data)
         return hashlib.sha256(data).hexdigest()
-
-    def _complete_layers(self) -> list[int]:
-        shards = range(self.manifest.n_shards)
-        return [
-            layer for layer in self.begun_layers() if all(self.is_committed(layer, shard) for shard in shards)
-        ]
 
     def _specs_of(self, layers: Sequence[int]) -> list[ArraySpec]:
         specs = list(token_specs(self.manifest).values())
@@ -416,7 +490,7 @@ class ShardOfLayers:
 
         Raises:
             ValueError: part of a chunk before the shard's end, or contexts past it.
-            FloatingPointError: an activation is not finite.
+            NotFiniteError: an activation is not finite.
             StoreWriteError: the disk refused.
         """
         manifest = self._store.manifest
@@ -464,7 +538,10 @@ class ShardOfLayers:
 
     def _write(self, layer: int, encoding: "Encoding") -> None:
         """Write the next chunk of one layer; in its thread."""
-        encoded, stats = encoding.result()
+        try:
+            encoded, stats = encoding.result()
+        except FloatingPointError:
+            raise NotFiniteError(layer) from None
         for chunk in encoded:
             self._writers[layer].append(chunk)
         if layer in self._stats:
@@ -480,7 +557,7 @@ class ShardOfLayers:
         """Commit the shard in every layer, side by side: statistics first, then the rename.
 
         Raises:
-            FloatingPointError: an activation is not finite.
+            NotFiniteError: an activation is not finite.
             StoreWriteError: the disk refused.
         """
         self._drain(0)
@@ -528,6 +605,16 @@ def _abandon(writers: Any) -> None:
         writer.abandon()
 
 
+def _follows_tokens(path: str) -> bool:
+    """Whether a file is one that no store has before its tokens are committed."""
+    return path.startswith(("layer_", "stats/")) and not is_leftover(path)
+
+
+def _but_posae(versions: Mapping[str, str]) -> dict[str, str]:
+    # Within a format every posae writes the same bytes; of other libraries nobody can say that.
+    return {name: version for name, version in versions.items() if name != "posae"}
+
+
 def _rank(key: str) -> int:
     """Where a key stands among those that differ: before what follows from it."""
     if key in ("model", "dataset"):
@@ -535,21 +622,21 @@ def _rank(key: str) -> int:
     return 1 if key.startswith(("planted ", "origin ", "imported ")) else 2 if key in _CHOSEN else 3
 
 
-def _check_same(root: Path, found: Manifest, wanted: Manifest) -> None:
+def _check_same(root: Path, found: Manifest, wanted: Manifest, *, allow_versions: bool) -> None:
     before, now = found.model_dump(), wanted.model_dump()
-    # Within a format every posae writes the same bytes; of other libraries nobody can say that.
     for manifest in (before, now):
-        manifest["versions"].pop("posae", None)
-        # What differs within one of these is told key by key.
+        manifest["versions"] = {} if allow_versions else _but_posae(manifest["versions"])
+        # What differs within one of these is named key by key.
         for name in ("planted", "origin", "imported", "versions"):
             inner: Json = manifest.pop(name) or {}
             manifest |= {f"{name} {key}": value for key, value in inner.items()}
     differ = [
         (key, before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)
     ]
-    if differ:
-        differ.sort(key=lambda found: _rank(found[0]))
-        raise StoreMismatchError(
-            f"{root} was begun with other settings: {differences(differ)}; "
-            "give the same ones to go on, or another folder"
-        )
+    if not differ:
+        return
+    differ.sort(key=lambda found: _rank(found[0]))
+    remedy = "give the same settings to resume, or another folder"
+    if all(key.startswith("versions ") for key, *_ in differ):
+        remedy = "install those versions, or record the difference: --allow-versions"
+    raise StoreMismatchError(f"{root} was begun with other settings: {differences(differ)}; {remedy}")

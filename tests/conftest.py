@@ -62,8 +62,9 @@ def in_a_terminal() -> Generator[None]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its path."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Every file below a folder, by its path; the lock file, which is empty and stays, aside."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,9 @@ class HarvestSettings(Settings):
     device: str = "auto"
     """Device to run the model on: cuda, mps, cpu, or auto."""
 
+    allow_versions: bool = False
+    """Add layers to a store that other versions of the libraries wrote; the store records which."""
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.contexts is not None and self.tokens is not None:

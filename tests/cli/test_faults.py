@@ -299,10 +299,10 @@ def test_what_may_not_be_written_or_read_is_told_in_one_line(
     words = ("harvest", by_all / "b.zarr", "--contexts", 8, "--context-length", 4, "--dataset", text)
     assert "permission denied; choose a folder that you may write to" in told_to_nobody(err, *words)
     (store / "layer_0/c.1.0.0").chmod(0)
-    told = "layer_0, shard 1: it cannot be opened (Permission denied); restore this file"
+    told = "a.zarr/layer_0/c.1.0.0 cannot be read (Permission denied); check the disk and its permissions"
     assert told in told_to_nobody(err, "train", store, by_all / "run", *QUICK)
     (store / "seal.json").chmod(0)
-    assert "seal.json: it cannot be opened" in told_to_nobody(err, "inspect-store", store)
+    assert "cannot be read" in told_to_nobody(err, "inspect-store", store)
 
 
 def test_a_store_removed_while_it_is_harvested_is_told_in_one_line(tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ REFUSED: list[tuple[str, dict[str, Any], type[PosaeError], str]] = [
     ("good.npy", {"context_length": 5}, SettingsError, "leave --context-length out"),
     ("good.npy", {"special_token_ids": (1,)}, SettingsError, "no token ids"),
     ("good.npy", {"tensor": "x"}, ForeignFileError, "which tensor"),
-    ("wide.npy", {"context_length": 2**13}, SettingsError, "no store can have"),
+    ("wide.npy", {"context_length": 2**13}, SettingsError, "take shorter contexts"),
     ("uneven", {}, ForeignFileError, "not of the form"),
     ("mlp", {"layer": None}, SettingsError, "residual stream after a block"),
     ("cached", {"layer": 2}, SettingsError, "which is layer 3"),

@@ -30,7 +30,7 @@ from posae.store.errors import (
     StoreNotFoundError,
     StoreWriteError,
 )
-from posae.store.files import exclusive
+from posae.store.files import LOCK_PATH, exclusive
 from posae.store.seal import CARD_PATH
 from posae.store.verify import verify
 from posae.store.writer import StoreWriter
@@ -351,13 +351,55 @@ def test_the_lock_of_the_store_is_had_by_one_at_a_time_and_freed_by_a_kill(tmp_p
     ended(second)
     os.close(told)
     os.close(tell)
-    # What the killed left is used by the next, and nothing stays.
+    # What the killed left is used by the next.
     with exclusive(tmp_path):
         assert len(list(tmp_path.iterdir())) == 1
-    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_that_another_machine_removed_is_taken_anew(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become two users")
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_users_who_share_a_folder_hold_its_lock_one_at_a_time(umask: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        held, tell = os.pipe()
+        release, go = os.pipe()
+
+        def hold() -> None:
+            os.setuid(1001)
+            os.umask(umask)
+            with exclusive(folder):
+                os.write(tell, b"!")
+                os.read(release, 1)
+
+        def try_it() -> None:
+            os.setuid(1002)
+            with exclusive(folder, wait=False) as is_held:
+                os._exit(10 + is_held)
+
+        holder = forked(hold)
+        assert os.read(held, 1) == b"!"
+        assert ended(forked(try_it)) == 10
+        os.write(go, b"!")
+        assert ended(holder) == 0
+        assert ended(forked(try_it)) == 11
+        # A file that keeps the other user out, as older versions left it, locks all the same.
+        (folder / LOCK_PATH).chmod(0o644)
+        os.chown(folder / LOCK_PATH, 1001, 1001)
+        holder = forked(hold)
+        assert os.read(held, 1) == b"!"
+        assert ended(forked(try_it)) == 10
+        os.write(go, b"!")
+        assert ended(holder) == 0
+
+
+def test_a_shard_whose_temporary_file_another_machine_removed_is_locked_anew(
+    whole: "Made", tmp_path: Path
+) -> None:
+    writer = StoreWriter.begin(tmp_path / "a.zarr", whole.manifest, LAYERS)
+    with writer.lock():
+        writer.write_tokens(whole.tokens, whole.documents, whole.corpus)
+        writer.begin_layers(LAYERS)
     flock, calls = fcntl.flock, [0]
 
     def stale_at_first(handle: int, operation: int) -> None:
@@ -366,8 +408,12 @@ def test_a_lock_that_another_machine_removed_is_taken_anew(tmp_path: Path) -> No
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         flock(handle, operation)
 
-    with patch("fcntl.flock", stale_at_first), exclusive(tmp_path):
-        assert calls == [2]
+    with patch("fcntl.flock", stale_at_first):
+        locked = writer.lock_shard(LAYERS[:1], 0, wait=False)
+    assert locked is not None
+    assert calls == [2]
+    with locked:
+        pass
 
 
 def test_a_file_system_without_locks_is_told(tmp_path: Path) -> None:

@@ -157,6 +157,8 @@ def test_layers_that_no_seal_could_name_are_refused_before_they_are_begun(
     size = (made.root / "seal.json").stat().st_size
     monkeypatch.setattr("posae.store.seal.MAX_SEAL_BYTES", int(1.5 * size))
     before = sorted(made.root.rglob("*"))
+    with pytest.raises(StoreWriteError, match="into another store"):
+        StoreWriter.begin(made.root, made.manifest, (1,))
     with writer.lock(), pytest.raises(StoreWriteError, match="into another store"):
         writer.begin_layers((1,))
     assert sorted(made.root.rglob("*")) == before

@@ -22,6 +22,8 @@ from posae.store.shards import index_bytes, parse_index
 from posae.store.stats import stats_specs
 from posae.store.verify import Damage, Verification, verify
 
+from ..conftest import tree
+
 if TYPE_CHECKING:
     from ..conftest import Made, MakeStore
 
@@ -82,7 +84,7 @@ def test_an_undamaged_store_verifies_and_every_byte_was_read(good_store: "Made")
 def test_no_flipped_bit_is_silent(make_store: "MakeStore", tmp_path: Path) -> None:
     good_store = make_store(tmp_path / "good.zarr", n_contexts=25, layers=(0,), held_out=9, shard_contexts=16)
     copied = shutil.copytree(good_store.root, tmp_path / "a.zarr")
-    files = sorted(str(f.relative_to(copied)) for f in copied.rglob("*") if f.is_file())
+    files = sorted(tree(copied))
     rng = np.random.default_rng(0)
     opened, stopped, refused = 0, 0, dict[str, str]()
     values = everything(ActivationStore.open(copied))
