@@ -68,6 +68,7 @@ def harvest(
             f"and {quantity(plan.free_bytes)} are free"
         )
     with if_interrupted(lambda: _what_is_there(store) if speaks else ""), LiveProgress() as progress:
+        work.open_text(progress)
         done = work.run(progress)
     if not speaks:
         return
