@@ -2,15 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 import safetensors.torch
 import torch
 
-from posae.pipeline.probing import hub
 from posae.store import ActivationStore
 
 from ..conftest import tree
@@ -135,24 +132,6 @@ def test_a_run_is_scored_with_the_weights_of_its_store_alone(posae: Posae, tmp_p
         assert tree(run) == before
     moved = copy_model(tmp_path / "under-another-name")
     assert posae("evaluate", run, "--ce-loss", "--ce-contexts", 2, "--model", moved).code == 0
-
-
-def test_saebench_is_told_by_its_weights_before_anything_is_read(
-    posae: Posae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, store, run = copy_model(tmp_path / "tiny"), tmp_path / "s.zarr", tmp_path / "run"
-    assert posae("harvest", store, "--model", model, *SMALL, "--layers", 1).code == 0
-    assert posae("train", store, run, *QUICK).code == 0
-    asked: list[str] = []
-
-    def texts(*_: Any) -> Any:
-        asked.append("texts")
-        raise AssertionError
-
-    monkeypatch.setattr(hub, "TASKS", {"made-up": hub.HubTask(("a", "b"), cast(Callable[..., Any], texts))})
-    tuned(tmp_path / "other")
-    is_refused(posae, "evaluate", run, "--probing", "saebench", "--model", tmp_path / "other")
-    assert not asked
 
 
 def test_scores_on_a_part_of_what_was_trained_on_say_so(posae: Posae, tmp_path: Path) -> None:

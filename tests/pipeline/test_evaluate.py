@@ -361,11 +361,11 @@ class Heard(Silent):
 
 def test_a_folder_is_not_taken_for_a_commit_of_the_hub(gemma: Path, run_of: MakeRun) -> None:
     run = run_of(str(gemma), "owner/tiny", 0.5, model_revision="c5ebcd4")
-    for settings in ({"ce_loss": True}, {"probing": "saebench"}):
-        with pytest.raises(
-            ModelError, match=r"its weights and tokenizer are sha256:\w+, not c5ebcd4"
-        ) as told:
-            evaluate(run, EvaluateSettings(**settings, model=str(gemma)))
+    asked = EvaluateSettings(ce_loss=True, model=str(gemma))
+    for settings in (asked, EvaluateSettings(probing="saebench", model=str(gemma))):
+        said = r"its weights and tokenizer are sha256:\w+, not c5ebcd4"
+        with pytest.raises(ModelError, match=said) as told:
+            evaluate(run, settings)
         assert "leave --model out, or get a copy: hf download owner/tiny --revision c5ebcd4" in str(
             told.value
         )
