@@ -76,6 +76,7 @@ def harvest(
         if_interrupted(lambda: _what_is_there(store, work.layers) if speaks else ""),
         LiveProgress() as progress,
     ):
+        work.open_text(progress)
         done = work.run(progress)
     if not speaks:
         return

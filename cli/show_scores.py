@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..pipeline.scoring.evaluation import Evaluation
+from ..store.plain_text import counted
 from .display import console, show_by_position
 
 
@@ -38,7 +39,7 @@ def _told(found: Evaluation) -> dict[str, str]:
             f"{_number(found.fvu_without_outliers)}"
         )
     if found.store.get("trained_from") is False:
-        told["store"] = f"{found.store['path']}, which the run was not trained from"
+        told["store"] = f"{found.store['path']}, {_unlike_its_own(found)}"
     if found.fvu_base is not None:
         told["base code"] = f"FVU {_number(found.fvu_base)} alone; retention {_number(found.retention, 3)}"
     if drift:
@@ -60,6 +61,22 @@ def _told(found: Evaluation) -> dict[str, str]:
         )
         told["training"] = f"{found.training_seconds:,.0f} s{cpu}"
     return told
+
+
+def _unlike_its_own(found: Evaluation) -> str:
+    """What a store that the run was not trained from has in common with the one that it was."""
+    store = found.store
+    n_seen, n_contexts = store.get("seen_contexts"), found.contexts[1] - found.contexts[0]
+    text = "which the run was not trained from"
+    if n_seen:
+        text += f", though on {n_seen:,} of the {counted(n_contexts, 'context')} scored here: no unseen text"
+    elif n_seen is None:
+        text += "; whether it was trained on the same text cannot be told"
+    if store.get("same_model") is False:
+        text += "; made with another model"
+    elif store.get("same_model") is None:
+        text += "; whether the same model made it cannot be told"
+    return text
 
 
 def _about_specificity(found: Evaluation) -> dict[str, str]:

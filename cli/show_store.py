@@ -155,7 +155,10 @@ def show_context(store: ActivationStore, context: int, tokenizer: str | None) ->
             f"{source} has another tokenizer than this store was made with; "
             "name the right one with --tokenizer"
         )
-    table = Table(title=f"context {context}", title_justify="left", pad_edge=False)
+    title = f"context {context}"
+    if store.manifest.imported:
+        title += f", as {source} reads it: whether these are its tokens, nobody can check"
+    table = Table(title=title, title_justify="left", pad_edge=False)
     for name in ("position", "document", "token", "text"):
         table.add_column(name, justify="left" if name == "text" else "right")
     for position, (token, document) in enumerate(zip(tokens.tolist(), documents.tolist(), strict=True)):

@@ -21,7 +21,8 @@ folder, model, text = (
 config = Run(Path(folder)).config
 layer = config["settings"]["layer"]
 autoencoder = load_autoencoder(Path(folder))
-language_model = CausalLanguageModel.load(model)
+# Refused unless it is the model of the run's store: by its commit on the hub, or by the digest of its files.
+language_model = CausalLanguageModel.load(model, config["store"].get("model_revision"))
 tokenizer = load_tokenizer(model)
 
 # %% Tokens as a harvest has them: with the model's first token before the text, and no longer than a context.

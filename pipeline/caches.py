@@ -56,14 +56,14 @@ class Cache(ABC):
         shape: of all of them together.
         has_tokens: whether token ids lie beside them.
         hook_name: where in the model they are from; None where the files do not say.
-        files: all of them, by name: bytes.
+        files: all of them, by name.
     """
 
     kind: str
     shape: Shape
     has_tokens: bool
     hook_name: str | None = None
-    files: Mapping[str, int]
+    files: Mapping[str, Path]
 
     @abstractmethod
     def read(self, start: int, stop: int) -> NDArray[np.uint16]:
@@ -213,7 +213,7 @@ class _FileCache(Cache):
         self._open = kind
         self._opened: tuple[int, _Arrays] | None = None
         self.kind = kind.kind
-        self.files = {path.name: path.stat().st_size for path in files}
+        self.files = {path.name: path for path in files}
         first = self._file(0)
         self._tensor = _chosen(files[0], first.shapes, first.dtypes, tensor)
         self._tokens = next((name for name in TOKEN_NAMES if name in first.shapes), None)
@@ -329,7 +329,7 @@ class _DatasetCache(Cache):
         self.has_tokens = "token_ids" in features
         # Not all that lies there: datasets keeps what it computes later beside them.
         paths = [Path(file["filename"]) for file in loaded.cache_files]
-        self.files = {path.name: path.stat().st_size for path in paths}
+        self.files = {path.name: path for path in paths}
         self._folder = folder
         self._rows = loaded.with_format("numpy")
 

@@ -23,6 +23,7 @@ from ..store.errors import (
     RunError,
     RunMismatchError,
     RunNotFoundError,
+    StoreError,
     StoreIncompleteError,
     StoreMismatchError,
     StoreNotFoundError,
@@ -31,7 +32,15 @@ from ..store.ranges import PositionRange, equal_ranges, parse_ranges
 from ..store.reader import ActivationStore
 from .batches import Batch, ordered_batches
 from .device import choose_device
-from .language_model import CausalLanguageModel, LanguageModel, is_hub_id, load_tokenizer, model_facts
+from .language_model import (
+    CausalLanguageModel,
+    LanguageModel,
+    ModelFacts,
+    facts_of_recorded,
+    is_hub_id,
+    is_recorded,
+    load_tokenizer,
+)
 from .metrics import ABOVE, ScoreKeeper
 from .probing.hub import probe_saebench
 from .probing.offline import probe_store
@@ -46,6 +55,7 @@ from .scoring.ce_loss import CeKeeper, Replace, ce_loss
 from .scoring.clusters import clusters
 from .scoring.evaluation import CeLoss, Evaluation, parse_evaluation
 from .scoring.features import FeatureKeeper
+from .scoring.seen import n_seen
 from .scoring.specificity import specificity
 from .settings import EvaluateSettings
 from .text.contexts import tokenizer_hash
@@ -89,7 +99,9 @@ def evaluate(
     progress = progress or Silent()
     held_out = _HeldOut.of(Run(folder), settings, store)
     # First, so that a wrong model is told before anything is scored.
-    model = _language_model(held_out, settings.model) if settings.ce_loss else None
+    model = _causal_model(held_out, settings.model, progress) if settings.ce_loss else None
+    if settings.probing == "saebench":
+        _model_of(held_out, settings.model, progress)
     score = _Score(held_out)
     n_tokens = (held_out.stop - held_out.start) * held_out.store.context_length
     progress.begin("scoring", n_tokens, "tokens")
@@ -147,9 +159,9 @@ class _HeldOut(NamedTuple):
                 ) from None
         layer: int = config["settings"]["layer"]
         store.check_layer(layer)
-        differ = run.unlike(store.digests(layer))
+        differ = run.unlike(store, layer)
         if settings.store is None:
-            run.check_read(store.root, store.digests(layer), "name the right one with --store")
+            run.check_read(store, layer, "name the right one with --store")
         _check_fits(store, config)
         start, stop = store.held_out_part(layer)
         if "tokens" not in differ:
@@ -325,13 +337,39 @@ def _about_run(held_out: _HeldOut) -> dict[str, Any]:
 def _about_store(held_out: _HeldOut) -> dict[str, Any]:
     """Which store is scored on; whether the run was trained from it is null where nobody can tell."""
     store, read = held_out.store, held_out.store.digests(held_out.layer)
-    can_tell = bool(read and held_out.config["store"].get("read"))
+    differ, trained = held_out.run.unlike(store, held_out.layer), held_out.config["store"]
+    can_tell = bool(differ or (read and trained.get("read")))
     return {
         "path": store.address,
         "identity": store.identity,
         "read": read,
-        "trained_from": not held_out.run.unlike(read) if can_tell else None,
+        "trained_from": not differ if can_tell else None,
+        "same_model": _is_same(trained.get("model_revision"), store.manifest.model_revision),
+        # Of the same tokens those that were trained on are never scored.
+        "seen_contexts": (_n_seen(held_out) if differ else 0) if can_tell else None,
     }
+
+
+def _is_same(one: str | None, other: str | None) -> bool | None:
+    """Whether two revisions of models are the same; None of unlike kinds, digest and commit, or of none."""
+    if one is None or other is None or one.startswith("sha256:") != other.startswith("sha256:"):
+        return None
+    return one == other
+
+
+def _n_seen(held_out: _HeldOut) -> int | None:
+    """How many scored contexts the run was trained on; None where its own store is not at hand."""
+    trained = held_out.config["store"]
+    if "://" in trained["path"]:  # not for this alone
+        return None
+    try:
+        own = ActivationStore.open(trained["path"])
+        if held_out.run.unlike(own, held_out.layer):
+            return None
+        scored = held_out.store.tokens(slice(held_out.start, held_out.stop))
+        return n_seen(scored, own, int(trained["training_contexts"]))
+    except StoreError:
+        return None
 
 
 def _kept(held_out: _HeldOut) -> dict[str, Any]:
@@ -415,27 +453,38 @@ def spliced(autoencoder: Autoencoder, is_ordinary: Tensor) -> Replace:
     return replace
 
 
-def _language_model(held_out: _HeldOut, model: str | None) -> CausalLanguageModel:
-    """The model that the store was made with, or the one named ``model`` if it is the same."""
+def _causal_model(held_out: _HeldOut, model: str | None, progress: Progress) -> CausalLanguageModel:
+    name, facts = _model_of(held_out, model, progress)
+    attention = held_out.store.manifest.attention
+    return CausalLanguageModel.load(name, facts.revision, device=held_out.device, attention=attention)
+
+
+def _model_of(held_out: _HeldOut, named: str | None, progress: Progress) -> tuple[str, ModelFacts]:
+    """The model that the store was made with, by digest, not name: what to load it by, and its facts."""
     store, manifest = held_out.store, held_out.store.manifest
     _refuse_planted(store)
     _refuse_imported(store)
-    if model is None and manifest.is_of_local_model:
+    name, recorded = named or manifest.model, manifest.model_revision
+    is_on_hub = is_hub_id(manifest.model, recorded)
+    if named is None and name != "demo" and not is_on_hub:
         raise ModelError(
-            f"{store.root} was made with a model in a local folder, {manifest.model}; "
-            "name that folder with --model"
+            f"{store.root} was made with a model in a local folder, {name}; name that folder with --model"
         )
-    name = model or manifest.model
-    revision = manifest.model_revision if name == manifest.model else None
-    facts = model_facts(name, revision)
+    facts = facts_of_recorded(name, manifest)
+    problem = f"{name} is not {manifest.model}, the model that {store.root} was made with"
     if facts.config_hash != manifest.model_config_hash:
+        raise ModelError(f"{problem}: their configurations differ; name the right one with --model")
+    if recorded is None:
+        progress.say(f"{store.root} does not say which weights it was made with: those of {name} are taken")
+    elif not is_recorded(name, facts, manifest):
+        remedy = "name the right one with --model"
+        if is_on_hub:
+            fetch = f"hf download {manifest.model} --revision {recorded} --local-dir FOLDER"
+            remedy = f"leave --model out, or get a copy: {fetch}"
         raise ModelError(
-            f"{name} is not {manifest.model}, the model that {store.root} was made with: their "
-            "configurations differ; name the right one with --model"
+            f"{problem}: its weights and tokenizer are {facts.revision}, not {recorded}; {remedy}"
         )
-    return CausalLanguageModel.load(
-        name, facts.revision, device=held_out.device, attention=manifest.attention
-    )
+    return name, facts
 
 
 def _refuse_planted(store: ActivationStore) -> None:
@@ -458,8 +507,6 @@ def _probe(held_out: _HeldOut, settings: EvaluateSettings, progress: Progress) -
     """Sparse probing of the activations and their codes, offline or on SAEBench's datasets."""
     store, layer, autoencoder, device = held_out.store, held_out.layer, held_out.autoencoder, held_out.device
     manifest = store.manifest
-    if settings.probing == "saebench":
-        _refuse_planted(store)
     _refuse_imported(store)
     name = settings.model or manifest.language_model
     revision = None if settings.model else manifest.model_revision
@@ -485,11 +532,8 @@ def _probe(held_out: _HeldOut, settings: EvaluateSettings, progress: Progress) -
             progress.end()
 
     if settings.probing == "saebench":
-        model = LanguageModel.load(name, revision, device=device, attention=manifest.attention)
-        if model.facts.config_hash != manifest.model_config_hash:
-            raise StoreMismatchError(
-                f"{name} is not the model that {store.root} was made with; name the right one with --model"
-            )
+        name, facts = _model_of(held_out, settings.model, Silent())
+        model = LanguageModel.load(name, facts.revision, device=device, attention=manifest.attention)
         return probe_saebench(
             lambda tokens: model.activations(tokens, [layer])[layer],
             autoencoder,

@@ -231,7 +231,7 @@ class _LookedAt(NamedTuple):
                 f"there is no store at {place}; if it was moved: posae evaluate {run.folder} --store STORE"
             ) from None
         store.check_layer(layer)
-        run.check_read(store.root, store.digests(layer), "run posae evaluate with --store and the right one")
+        run.check_read(store, layer, "run posae evaluate with --store and the right one")
         first, last = store.held_out_part(layer)
         start = max(first, config.store.training_contexts)
         if start >= last:

@@ -38,6 +38,8 @@ from .language_model import (
     ModelFacts,
     check_layers,
     default_layers,
+    facts_of_recorded,
+    is_recorded,
     load_tokenizer,
     model_facts,
 )
@@ -53,7 +55,8 @@ from .text.contexts import (
     take_contexts,
     tokenizer_hash,
 )
-from .text.documents import Corpus, open_corpus
+from .text.documents import Corpus, local_path, open_corpus
+from .text.recorded import names_recorded_text
 
 EXPECTED_RATIO = {"small": 1.42, "fast": 1.27, "raw": 1.0}
 """Raw bytes to stored bytes, before anything is measured; what was seen lies within 10 % of it."""
@@ -98,13 +101,13 @@ class Harvest:
         """
         self.path = path
         self.settings = settings
-        # What is committed is fixed: revisions that the words leave open are then those of the store, so
-        # that going on asks no hub and touches no dataset.
+        # What is committed is fixed: revisions that the settings leave open are then those of the store, so
+        # that resuming asks no hub.
         self.begun: Manifest | None = committed_manifest(path)
-        revision = settings.model_revision
-        if self.begun and revision is None and _is_named(settings.model, self.begun.model):
-            revision = self.begun.model_revision
-        self.facts: ModelFacts = model_facts(settings.model, revision)
+        model, revision = settings.model, settings.model_revision
+        self.facts: ModelFacts = (
+            facts_of_recorded(model, self.begun, revision) if self.begun else model_facts(model, revision)
+        )
         self.layers: tuple[int, ...] = tuple(
             sorted(set(settings.layers or default_layers(self.facts.n_layers)))
         )
@@ -154,34 +157,68 @@ class Harvest:
     @cached_property
     def corpus(self) -> Corpus:
         """The text, resolved to a revision."""
+        return self._open_corpus(Silent())
+
+    def _open_corpus(self, progress: Progress) -> Corpus:
         s = self.settings
         return open_corpus(
-            s.dataset, split=s.split, column=s.column, config=s.dataset_config, revision=s.dataset_revision
+            s.dataset,
+            split=s.split,
+            column=s.column,
+            config=s.dataset_config,
+            revision=s.dataset_revision,
+            progress=progress,
         )
+
+    def open_text(self, progress: Progress) -> None:
+        """Read local text for its digest now, with progress; ``run`` does so too, in silence.
+
+        Raises:
+            CorpusError: text that is missing or cannot be read.
+        """
+        if not self._is_text_recorded:
+            self.corpus = self._open_corpus(progress)
+
+    @property
+    def _is_text_recorded(self) -> bool:
+        """Whether the manifest's word is taken for the text: tokens are committed, so none is needed.
+
+        Local text that is there is compared by its digest nevertheless, by the first process for all: another
+        text of the same name is refused. Where it is gone its base name is enough.
+        """
+        s, begun = self.settings, self.begun
+        if begun is None or not names_recorded_text(s.dataset, s.dataset_revision, begun):
+            return False
+        path = None if s.dataset == "stdlib" else local_path(s.dataset)
+        return path is None or not path.exists() or not self.processes.is_first
 
     @property
     def _text(self) -> Corpus:
-        """The corpus; of one that is committed only what the manifest says, and no documents."""
+        """The corpus, named as the manifest of committed tokens names it if it is the same by its digest."""
         s, begun = self.settings, self.begun
-        if begun is None or s.dataset_revision is not None or not _is_named(s.dataset, begun.dataset):
-            return self.corpus
-        column = s.column if begun.dataset_column is not None else None
-        return Corpus(
-            begun.dataset, begun.dataset_revision, s.split or begun.dataset_split, column, _no_documents
-        )
+        if begun and self._is_text_recorded:
+            column = s.column if begun.dataset_column is not None else None
+            split = s.split or begun.dataset_split
+            return Corpus(begun.dataset, begun.dataset_revision, split, column, _no_documents)
+        if begun and self.corpus.revision == begun.dataset_revision:
+            return self.corpus._replace(id=begun.dataset)
+        return self.corpus
 
     @cached_property
     def manifest(self) -> Manifest:
         """All that the store's bytes depend on."""
-        s, text = self.settings, self._text
+        s, text, facts, begun = self.settings, self._text, self.facts, self.begun
+        model, revision = facts.id, facts.revision
+        if begun and is_recorded(s.model, facts, begun):  # wherever it lies now
+            model, revision = begun.language_model, begun.model_revision
         special = special_tokens(self.tokenizer)
         held_out = held_out_contexts(s.n_contexts, s.held_out, CHUNK_CONTEXTS)
         return Manifest(
-            model=self.facts.id,
-            model_revision=self.facts.revision,
-            model_config_hash=self.facts.config_hash,
-            model_layers=self.facts.n_layers,
-            d_model=self.facts.d_model,
+            model=model,
+            model_revision=revision,
+            model_config_hash=facts.config_hash,
+            model_layers=facts.n_layers,
+            d_model=facts.d_model,
             attention=s.attention,
             device=self.device.type,
             batch_contexts=s.batch_contexts,
@@ -204,7 +241,7 @@ class Harvest:
             codec=s.codec,
             mantissa_bits=s.mantissa_bits,
             # A store that was begun before bytes were counted is finished without.
-            byte_counts=self.begun is None or self.begun.byte_counts,
+            byte_counts=begun is None or begun.byte_counts,
             chunk_contexts=CHUNK_CONTEXTS,
             shard_contexts=shard_contexts(s.n_contexts),
             versions={name: version(name) for name in _VERSIONS_THAT_MATTER},
@@ -427,8 +464,3 @@ def _finite(manifest: Manifest, shard: ShardOfLayers, wanted: Sequence[int]) -> 
 
 def _no_documents() -> Iterator[str]:
     return iter(())
-
-
-def _is_named(given: str, recorded: str) -> bool:
-    """Whether ``given`` is what a manifest records as ``recorded``: of a local path its base name."""
-    return given == recorded or Path(given).expanduser().name == recorded

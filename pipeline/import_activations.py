@@ -4,7 +4,8 @@ The store is a harvest's but for that: the same arrays, statistics and seal. Act
 rounded to nearest where they were not. Contexts keep their order; the last of them are held out. Rows without
 contexts are cut into contexts, whose positions then mean nothing. Killed, it goes on when it is run again.
 
-Cost: reading the files and writing the store, once; memory for the tokens, 12 bytes each, and a few batches.
+Cost: reading the files twice, once for their digest, and writing the store once; memory for the tokens, 12
+bytes each, and a few batches.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from ..store.reader import ActivationStore
 from ..store.stats import ordinary_tokens
 from ..store.writer import ShardOfLayers, StoreWriter
 from .caches import open_cache
+from .digests import reading, sha256
 from .filling import fill_shards
 from .hook_points import layer_of
 from .progress import Progress, Silent
@@ -63,6 +65,7 @@ class Import:
         self.path = path
         self.settings = settings
         self.source = source
+        self._progress: Progress = Silent()
         self.cache = open_cache(source, settings.tensor)
         shape = self.cache.shape
         if shape.length is not None and settings.context_length not in (None, shape.length):
@@ -150,12 +153,23 @@ class Import:
         each = 1 if self.cache.shape.length else self.length
         return start * each, stop * each
 
+    def _digest(self) -> str:
+        """What the files hold, by name: digests, not sizes, as other activations may have the same sizes."""
+        files = self.cache.files
+        try:
+            with reading("digest of the files", files.values(), self._progress) as advance:
+                digests = sorted((name, sha256(path, advance)) for name, path in files.items())
+        except OSError as error:
+            raise ForeignFileError(
+                f"{self.source}: cannot be read ({error}); check the files and their permissions"
+            ) from None
+        return f"sha256:{hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]}"
+
     @cached_property
     def manifest(self) -> Manifest:
         """All that the store's bytes depend on, as far as it is known."""
         s, cache = self.settings, self.cache
         held_out = held_out_contexts(self.n_contexts, s.held_out, CHUNK_CONTEXTS)
-        files = json.dumps(sorted(cache.files.items())).encode()
         special = tuple(sorted(set(s.special_token_ids or ())))
         largest = max(int(self.tokens.max()), *special, 0)
         return Manifest(
@@ -173,7 +187,7 @@ class Import:
             held_out=(self.n_contexts - held_out, self.n_contexts),
             packing="pack",
             dataset="".join(c if c.isprintable() else "?" for c in self.source.absolute().name),
-            dataset_revision=f"sha256:{hashlib.sha256(files).hexdigest()[:16]}",
+            dataset_revision=self._digest(),
             dataset_config=None,
             dataset_split=None,
             dataset_column=None,
@@ -200,8 +214,17 @@ class Import:
             StoreMismatchError: the store was begun from other files, or with other settings.
             StoreWriteError: the disk refused.
         """
-        progress = progress or Silent()
-        writer = StoreWriter.begin(self.path, self.manifest, [self.layer])
+        self._progress = progress = progress or Silent()
+        try:
+            manifest = self.manifest
+        except ForeignFileError:
+            raise
+        except ValueError:
+            raise SettingsError(
+                f"{self.source}: no store can have contexts of {self.length} tokens with "
+                f"{self.cache.shape.d_model} numbers each; give a smaller --context-length"
+            ) from None
+        writer = StoreWriter.begin(self.path, manifest, [self.layer])
         with writer.lock():
             if not writer.has_tokens:
                 # No counts: of the corpus nothing is known.

@@ -5,6 +5,7 @@ it. Whether it was trained on what the store holds is not known, so its held-out
 Cost: the weights, twice in memory for a moment; of the store only its manifest is read.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from ..store.errors import RunMismatchError, SettingsError
 from ..store.ranges import PositionRange, parse_ranges
 from ..store.reader import ActivationStore
 from .hook_points import layer_of
-from .runs import Run
+from .runs import WEIGHTS, Run
 from .sae.foreign import read_foreign, read_metadata
 from .sae.saving import load_autoencoder, save_autoencoder
 from .settings import ImportSaeSettings
@@ -92,6 +93,15 @@ def import_sae(
     )
 
 
+def _digest(folder: Path) -> str:
+    """What tells the autoencoder from another in a folder of the same name."""
+    digest = hashlib.sha256()
+    for name in ("cfg.json", WEIGHTS):
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
 def _layer(folder: Path, wanted: int | None, hook_name: str | None) -> int:
     if hook_name is None:
         if wanted is None:
@@ -122,6 +132,7 @@ def _config(
         "posae": __version__,
         "torch": torch.__version__,
         "imported": folder.absolute().name,
+        "imported_digest": _digest(folder),
         "settings": {"architecture": architecture, "layer": layer, "ranges": ",".join(map(str, ranges))},
         "store": {
             "path": store.address,

@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
@@ -25,6 +25,8 @@ import transformers
 from transformers.utils import hub, logging
 
 from ..store.errors import ModelError, SettingsError
+from ..store.manifest import Manifest
+from .digests import commit_on_hub, sha256_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,6 +131,44 @@ def is_hub_id(model: str, revision: str | None) -> bool:
     """
     is_of_folder = (revision or "").startswith("sha256:")
     return not (is_of_folder or Path(model).exists() or model.startswith((".", "/", "~")))
+
+
+def facts_of_recorded(model: str, manifest: Manifest, revision: str | None = None) -> ModelFacts:
+    """What is known of a model that is to be the one of ``manifest``.
+
+    A hub id that the manifest has too means the commit there, so that no hub is asked.
+
+    Args:
+        model: ``demo``, a local folder or a hub id.
+        manifest: of a store.
+        revision: as for ``model_facts``, where one was given.
+
+    Raises:
+        ModelError: as ``model_facts``.
+    """
+    recorded = manifest.model_revision
+    if revision is None and model == manifest.language_model and is_hub_id(model, recorded):
+        revision = recorded
+    return model_facts(model, revision)
+
+
+def is_recorded(model: str, facts: ModelFacts, manifest: Manifest) -> bool:
+    """Whether a model is the one of ``manifest``: by commit, or by the digest of weights and tokenizer.
+
+    A folder may also be a copy of the commit, if the digests of the hub that it was fetched with still hold.
+
+    Args:
+        model: as given to ``model_facts``.
+        facts: what that found.
+        manifest: of a store.
+    """
+    recorded = manifest.model_revision
+    if recorded is None or facts.config_hash != manifest.model_config_hash:
+        return False
+    folder = _local_folder(model)
+    if facts.revision == recorded or folder is None:
+        return facts.revision == recorded
+    return {commit_on_hub(file) for file in _deciding_files(folder)} == {recorded}
 
 
 def default_layers(n_layers: int) -> tuple[int, ...]:
@@ -482,26 +522,22 @@ def _config_hash(config: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _digest(folder: Path) -> str | None:
-    """What stands for the revision of a local model; None where there are no weights."""
-    files = sorted(
+def _deciding_files(folder: Path) -> list[Path]:
+    """The files of a model that decide about tokens and activations, in the order of their names."""
+    return sorted(
         file for file in folder.iterdir() if file.suffix == ".safetensors" or file.name in _PINNED_FILES
     )
+
+
+def _digest(folder: Path) -> str | None:
+    """What stands for the revision of a local model; None where there are no weights."""
+    files = _deciding_files(folder)
     if not any(file.suffix == ".safetensors" for file in files):
         return None
     digest = hashlib.sha256()
     for file in files:
-        status = file.stat()
-        content = _file_digest(file, status.st_size, status.st_mtime_ns)
-        digest.update(f"{file.name} {content}\n".encode())
+        digest.update(f"{file.name} {sha256_once(file)}\n".encode())
     return f"sha256:{digest.hexdigest()[:16]}"
-
-
-@lru_cache
-def _file_digest(file: Path, _size: int, _modified: int) -> str:
-    """sha256 of a file in hex, taken once as long as its size and time stay the same."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

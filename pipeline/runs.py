@@ -11,6 +11,7 @@
 Every file is written whole or not at all, and nothing in it is pickled.
 """
 
+import hashlib
 import json
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,8 +24,11 @@ from torch import Tensor
 
 from ..store.errors import RunError, RunMismatchError, RunNotFoundError
 from ..store.files import StoreFiles, exclusive, is_leftover, writing
+from ..store.manifest import Manifest, root_json
 from ..store.notebook import block, columns, facts, folded
 from ..store.plain_text import differences
+from ..store.reader import ActivationStore
+from ..store.seal import pretty_json
 
 CONFIG, METRICS, EVALUATION = "config.json", "metrics.jsonl", "evaluation.json"
 CHECKPOINT = "checkpoint/state.safetensors"
@@ -160,28 +164,31 @@ class Run:
         folder = self.folder
         return folder.is_dir() and all(is_leftover(path.name) for path in folder.iterdir())
 
-    def unlike(self, read: Mapping[str, str]) -> list[str]:
+    def unlike(self, store: ActivationStore, layer: int) -> list[str]:
         """What of a store is not what the run read: some of tokens, activations, statistics.
 
-        Empty also where nobody can tell, as the store has no seal yet or had none when the run was begun.
-
-        Args:
-            read: the digests of the store, as ``ActivationStore.digests`` gives them.
+        Where the store has no seal yet, or had none when the run was begun, its manifest is compared, which
+        holds all that these depend on. Empty also where the run names no store.
         """
-        before: dict[str, str] = self.config.get("store", {}).get("read") or {}
-        words = {"tokens": "tokens", "stats": "statistics"}
-        return [words.get(key, "activations") for key in read if before and before.get(key) != read[key]]
+        begun: dict[str, Any] = self.config.get("store", {})
+        before: dict[str, str] = begun.get("read") or {}
+        read = store.digests(layer)
+        if before and read:
+            words = {"tokens": "tokens", "stats": "statistics"}
+            return [words.get(key, "activations") for key in read if before.get(key) != read[key]]
+        is_same = begun.get("manifest") in (None, digest_of(store.manifest))
+        return [] if is_same else ["text, model or settings"]
 
-    def check_read(self, store: Path | str, read: Mapping[str, str], remedy: str) -> None:
+    def check_read(self, store: ActivationStore, layer: int, remedy: str) -> None:
         """Refuse a store that holds other bytes than the run read.
 
         Raises:
             RunMismatchError: says which of tokens, activations, statistics differ.
         """
-        if differ := self.unlike(read):
+        if differ := self.unlike(store, layer):
             raise RunMismatchError(
-                f"{store} is not the store that {self.folder} was trained from: other {', '.join(differ)}; "
-                + remedy
+                f"{store.root} is not the store that {self.folder} was trained from: "
+                f"other {', '.join(differ)}; {remedy}"
             )
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -318,6 +325,11 @@ class Run:
 
 def _step(checkpoint: Any) -> int:
     return int(checkpoint.metadata()["step"])
+
+
+def digest_of(manifest: Manifest) -> str:
+    """What a run keeps of a store's manifest, which never changes once there is something to train on."""
+    return hashlib.sha256(pretty_json(root_json(manifest))).hexdigest()
 
 
 def runs_below(folder: Path) -> str | None:

@@ -43,7 +43,10 @@ STAGES = {
     *("import_activations", "import_sae"),
     *("saelens", "saebench", "activation_dataset"),  # doors for other programs, beside the stages
 }
-SPOKEN_BY_ALL = {"progress"}  # a protocol: how a stage, or a part that works for one, says what it does
+SPOKEN_BY_ALL = {
+    "progress",  # a protocol: how a stage, or a part that works for one, says what it does
+    "digests",  # what tells files apart, be they weights, text or activations
+}
 FILES = sorted(path.relative_to(ROOT) for folder in MAY_USE for path in (ROOT / folder).rglob("*.py"))
 
 

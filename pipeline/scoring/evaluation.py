@@ -222,8 +222,9 @@ class Evaluation(_Part):
     contexts: tuple[int, int]
     """Contexts scored: the first, and one past the last."""
     store: dict[str, Any]
-    """Where the store lay, its identity, the digests of what was read, and whether the run was trained from
-    it: `trained_from`, null where the one or the other had no seal."""
+    """Where the store lay, its identity, the digests of what was read; and of what the run was trained from:
+    whether it is this store (`trained_from`) or one of the same model (`same_model`), and how many of the
+    contexts scored are in it (`seen_contexts`). Null where nobody can tell."""
 
 
 def parse_evaluation(content: Mapping[str, Any], folder: Path) -> Evaluation:

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import IO, NamedTuple, Protocol, cast
 
 from ...store.errors import CorpusError, SettingsError
+from ..digests import reading, sha256
+from ..progress import Progress, Silent
 from .stdlib import SPLITS, stdlib_documents, stdlib_revision
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
@@ -57,6 +59,7 @@ def open_corpus(
     column: str = "text",
     config: str | None = None,
     revision: str | None = None,
+    progress: Progress | None = None,
 ) -> Corpus:
     """The corpus that ``dataset`` names.
 
@@ -71,6 +74,7 @@ def open_corpus(
         column: where the text lies in JSON and Parquet.
         config: part of a dataset of the Hub that names several.
         revision: branch, tag or commit on the Hub; stdlib and local files must have it.
+        progress: told of the reading of local files for their digest, where they are large.
 
     Raises:
         SettingsError: a setting that this kind of corpus does not have.
@@ -79,7 +83,7 @@ def open_corpus(
     """
     if not dataset.strip():
         raise SettingsError("dataset '' names nothing; write stdlib, a file, a folder or a Hub id")
-    path = None if dataset == "stdlib" else _local_path(dataset)
+    path = None if dataset == "stdlib" else local_path(dataset)
     if dataset != "stdlib" and path is None:
         return _hub_corpus(dataset, split or "train", column, config, revision)
     if config is not None:
@@ -89,7 +93,7 @@ def open_corpus(
     elif split is not None:
         raise SettingsError(f"{dataset}: local files have no splits; leave the split out")
     else:
-        corpus = _local_corpus(path, column)
+        corpus = _local_corpus(path, column, progress or Silent())
     if revision not in (None, corpus.revision):
         raise CorpusError(
             f"{dataset} is at revision {corpus.revision}, {revision} was asked for; "
@@ -107,7 +111,7 @@ def _stdlib_corpus(split: str) -> Corpus:
 # Local files
 
 
-def _local_path(dataset: str) -> Path | None:
+def local_path(dataset: str) -> Path | None:
     """The path that ``dataset`` means, or None if it can only be an id of the Hub."""
     path = Path(dataset)
     try:
@@ -128,7 +132,7 @@ def _kind(file: Path) -> str:
     return file.name.lower().removesuffix(".gz").rpartition(".")[2]
 
 
-def _local_corpus(path: Path, column: str) -> Corpus:
+def _local_corpus(path: Path, column: str, progress: Progress) -> Corpus:
     with _reading(path):
         if path.is_dir():
             relative = (file.relative_to(path) for file in path.rglob("*"))
@@ -151,24 +155,24 @@ def _local_corpus(path: Path, column: str) -> Corpus:
             )
     return Corpus(
         id=path.name if path.name not in ("", "..") else path.resolve().name,
-        revision=_digest(files, path),
+        revision=_digest(files, path, progress),
         split=None,
         column=column if any(_kind(file) != "txt" for file in files) else None,
         documents=lambda: _local_documents(files, column),
     )
 
 
-def _digest(files: list[Path], root: Path) -> str:
+def _digest(files: list[Path], root: Path, progress: Progress) -> str:
     """What the files hold: of one the sha256 of its bytes, of a folder that of its listing.
 
     The listing is what ``sha256sum`` prints: a line of digest, two spaces and path for each.
     """
-    listing = hashlib.sha256()
-    digest = ""
-    for file in files:
-        with _reading(file), file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        listing.update(digest.encode() + b"  " + os.fsencode(file.relative_to(root)) + b"\n")
+    listing, digest = hashlib.sha256(), ""
+    with _reading(root), reading("digest of the text", files, progress) as advance:
+        for file in files:
+            with _reading(file):
+                digest = sha256(file, advance)
+            listing.update(digest.encode() + b"  " + os.fsencode(file.relative_to(root)) + b"\n")
     return f"sha256:{(digest if files == [root] else listing.hexdigest())[:16]}"
 
 

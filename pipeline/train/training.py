@@ -20,7 +20,7 @@ from ..device import choose_device, free_bytes
 from ..interrupts import held_back
 from ..processes import processes_here, shares_a_training
 from ..progress import Progress, Silent
-from ..runs import Run
+from ..runs import Run, digest_of
 from ..sae.autoencoder import Autoencoder
 from ..sae.calibration import calibrate_threshold
 from ..sae.registry import architecture_class
@@ -145,7 +145,9 @@ class Training:
             "store": {
                 "path": store.address,
                 "read": store.digests(self.layer),
+                "manifest": digest_of(manifest),
                 "model": manifest.model,
+                "model_revision": manifest.model_revision,
                 "dataset": manifest.dataset,
                 "hook_point": manifest.hook_point,
                 "context_length": manifest.context_length,
@@ -285,8 +287,8 @@ class Training:
             # Where the store lies may change, what it holds may not; the digests say. Of another layer than
             # the run's they say nothing: that is another setting.
             if settings.get("layer") == self.layer:
-                self.run.check_read(self.store.root, config["store"]["read"], "give that one to go on")
-            for key in ("path", "read"):
+                self.run.check_read(self.store, self.layer, "give that one to go on")
+            for key in ("path", "read", "manifest", "model_revision"):
                 config["store"][key] = begun.get("store", {}).get(key)
         return config
 

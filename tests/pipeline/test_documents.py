@@ -392,7 +392,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def open_small(**settings: Any) -> Corpus:
-    return open_corpus("owner/name", **({"config": "small"} | settings))
+    words: dict[str, Any] = {"config": "small"}
+    return open_corpus("owner/name", **words | settings)
 
 
 def test_hub_dataset_is_streamed(hub: Hub) -> None:

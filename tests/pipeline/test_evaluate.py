@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 import posae.pipeline.evaluate as stage
 from posae.pipeline.evaluate import evaluate
 from posae.pipeline.language_model import model_facts
+from posae.pipeline.progress import Silent
 from posae.pipeline.sae.autoencoder import Autoencoder
 from posae.pipeline.sae.hierarchical import Hierarchical
 from posae.pipeline.sae.saving import save_autoencoder
@@ -239,8 +240,9 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture
 def run_of(make_store: "MakeStore", tmp_path: Path) -> MakeRun:
-    def make(model: str, name: str, factor: float, layer: int = LAYER) -> Path:
+    def make(model: str, name: str, factor: float, layer: int = LAYER, **manifest: Any) -> Path:
         facts = model_facts(model)
+        about: dict[str, Any] = {"model": name, "model_revision": facts.revision}
         store = make_store(
             tmp_path / "of-model.zarr",
             n_contexts=32,
@@ -248,10 +250,9 @@ def run_of(make_store: "MakeStore", tmp_path: Path) -> MakeRun:
             d_model=facts.d_model,
             held_out=16,
             layers=(layer,),
-            model=name,
-            model_revision=facts.revision,
             model_config_hash=facts.config_hash,
             vocabulary_size=VOCABULARY,
+            **about | manifest,
         )
         return make_run(store.root, tmp_path / "run", scaling(facts.d_model, factor, LENGTH), layer)
 
@@ -346,6 +347,37 @@ def test_another_model_a_missing_one_and_one_that_looks_ahead_are_refused(
         with pytest.raises(ModelError, match=r"does not predict the next token .* leave --ce-loss out"):
             evaluate(run, EvaluateSettings(ce_loss=True, model=str(tmp_path / name)))
         assert not (run / "evaluation.json").exists()
+
+
+class Heard(Silent):
+    """Keeps the lines that stay."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def test_a_folder_is_not_taken_for_a_commit_of_the_hub(gemma: Path, run_of: MakeRun) -> None:
+    run = run_of(str(gemma), "owner/tiny", 0.5, model_revision="c5ebcd4")
+    asked = EvaluateSettings(ce_loss=True, model=str(gemma))
+    for settings in (asked, EvaluateSettings(probing="saebench", model=str(gemma))):
+        said = r"its weights and tokenizer are sha256:\w+, not c5ebcd4"
+        with pytest.raises(ModelError, match=said) as told:
+            evaluate(run, settings)
+        assert "leave --model out, or get a copy: hf download owner/tiny --revision c5ebcd4" in str(
+            told.value
+        )
+    assert not (run / "evaluation.json").exists()
+
+
+def test_of_weights_that_the_store_does_not_name_it_is_said_that_they_are_taken(
+    gemma: Path, run_of: MakeRun
+) -> None:
+    run, heard = run_of(str(gemma), "tiny", 0.5, model_revision=None), Heard()
+    evaluate(run, EvaluateSettings(ce_loss=True, ce_contexts=2, model=str(gemma)), heard)
+    assert [line for line in heard.lines if "does not say which weights it was made with" in line]
 
 
 # evaluation.json

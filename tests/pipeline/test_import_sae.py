@@ -27,6 +27,8 @@ from posae.store.errors import (
 )
 from posae.store.ranges import equal_ranges
 
+from ..conftest import tree
+
 if TYPE_CHECKING:
     from ..conftest import Made, MakeStore
 
@@ -155,6 +157,24 @@ def test_a_run_of_posae_is_imported_with_its_positions(store: "Made", tmp_path: 
     assert (found["architecture"], found["ranges"]) == ("hierarchical", ["0:2", "2:4", "4:6"])
     with pytest.raises(SettingsError, match="leave --ranges out"):
         import_sae(tmp_path / "shared", tmp_path / "other", opened, ImportSaeSettings(ranges="2"))
+
+
+def test_another_autoencoder_in_a_folder_of_the_same_name_is_not_taken_for_it(
+    store: "Made", tmp_path: Path
+) -> None:
+    opened = ActivationStore.open(store.root)
+    folder = write(tmp_path / "one" / "theirs", "topk")
+    import_sae(folder, tmp_path / "run", opened, ImportSaeSettings())
+    before = tree(tmp_path / "run")
+    others = write(tmp_path / "two" / "theirs", "topk"), write(tmp_path / "three" / "theirs", "topk", k=5)
+    weights = safetensors.torch.load((others[0] / "sae_weights.safetensors").read_bytes())
+    weights["b_dec"] += 1
+    (others[0] / "sae_weights.safetensors").write_bytes(safetensors.torch.save(weights))
+    for other in others:
+        with pytest.raises(RunMismatchError, match=r"imported_digest is 'sha256:.*' there and 'sha256:"):
+            import_sae(other, tmp_path / "run", opened, ImportSaeSettings())
+    import_sae(folder, tmp_path / "run", opened, ImportSaeSettings())
+    assert tree(tmp_path / "run") == before
 
 
 REFUSED: list[tuple[dict[str, Any], type[PosaeError], str]] = [

@@ -1,9 +1,11 @@
 """A tiny model of each kind gives the activations of transformers, and each failure one clear line."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,19 +22,26 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.sha import git_hash
 
 from posae.pipeline.language_model import (
     LanguageModel,
     ModelFacts,
     check_layers,
     default_layers,
+    facts_of_recorded,
+    is_recorded,
     load_tokenizer,
     model_facts,
 )
 from posae.store.errors import ModelError, SettingsError
+from posae.store.manifest import Manifest
+
+from ..conftest import MANIFEST
 
 # Any, as few of their functions are typed.
 library = cast(Any, transformers)
+local_folder = cast(Any, import_module("huggingface_hub._local_folder"))
 safetensors = cast(Any, safetensors_torch)
 
 N_LAYERS = 4
@@ -541,6 +550,70 @@ def test_a_model_of_the_hub_is_pinned_to_its_commit(
     assert model.facts == facts
     expected = reference(make_model("llama"), tokens)
     assert torch.equal(model.activations(tokens, [1])[1], expected[1])
+
+
+def recorded(facts: ModelFacts) -> Manifest:
+    """A manifest of a store made with that model."""
+    changed: dict[str, Any] = {
+        "model": facts.id,
+        "model_revision": facts.revision,
+        "model_config_hash": facts.config_hash,
+    }
+    return Manifest(**MANIFEST | changed)
+
+
+def fetched(kind: str, folder: Path, repository: Path) -> Path:
+    """Lay out a copy as huggingface_hub does: a folder of one's own, or a snapshot in its cache."""
+    if kind == "folder":
+        copy = Path(shutil.copytree(folder, repository))
+        for file in folder.iterdir():
+            local_folder.write_download_metadata(copy, file.name, COMMIT, name_on_hub(file))
+        return copy
+    snapshot, blobs = repository / "snapshots" / COMMIT, repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in folder.iterdir():
+        shutil.copy(file, blobs / name_on_hub(file))
+        (snapshot / file.name).symlink_to(Path("../..", "blobs", name_on_hub(file)))
+    return snapshot
+
+
+def name_on_hub(file: Path) -> str:
+    """A large file's sha256, a small one's name in git."""
+    if file.suffix == ".safetensors":
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    return git_hash(file.read_bytes())
+
+
+@pytest.mark.parametrize("kind", ["folder", "cache"])
+def test_a_copy_of_a_commit_is_the_model_of_the_hub_while_its_files_are_unchanged(
+    kind: str, make_model: Callable[[str], Path], offline: Path, tmp_path: Path
+) -> None:
+    put_into_cache(offline, make_model("llama"), COMMIT)
+    manifest = recorded(model_facts("someone/tiny"))
+    copy = fetched(kind, make_model("llama"), tmp_path / "copy")
+    assert is_recorded(str(copy), model_facts(str(copy)), manifest)
+    # One that was fetched otherwise is of no commit, and neither is one of another.
+    assert not is_recorded(str(make_model("llama")), model_facts(str(make_model("llama"))), manifest)
+    later = manifest.model_copy(update={"model_revision": "f" * 40})
+    assert not is_recorded(str(copy), model_facts(str(copy)), later)
+    file = copy / "model.safetensors"
+    weights = bytearray(file.read_bytes())
+    weights[-1] ^= 1
+    file.write_bytes(weights)
+    assert not is_recorded(str(copy), model_facts(str(copy)), manifest)
+
+
+def test_a_hub_id_in_a_manifest_means_the_commit_there(
+    make_model: Callable[[str], Path], offline: Path
+) -> None:
+    put_into_cache(offline, make_model("llama"), COMMIT)
+    manifest = recorded(model_facts("someone/tiny"))
+    put_into_cache(offline, make_model("llama"), "f" * 40)
+    facts = facts_of_recorded("someone/tiny", manifest)
+    assert (facts.revision, is_recorded("someone/tiny", facts, manifest)) == (COMMIT, True)
+    newer = model_facts("someone/tiny")
+    assert (newer.revision, is_recorded("someone/tiny", newer, manifest)) == ("f" * 40, False)
 
 
 def test_a_model_of_the_hub_without_safetensors(make_model: Callable[[str], Path], offline: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pytest
 
+from posae.pipeline.assembling import copy_part
 from posae.pipeline.evaluate import evaluate
 from posae.pipeline.report import collect
 from posae.pipeline.settings import EvaluateSettings, TrainSettings, build
@@ -92,7 +93,10 @@ def test_digests_are_kept_from_the_first_step_on(trained: Trained) -> None:
         "identity": store.identity,
         "read": store.digests(LAYER),
         "trained_from": True,
+        "same_model": None,
+        "seen_contexts": 0,
     }
+    assert config["store"]["model_revision"] is None  # so nobody can tell
 
 
 @pytest.mark.parametrize("is_moved", [False, True])
@@ -158,6 +162,8 @@ def test_another_store_that_is_named_is_scored_and_the_scores_say_so(
         "identity": other.identity,
         "read": other.digests(LAYER),
         "trained_from": False,
+        "same_model": None,
+        "seen_contexts": 0,
     }
     (table, *_) = collect([trained.run]).measurements()
     assert table.rows[0][0] == "run, on another store"
@@ -199,3 +205,57 @@ def test_a_run_of_an_unfinished_harvest_goes_on_when_that_is_finished(
     found = evaluate(tmp_path / "run", EvaluateSettings())
     assert found["store"]["trained_from"] is None
     assert found["store"]["identity"] == ActivationStore.open(made.root).identity
+
+
+def test_a_run_of_an_unfinished_harvest_does_not_go_on_from_another_of_the_same_names(
+    make_store: "MakeStore", tmp_path: Path
+) -> None:
+    made = made_store(make_store, tmp_path / "a.zarr", seal=False)
+    train(made.root, tmp_path / "run")
+    for seal in (False, True):
+        other = made_store(make_store, tmp_path / f"{seal}.zarr", seal=seal, dataset_revision="sha256:0")
+        before = files(tmp_path / "run")
+        said = r"is not the store that .*run was trained from: other text, model or settings; give that one"
+        with pytest.raises(RunMismatchError, match=said):
+            train(other.root, tmp_path / "run")
+        assert files(tmp_path / "run") == before
+        scored = evaluate(tmp_path / "run", EvaluateSettings(store=str(other.root)))
+        assert scored["store"]["trained_from"] is False
+    put(other, made.root)
+    with pytest.raises(RunMismatchError, match="other text, model or settings; name the right one"):
+        evaluate(tmp_path / "run", EvaluateSettings())
+
+
+def test_contexts_that_were_trained_on_are_counted_wherever_they_lie(
+    trained: Trained, tmp_path: Path
+) -> None:
+    store = ActivationStore.open(trained.store.root)
+    part = copy_part(store, tmp_path / "part.zarr", contexts=(0, 24)).store
+    assert part.held_out_part(LAYER) == (16, 24)
+    found = evaluate(trained.run, EvaluateSettings(store=str(part.root)))["store"]
+    assert (found["trained_from"], found["seen_contexts"]) == (False, 8)
+    # Where the run's own store is gone, or another, nobody can tell.
+    trained.store.root.rename(tmp_path / "moved")
+    assert evaluate(trained.run, EvaluateSettings(store=str(part.root)))["store"]["seen_contexts"] is None
+    trained.another(trained.store.root, seed=3)
+    assert evaluate(trained.run, EvaluateSettings(store=str(part.root)))["store"]["seen_contexts"] is None
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "is_same"),
+    [
+        ("sha256:0", "sha256:0", True),
+        ("sha256:0", "sha256:1", False),
+        ("c5ebcd4", "3be9033", False),
+        ("sha256:0", "c5ebcd4", None),
+        ("sha256:0", None, None),
+    ],
+)
+def test_scores_say_whether_the_other_store_is_of_the_same_model(
+    before: str, now: str | None, is_same: bool | None, make_store: "MakeStore", tmp_path: Path
+) -> None:
+    made = made_store(make_store, tmp_path / "a.zarr", model_revision=before)
+    train(made.root, tmp_path / "run")
+    other = made_store(make_store, tmp_path / "b.zarr", model_revision=now, seed=1)
+    found = evaluate(tmp_path / "run", EvaluateSettings(store=str(other.root)))["store"]
+    assert (found["trained_from"], found["same_model"]) == (False, is_same)
