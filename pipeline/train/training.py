@@ -63,13 +63,13 @@ class Training:
         """
         self.store = store
         self.run = Run(folder)
-        self.settings = resolve(store, settings)
+        here = processes_here().local_rank
+        self.device = choose_device(settings.device, here, with_float64=True)
+        self.settings = resolve(store, settings, self.device)
         assert self.settings.layer is not None
         self.layer = self.settings.layer
         store.check_layer(self.layer)
         self.ranges: tuple[PositionRange, ...] = parse_ranges(self.settings.ranges, store.context_length)
-        here = processes_here().local_rank
-        self.device = choose_device(self.settings.device, here, with_float64=True)
         self.n_contexts = self._n_contexts()
         self.leave_out = () if self.settings.special_tokens else store.manifest.special_token_ids
         self.new_autoencoder(None)  # refuses what the architecture cannot be, before a run is begun

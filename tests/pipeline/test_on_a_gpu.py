@@ -122,17 +122,18 @@ def test_rounded_products_are_of_the_steps_alone(
     forward = Standard.forward
 
     def watched(self: Standard, *words: Any) -> Any:
-        found.append(torch.backends.cuda.matmul.allow_tf32)
+        found.append(torch.backends.cuda.matmul.fp32_precision)
         return forward(self, *words)
 
     monkeypatch.setattr(Standard, "forward", watched)
-    settings = small("paper-baseline", "cuda").model_copy(update={"precision": "tf32"})
+    settings, before = small("paper-baseline", "cuda"), torch.backends.cuda.matmul.fp32_precision
     with pretended_gpu():
         store = ActivationStore.open(good_store.root)
         Training(store, tmp_path / "run", settings).train()
-        assert found == [True] * 20
+        assert found == ["tf32"] * 20
         evaluate(tmp_path / "run", EvaluateSettings(), None, store)
-    assert not torch.backends.cuda.matmul.allow_tf32
+        assert set(found[20:]) == {before}
+    assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 def test_every_score_is_the_same(tmp_path: Path) -> None:
