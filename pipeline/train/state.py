@@ -183,7 +183,7 @@ class State:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything, as tensors by name."""
+        """Everything, as tensors by name: copies on the CPU."""
         found = {f"weights.{name}": value for name, value in self.autoencoder.state_dict().items()}
         for number, entry in self.optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{number}.{key}": value for key, value in entry.items()}
@@ -192,7 +192,8 @@ class State:
         found["dead"] = torch.zeros_like(self.last_fired, dtype=torch.bool)
         if self.autoencoder.dead is not None:
             found["dead"][self.autoencoder.dead] = True
-        return {name: value.detach().cpu() for name, value in found.items()} | {"n_tokens": self.n_tokens}
+        found["n_tokens"] = self.n_tokens
+        return {name: value.detach().to("cpu", copy=True) for name, value in found.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The reverse of ``tensors``."""

@@ -161,7 +161,9 @@ def pretended_gpu() -> Generator[None]:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "mem_get_info", _memory)
-        patch.setattr(torch.cuda, "set_device", _do_nothing)
+        for name in ("set_device", "synchronize", "empty_cache"):
+            patch.setattr(torch.cuda, name, _do_nothing)
+        patch.setattr(torch.cuda, "get_device_name", lambda _: "a pretended GPU")
         patch.setattr(torch.cuda, "Stream", _Nothing)
         patch.setattr(torch.cuda, "Event", _Nothing)
         patch.setattr(torch.cuda, "current_stream", _Nothing)
