@@ -8,11 +8,11 @@ the table is printed in the end. Each step has a share of the minutes; what it d
 a GPU, or with --toy, all sizes are tiny: that shows that it runs, no more.
 
 It needs Python 3.11 or later with torch 2.6 and transformers 5 (which bring numpy, safetensors, tokenizers,
-huggingface_hub), and of posae's other dependencies these wheels, with posae's own; WHEELS is a folder:
+huggingface_hub), and of posae's other dependencies these wheels, 12 MB with posae's own:
 
-    pip download --no-deps --only-binary :all: -d WHEELS --python-version 3.12 --platform manylinux2014_x86_64
-        --platform manylinux_2_28_x86_64 numcodecs awscrt pydantic pydantic-core annotated-types
-        typing-inspection psutil
+    pip download --no-deps --only-binary :all: -d WHEELS -c constraints.txt --python-version 3.12
+        --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64
+        numcodecs awscrt pydantic pydantic-core annotated-types typing-inspection psutil
     pip wheel --no-deps -w WHEELS .                       posae itself: its version is written into stores
     pip install --no-index --no-deps WHEELS/*.whl         on the machine with the GPU
 

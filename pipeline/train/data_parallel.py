@@ -177,8 +177,7 @@ class Several(Team):
         before = self._agreeing
         flag = torch.tensor([asked], dtype=torch.uint8)
         with _reaching_others():
-            adding = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)  # pyright: ignore[reportUnknownMemberType]
-            self._agreeing = (flag, adding)
+            self._agreeing = (flag, _begin_to_reduce(flag, dist.ReduceOp.MAX))
             if before is not None:
                 before[1].wait()
         return before is not None and bool(before[0])
@@ -191,18 +190,13 @@ class Several(Team):
         gradients = [weight.grad for weight in parameters if weight.grad is not None]
         large = [gradient for gradient in gradients if gradient.numel() >= _TOGETHER]
         small = [gradient for gradient in gradients if gradient.numel() < _TOGETHER]
-        joined_up = torch.cat([gradient.flatten() for gradient in small]) if small else None
+        together = torch.cat([gradient.flatten() for gradient in small]) if small else None
         with _reaching_others():
-            # On a GPU waiting is the stream's, not the host's.
-            under_way = [
-                dist.all_reduce(tensor, async_op=True)  # pyright: ignore
-                for tensor in (*large, joined_up)
-                if tensor is not None
-            ]
-            for adding in under_way:
-                adding.wait()  # pyright: ignore
-        if joined_up is not None:
-            parts = torch.split(joined_up, [gradient.numel() for gradient in small])
+            wanted = large if together is None else [*large, together]
+            for adding in [_begin_to_reduce(tensor, dist.ReduceOp.SUM) for tensor in wanted]:
+                adding.wait()  # on a GPU the stream waits, not the host
+        if together is not None:
+            parts = torch.split(together, [gradient.numel() for gradient in small])
             for gradient, part in zip(small, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
 
@@ -218,6 +212,11 @@ class Several(Team):
         self.settle()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _begin_to_reduce(tensor: Tensor, by: Any) -> Any:
+    """Begin to put the sum, or the largest, of all processes in place of a tensor; gives what to wait for."""
+    return dist.all_reduce(tensor, by, async_op=True)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _add(tensor: Tensor) -> None:

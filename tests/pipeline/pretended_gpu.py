@@ -77,6 +77,10 @@ class _Nothing:
 def _do_nothing(*_: Any, **__: Any) -> None: ...
 
 
+def _name(_: object) -> str:
+    return "a pretended GPU"
+
+
 def _memory(_: object) -> tuple[int, int]:
     return 2**34, 2**34
 
@@ -163,7 +167,7 @@ def pretended_gpu() -> Generator[None]:
         patch.setattr(torch.cuda, "mem_get_info", _memory)
         for name in ("set_device", "synchronize", "empty_cache"):
             patch.setattr(torch.cuda, name, _do_nothing)
-        patch.setattr(torch.cuda, "get_device_name", lambda _: "a pretended GPU")
+        patch.setattr(torch.cuda, "get_device_name", _name)
         patch.setattr(torch.cuda, "Stream", _Nothing)
         patch.setattr(torch.cuda, "Event", _Nothing)
         patch.setattr(torch.cuda, "current_stream", _Nothing)

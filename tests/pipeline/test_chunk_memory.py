@@ -27,9 +27,12 @@ def test_a_gpu_gets_the_batches_of_a_cpu(
             store, 3, ranges, batch_size=20, window_contexts=window, device=device, decoded=decoded
         )
 
+    def memory(_: object) -> tuple[int, int]:
+        return free, free
+
     wanted = [batch.activations.copy() for batch in batches(torch.device("cpu")).steps(0, 40)]
     with pretended_gpu():
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
         for batch, bits in zip(batches(GPU).steps(0, 40), wanted, strict=True):
             assert batch.on_device.device == GPU
             np.testing.assert_array_equal(batch.activations, bits)
