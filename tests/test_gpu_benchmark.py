@@ -69,10 +69,10 @@ def test_every_step_is_measured_and_not_again(tmp_path: Path) -> None:
     assert "is of device a pretended GPU, this is device CPU" in without.stderr
 
 
-def test_a_step_that_runs_out_of_time_is_kept_and_done_again(tmp_path: Path) -> None:
+def test_a_step_without_time_says_so_and_is_done_later(tmp_path: Path) -> None:
     words = (tmp_path / "out", "--toy", "--only", "decoding")
     assert run(*words, "--minutes", "0.0001").returncode == 0
-    assert measured(tmp_path / "out")["decoding"]["why_not"].startswith("stopped after")
+    assert measured(tmp_path / "out")["decoding"]["why_not"] == "no time was left"
     ended = run(*words)
     assert measured(tmp_path / "out")["decoding"]["why_not"] is None
     assert "harvest      not measured" in ended.stdout

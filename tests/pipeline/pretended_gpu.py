@@ -8,6 +8,7 @@ kernels' rounding.
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Self, cast
 
 import pytest
@@ -166,7 +167,7 @@ def pretended_gpu() -> Generator[None]:
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "mem_get_info", _memory)
         for name in ("set_device", "synchronize", "empty_cache"):
-            patch.setattr(torch.cuda, name, _do_nothing)
+            patch.setattr(torch.cuda, name, partial(_do_nothing, name))  # torch wants each to be another
         patch.setattr(torch.cuda, "get_device_name", _name)
         patch.setattr(torch.cuda, "Stream", _Nothing)
         patch.setattr(torch.cuda, "Event", _Nothing)

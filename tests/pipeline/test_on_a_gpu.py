@@ -12,8 +12,9 @@ from posae.pipeline.evaluate import evaluate
 from posae.pipeline.explore import explore_runs
 from posae.pipeline.harvest import Harvest
 from posae.pipeline.results.explored import Explored
+from posae.pipeline.sae.sparse import SparseCode
 from posae.pipeline.sae.standard import Standard
-from posae.pipeline.sae.topk import BatchTopK
+from posae.pipeline.sae.topk import BatchTopK, TopK
 from posae.pipeline.settings import TRAIN_PRESETS, EvaluateSettings, HarvestSettings, TrainSettings, build
 from posae.pipeline.train import Training
 from posae.store import ActivationStore
@@ -106,6 +107,26 @@ def test_batchtopk_keeps_the_same(n_rows: int) -> None:
         torch.testing.assert_close(there.threshold.cpu(), here.threshold)
     torch.testing.assert_close(found, wanted)
     assert 0 < (found > 0).sum() <= 6 * n_rows
+
+
+@pytest.mark.parametrize("kind", [TopK, BatchTopK])
+def test_few_active_features_are_listed_to_the_same_gradients(kind: type[TopK]) -> None:
+    own: dict[str, Any] = {"d_model": 8, "dictionary_size": 1024, "ranges": equal_ranges(16, 1)}
+    here, there = (kind(**own, target_l0=3, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
+    wanted = here(x, [0, 40])
+    wanted.losses.total.backward()  # pyright: ignore[reportUnknownMemberType]
+    with pretended_gpu():
+        found = there.to(GPU)(x.to(GPU), [0, 40])
+        assert isinstance(found.codes.code, SparseCode)
+        torch.testing.assert_close(found.code.cpu(), wanted.code)
+        torch.testing.assert_close(found.reconstruction.cpu(), wanted.reconstruction)
+        assert torch.equal(found.fired().cpu(), wanted.fired())
+        found.losses.total.backward()  # pyright: ignore[reportUnknownMemberType]
+        for weight, other in zip(there.parameters(), here.parameters(), strict=True):
+            assert weight.grad is not None
+            assert other.grad is not None
+            torch.testing.assert_close(weight.grad.cpu(), other.grad)
 
 
 def test_dropout_is_drawn_there(good_store: Made, tmp_path: Path) -> None:
