@@ -272,12 +272,12 @@ def main(words: list[str] | None = None) -> int:
         in_all = sum(one for one, _ in left.values())
         seconds = (end - time.monotonic()) * share / in_all
         del left[name]
-        if seconds <= 0:
-            kept = bench.steps.get(name, {"values": {}, "seconds": 0.0})
-            bench.steps[name] = {**kept, "why_not": kept.get("why_not") or "no time was left"}
+        if seconds > 0:
+            bench.run(name, step, seconds)
+        elif _is_missing(bench.steps.get(name)):
+            before = bench.steps.get(name, {"values": {}, "seconds": 0.0})
+            bench.steps[name] = {**before, "why_not": before.get("why_not", "no time was left")}
             bench.save()
-            continue
-        bench.run(name, step, seconds)
         shutil.rmtree(bench.out / "work", ignore_errors=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
