@@ -216,7 +216,7 @@ class Several(Team):
 
 def _begin_to_reduce(tensor: Tensor, by: Any) -> Any:
     """Begin to put the sum, or the largest, of all processes in place of a tensor; gives what to wait for."""
-    return dist.all_reduce(tensor, by, async_op=True)  # pyright: ignore[reportUnknownMemberType]
+    return cast(Any, dist.all_reduce(tensor, by, async_op=True))  # pyright: ignore[reportUnknownMemberType]
 
 
 def _add(tensor: Tensor) -> None:
