@@ -81,14 +81,14 @@ def stop(*_: object) -> None:
     raise Stopped
 
 
-def bare(model: LanguageModel, tokens: torch.Tensor, last: int) -> None:
+def bare(model: LanguageModel, tokens: torch.Tensor, last: int, batch: int = BATCH) -> None:
     """Run all batches through transformers up to one layer, and keep nothing."""
     hook = model.blocks[last].register_forward_hook(stop)
     try:
-        for start in range(0, len(tokens), BATCH):
+        for start in range(0, len(tokens), batch):
             try:
                 with torch.inference_mode():
-                    model.text_model(tokens[start : start + BATCH].to(model.device))
+                    model.text_model(tokens[start : start + batch].to(model.device))
             except Stopped:
                 pass
     finally:
@@ -98,14 +98,17 @@ def bare(model: LanguageModel, tokens: torch.Tensor, last: int) -> None:
 
 
 class LoadedHarvest(Harvest):
-    """A harvest that is given a loaded model; its time begins with that."""
+    """A harvest that is given a loaded model; its time begins when the tokens are committed."""
 
     loaded: LanguageModel
     started: tuple[float, float]
 
     def _load_model(self) -> LanguageModel:
-        self.started = (time.perf_counter(), time.process_time())
         return self.loaded
+
+    def _fill(self, *given: Any) -> int:
+        self.started = (time.perf_counter(), time.process_time())
+        return super()._fill(*given)
 
 
 def harvest(root: Path, settings: HarvestSettings, model: LanguageModel) -> tuple[float, float]:
@@ -124,9 +127,9 @@ def timed(work: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - started, time.process_time() - used
 
 
-def measured_peak(device: torch.device) -> float:
+def measured_peak(device: torch.device, size: int | None = None) -> float:
     """FLOP/s of a product of two bfloat16 matrices, the best of some."""
-    size = 4096 if device.type == "cuda" else 1024
+    size = size or (4096 if device.type == "cuda" else 1024)
     left, right = torch.randn((2, size, size), dtype=torch.bfloat16, device=device)
 
     def product() -> None:

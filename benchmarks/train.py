@@ -45,7 +45,7 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def made(root: Path, d_model: int, n_contexts: int) -> ActivationStore:
+def made(root: Path, d_model: int, n_contexts: int, n_held_out: int = 8) -> ActivationStore:
     """A sealed store of one layer: normal numbers in d_model / 4 directions, and noise; made once."""
     if (root / "seal.json").exists():
         return ActivationStore.open(root)
@@ -65,7 +65,7 @@ def made(root: Path, d_model: int, n_contexts: int) -> ActivationStore:
         batch_contexts=32,
         n_contexts=n_contexts,
         context_length=LENGTH,
-        held_out=(n_contexts - 8, n_contexts),
+        held_out=(n_contexts - n_held_out, n_contexts),
         packing="pack",
         dataset="made-up",
         tokenizer_hash="0" * 64,

@@ -30,10 +30,12 @@ def evaluate(
     Example: posae evaluate runs/paper --ce-loss
     """
     settings = resolve_settings(EvaluateSettings, presets={}, config=config, options=options)
+    from ..pipeline.device import keep_freed_memory
     from ..pipeline.evaluate import evaluate as score
     from ..pipeline.scoring.evaluation import parse_evaluation
     from .show_scores import show_scores
 
+    keep_freed_memory()
     with LiveProgress() as progress:
         found = score(run, settings, progress)
     if as_json:

@@ -7,12 +7,11 @@ run resumes at any step by decoding one window, and all runs that agree in these
 Where a step lies depends on how many tokens are left out before it, so going on at a step reads the token
 ids of the windows before it in its epoch, and all once an epoch is past; beginning reads one window's.
 Costs: two windows of memory, and per batch one gather on top of decoding. A layer that is kept
-decoded (``DecodedLayer``) costs its whole size in memory, and is read once for all epochs and passes. On a
-GPU batches are gathered into pinned memory and cross on a stream of their own, beside the training. Several
+decoded (``DecodedLayer``) costs its whole size in memory, and is read once for all epochs and passes. A GPU
+holds windows in its own memory where it has room, and gathers there (chunk_memory.py). Several
 processes can share the same batches: each decodes some chunks of every window, and has the rows from these.
 """
 
-import math
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +28,7 @@ from ..store.manifest import layer_path
 from ..store.ranges import PositionRange
 from ..store.reader import ActivationStore
 from ..store.shards import stop
+from .chunk_memory import ChunkMemory, DecodedLayer, HostBuffer, chunk_memory
 
 _SCAN_CHUNKS = 512
 
@@ -47,11 +47,8 @@ class Batch(NamedTuple):
     """Tokens of one step, sorted by position; its memory is used again by the batch after the next."""
 
     step: int
-    activations: NDArray[np.uint16]
-    """bfloat16 bits [rows, d_model]."""
-
     on_device: torch.Tensor
-    """The same as bfloat16 on the device that was asked for: on a CPU a view, on a GPU a copy under way."""
+    """Activations, bfloat16 [rows, d_model], on the device that was asked for."""
 
     positions: NDArray[np.int64]
     """Position of each row in its context; [rows]."""
@@ -67,6 +64,12 @@ class Batch(NamedTuple):
 
     part: Part | None = None
     """What rows these are, where they are not all of the batch."""
+
+    @property
+    def activations(self) -> NDArray[np.uint16]:
+        """The bits of ``on_device`` [rows, d_model]: the same memory on a CPU; a GPU is waited for."""
+        bits: NDArray[np.int16] = self.on_device.cpu().view(torch.int16).numpy()
+        return bits.view(np.uint16)
 
     @property
     def n_rows(self) -> int:
@@ -105,39 +108,6 @@ def _range_offsets(positions: NDArray[np.int64], ranges: Sequence[PositionRange]
 def as_torch(bits: NDArray[np.uint16]) -> torch.Tensor:
     """The bits of bfloat16 viewed as a bfloat16 tensor, without a copy."""
     return torch.as_tensor(bits).view(torch.bfloat16)
-
-
-class _HostBuffer:
-    """Memory for the rows of a batch, pinned if a GPU is to copy from it."""
-
-    def __init__(self, device: torch.device, copying: torch.cuda.Stream | None, d_model: int) -> None:
-        self._device = device
-        self._copying = copying
-        self._rows = torch.empty((0, d_model), dtype=torch.bfloat16)
-        self._copied = torch.cuda.Event() if copying else None
-
-    def bits(self, n_rows: int) -> NDArray[np.uint16]:
-        """Room for ``n_rows``, as soon as the GPU has taken what was there; uint16 [rows, d_model]."""
-        if self._copied:
-            self._copied.synchronize()
-        if n_rows > len(self._rows):
-            shape = (n_rows, self._rows.shape[1])
-            self._rows = torch.empty(shape, dtype=torch.bfloat16, pin_memory=self._copying is not None)
-        bits: NDArray[np.int16] = self._rows[:n_rows].view(torch.int16).numpy()
-        return bits.view(np.uint16)
-
-    def on_device(self, n_rows: int) -> torch.Tensor:
-        """The rows, ready for whatever the current stream does next; bfloat16 [rows, d_model]."""
-        rows = self._rows[:n_rows]
-        if self._copying is None or self._copied is None:
-            return rows.to(self._device)
-        with torch.cuda.stream(self._copying):
-            moved = rows.to(self._device, non_blocking=True)
-            self._copied.record()
-        using = torch.cuda.current_stream(self._device)
-        using.wait_event(self._copied)
-        moved.record_stream(using)
-        return moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,38 +208,6 @@ class Order:
         return np.array_split(shuffle.permutation(rows), self.n_batches(len(rows)))
 
 
-class DecodedLayer:
-    """Memory for a whole layer, filled as it is read; several passes may share it, one after another.
-
-    Costs 2 bytes a number: ``n_bytes``.
-
-    Attributes:
-        bits: bfloat16 bits [chunks, contexts of a chunk, positions, d_model].
-        is_there: which chunks were decoded; bool [chunks].
-    """
-
-    def __init__(self, store: ActivationStore, layer: int, n_contexts: int) -> None:
-        """Take the memory; nothing is read yet.
-
-        Args:
-            store: an opened store.
-            layer: one of its layers.
-            n_contexts: contexts to keep, from the first.
-        """
-        self.bits = np.empty(self._shape(store, layer, n_contexts), np.uint16)
-        self.is_there = np.zeros(len(self.bits), np.bool_)
-
-    @staticmethod
-    def _shape(store: ActivationStore, layer: int, n_contexts: int) -> tuple[int, ...]:
-        spec = store.array(layer_path(layer)).spec
-        return (-(-n_contexts // spec.chunk_rows), spec.chunk_rows, *spec.shape[1:])
-
-    @classmethod
-    def n_bytes(cls, store: ActivationStore, layer: int, n_contexts: int) -> int:
-        """How much memory it would take."""
-        return 2 * math.prod(cls._shape(store, layer, n_contexts))
-
-
 class ShuffledBatches:
     """Batches of one layer of a store; iterate over ``steps``.
 
@@ -335,7 +273,7 @@ class ShuffledBatches:
         )
         self._wanted = np.full(self.order.n_chunks, -1)  # of chunks whose tokens were read
         if decoded is None and self.order.n_windows == 1:
-            decoded = DecodedLayer(store, layer, self.n_contexts)
+            decoded = DecodedLayer(store, layer, self.n_contexts, self._device)
         self._kept = decoded
 
     @property
@@ -388,7 +326,7 @@ class ShuffledBatches:
             return
         epoch, first_window, skip = place
         copying = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        buffers = [_HostBuffer(self._device, copying, self.store.d_model) for _ in range(2)]
+        buffers = [HostBuffer(self._device, copying, self.store.d_model) for _ in range(2)]
         step = start
         with closing(self._windows(epoch, first_window)) as windows:
             for window in windows:
@@ -399,7 +337,7 @@ class ShuffledBatches:
                         return
                 skip = 0
 
-    def _batch(self, step: int, window: "_Window", rows: NDArray[np.int64], buffer: _HostBuffer) -> Batch:
+    def _batch(self, step: int, window: "_Window", rows: NDArray[np.int64], buffer: HostBuffer) -> Batch:
         length, size = self.store.context_length, self._reader.spec.chunk_rows
         place, position = np.divmod(rows, length)
         # By position, and at one position as the rows lie in memory; one sort of one number each.
@@ -411,13 +349,10 @@ class ShuffledBatches:
             part = Part(places, position)
             position, place = position[places], place[places]
         chunk, within = np.divmod(place, size)
-        bits = buffer.bits(len(place))
         lies = (window.homes[chunk] * size + within) * length + position
-        np.take(window.activations, lies, axis=0, out=bits, mode="clip")
         return Batch(
             step,
-            bits,
-            buffer.on_device(len(place)),
+            window.memory.rows(lies, buffer),
             position,
             window.chunks[chunk] * size + within,
             window.tokens[place, position],
@@ -430,12 +365,12 @@ class ShuffledBatches:
         return chunk % self._n_parts == self._part
 
     @cached_property
-    def _buffers(self) -> list[NDArray[np.uint16]]:
+    def _buffers(self) -> list[ChunkMemory]:
         # Two, reused for ever: fresh ones would cost as much in page faults as decoding. Where other parts'
         # chunks would lie is never touched, and so takes no memory.
         spec = self._reader.spec
         shape = (self.order.window_chunks, spec.chunk_rows, *spec.shape[1:])
-        return [np.empty(shape, np.uint16) for _ in range(2)]
+        return [chunk_memory(shape, self._device) for _ in range(2)]
 
     def _windows(self, epoch: int, window: int) -> Generator["_Window"]:
         """Every window from this one on, the next being decoded while one is used."""
@@ -462,28 +397,28 @@ class ShuffledBatches:
         """Decode what of a window is not there yet, into one of the buffers or where it is kept."""
         is_missing = self._is_ours(np.arange(len(chunks)))
         if self._kept is None:
-            buffer, homes = self._buffers[turn], np.arange(len(chunks))
+            memory, homes = self._buffers[turn], np.arange(len(chunks))
+            memory.reuse()
         else:
-            buffer, homes = self._kept.bits, chunks
+            memory, homes = self._kept.chunks, chunks
             is_missing &= ~self._kept.is_there[chunks]
         missing = list(zip(chunks[is_missing].tolist(), homes[is_missing].tolist(), strict=True))
         self._reader.will_need(chunk for chunk, _ in missing)
-        decoding = [
-            self._pool.submit(self._reader.read_chunk, chunk, buffer[home]) for chunk, home in missing
-        ]
-        return _Decoding(epoch, window, chunks, homes, buffer, decoding)
+        decoding = [self._pool.submit(memory.decode, self._reader, chunk, home) for chunk, home in missing]
+        return _Decoding(epoch, window, chunks, homes, memory, decoding)
 
     def _ready(self, window: "_Decoding") -> "_Window":
         chunks = window.chunks
         tokens, wanted = self._read_tokens(chunks)
         for future in window.decoding:
             future.result()
+        window.memory.ready()
         if self._kept is not None:
             self._kept.is_there[chunks[self._is_ours(np.arange(len(chunks)))]] = True
         return _Window(
             chunks,
             window.homes,
-            window.buffer.reshape(-1, window.buffer.shape[-1]),
+            window.memory,
             tokens,
             self.order.permuted(window.epoch, window.number, np.flatnonzero(wanted)),
         )
@@ -494,14 +429,14 @@ class _Decoding(NamedTuple):
     number: int
     chunks: NDArray[np.int64]
     homes: NDArray[np.int64]
-    buffer: NDArray[np.uint16]
+    memory: ChunkMemory
     decoding: list[Future[None]]
 
 
 class _Window(NamedTuple):
     chunks: NDArray[np.int64]
     homes: NDArray[np.int64]  # where each chunk lies in memory, in chunks
-    activations: NDArray[Any]  # bits [contexts · positions, d_model] of all that lies there
+    memory: ChunkMemory
     tokens: NDArray[np.int32]  # [contexts of the window, positions]
     batches: list[NDArray[np.int64]]
 
@@ -532,7 +467,6 @@ def ordered_batches(
         bits = store.read(layer, contexts)[row_context, row_position]
         yield Batch(
             number,
-            bits,
             as_torch(bits).to(device),
             row_position,
             contexts[row_context],

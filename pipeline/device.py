@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from collections.abc import Iterator
 
 import psutil
 import torch
@@ -54,6 +55,28 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def numbers_at_once(device: torch.device) -> int:
+    """How many numbers of a tensor are worked on together where several copies of them are made.
+
+    On a CPU a megabyte of float32, which stays in the cache; on a GPU, which has to be kept busy, what fits
+    into half of its free memory as 16 copies of float64.
+    """
+    if device.type == "cuda":
+        return max(2**20, min(2**28, free_bytes(device) // 256))
+    return 2**18
+
+
+def blocks_of_rows(of: torch.Tensor) -> Iterator[slice]:
+    """Rows of a tensor [rows, columns] in blocks of ``numbers_at_once``, in order.
+
+    >>> list(blocks_of_rows(torch.empty(5, 2**17)))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
+    """
+    n_rows, n_columns = of.shape
+    size = max(1, numbers_at_once(of.device) // n_columns)
+    return (slice(start, start + size) for start in range(0, n_rows, size))
 
 
 def keep_freed_memory() -> None:

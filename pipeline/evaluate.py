@@ -31,7 +31,7 @@ from ..store.errors import (
 from ..store.ranges import PositionRange, equal_ranges, parse_ranges
 from ..store.reader import ActivationStore
 from .batches import Batch, ordered_batches
-from .device import choose_device
+from .device import choose_device, numbers_at_once
 from .language_model import (
     CausalLanguageModel,
     LanguageModel,
@@ -50,6 +50,7 @@ from .progress import Progress, Silent
 from .runs import EVALUATION, Run
 from .sae.autoencoder import Autoencoder
 from .sae.saving import load_autoencoder
+from .sae.sparse import SparseCode
 from .scoring.base_phase import base_decoder, drift, retained
 from .scoring.ce_loss import CeKeeper, Replace, ce_loss
 from .scoring.clusters import clusters
@@ -65,7 +66,7 @@ OUTLIER_NORM = 10
 """A norm above so many times the median is an outlier, as in ``posae inspect-store``."""
 
 _CODE_NUMBERS = 2**23
-"""Numbers of a code that are in memory at once, about: 32 MB."""
+"""Numbers of a code that are in memory at once, about: 32 MB; on a GPU more, where it has the memory."""
 _LOGIT_NUMBERS = 2**26
 """The same of logits."""
 
@@ -188,7 +189,9 @@ class _HeldOut(NamedTuple):
     def batches(self) -> Any:
         """All tokens of these contexts, special ones too, each batch sorted by position."""
         length, chunk = self.store.context_length, self.store.manifest.chunk_contexts
-        most = _CODE_NUMBERS // (self.autoencoder.dictionary_size * length)
+        on_cpu = self.device.type == "cpu"
+        numbers = _CODE_NUMBERS if on_cpu else max(_CODE_NUMBERS, numbers_at_once(self.device))
+        most = numbers // (self.autoencoder.dictionary_size * length)
         return ordered_batches(
             self.store,
             self.layer,
@@ -237,19 +240,19 @@ class _Score:
         at = torch.as_tensor(positions).to(x.device)
         offsets = _offsets(positions, [r.start for r in self._held_out.ranges] + [self._length])
         output = self._held_out.autoencoder(x, offsets, at)
-        base_code = output.base_code
+        code, base_code = output.codes.code, output.base_code
         base = None if base_code is None else self._held_out.autoencoder.decode(base_code, at)
 
         def keep(keeper: ScoreKeeper, some: NDArray[np.int64] | None) -> None:
             """Add these rows, or all."""
             where = positions if some is None else positions[some]
-            index = slice(None) if some is None else torch.as_tensor(some).to(x.device)
+            index = None if some is None else torch.as_tensor(some).to(x.device)
             keeper.add(
-                x[index],
-                output.reconstruction[index],
-                output.code[index],
+                x if index is None else x[index],
+                output.reconstruction if index is None else output.reconstruction[index],
+                code if index is None else _of_rows(code, index),
                 _offsets(where, range(self._length + 1)),
-                None if base is None else base[index],
+                base if base is None or index is None else base[index],
             )
 
         if is_special:
@@ -267,7 +270,7 @@ class _Score:
             share, n = retained(base_code, output.code)
             self._retained += share
             self._n_retained += n
-        self._features.add(output.code, positions, batch.contexts[rows], batch.tokens[rows])
+        self._features.add(code, positions, batch.contexts[rows], batch.tokens[rows])
         self._token_counts += np.bincount(batch.tokens[rows], minlength=len(self._token_counts))
 
     def found(self) -> dict[str, Any]:
@@ -302,6 +305,10 @@ class _Score:
     def _ranges_to_specialise_in(self) -> tuple[PositionRange, ...]:
         ranges = self._held_out.ranges
         return ranges if len(ranges) > 1 else equal_ranges(self._length, min(4, self._length))
+
+
+def _of_rows(code: Tensor | SparseCode, rows: Tensor) -> Tensor | SparseCode:
+    return code.of_rows(rows) if isinstance(code, SparseCode) else code[rows]
 
 
 def _as_numpy(mask: Tensor) -> NDArray[np.bool_]:

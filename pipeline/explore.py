@@ -29,7 +29,7 @@ from ..store.errors import (
 from ..store.ranges import PositionRange, equal_ranges
 from ..store.reader import ActivationStore
 from .batches import as_torch
-from .device import choose_device
+from .device import choose_device, numbers_at_once
 from .language_model import is_hub_id, load_tokenizer
 from .metrics import ABOVE
 from .progress import Progress, Silent
@@ -49,7 +49,7 @@ MAX_BINS = 64
 """Of a feature's density by position."""
 
 _CODE_NUMBERS = 2**22
-"""Numbers of a code that are in memory at once, about: 16 MB, and a few such beside."""
+"""Numbers of a code that are in memory at once, about: 16 MB, and a few such beside; on a GPU more."""
 
 
 def explore_runs(
@@ -263,7 +263,9 @@ class _LookedAt(NamedTuple):
             tokens are ordinary, [contexts, positions].
         """
         chunk = self.store.manifest.chunk_contexts
-        most = _CODE_NUMBERS // (self.autoencoder.dictionary_size * self.store.context_length)
+        on_cpu = self.device.type == "cpu"
+        numbers = _CODE_NUMBERS if on_cpu else max(_CODE_NUMBERS, numbers_at_once(self.device))
+        most = numbers // (self.autoencoder.dictionary_size * self.store.context_length)
         size = max(chunk, min(64, most - most % chunk))
         for begin in range(0, len(contexts), size):
             part = contexts[begin : begin + size]

@@ -4,9 +4,9 @@ Every score is one sum divided by another, both over all rows seen, never a mean
 the rows were cut into batches changes nothing but the rounding of float64. Keepers of different rows
 can be added, and those of neighbouring ranges merged.
 
-Cost: a batch is read once, one range after the other, with a few float64 copies of that range's
-activations; what is kept is [n_ranges, d_model] and [dictionary_size]. The sums stay on the device
-of the first batch, so nothing waits for a GPU before ``scores``.
+Cost: a batch is read once, some rows after the others, with a few float64 copies of those activations;
+what is kept is [n_ranges, d_model] and [dictionary_size]. The sums stay on the device of the first batch,
+so nothing waits for a GPU before ``scores``. Of a code that is a list only the list is read.
 """
 
 import math
@@ -18,6 +18,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .device import blocks_of_rows
+from .sae.sparse import SparseCode
 
 ABOVE = 1e-3
 """From what size on ``l0_above`` counts: a dense code holds many numbers that are nearly 0."""
@@ -107,7 +110,7 @@ class ScoreKeeper:
         self,
         x: Tensor,
         reconstruction: Tensor,
-        code: Tensor,
+        code: Tensor | SparseCode,
         range_offsets: Sequence[int] | Tensor,
         base_reconstruction: Tensor | None = None,
     ) -> None:
@@ -116,7 +119,7 @@ class ScoreKeeper:
         Args:
             x: activations [rows, d_model] in raw units, any float dtype.
             reconstruction: of the same shape and units.
-            code: [rows, dictionary_size].
+            code: [rows, dictionary_size], or what is not 0 in it.
             range_offsets: int64 [n_ranges + 1] on the CPU: range r has the rows from
                 ``range_offsets[r]`` up to ``range_offsets[r + 1]``.
             base_reconstruction: what the base code alone decodes to; in each batch or in none.
@@ -126,20 +129,29 @@ class ScoreKeeper:
         if self._sums is None:
             self._sums = self._zeros_around(x.double().mean(0))
         sums = self._sums
-        edges = pairwise(int(edge) for edge in range_offsets)
-        for r, (start, stop) in zip(range(len(self._n_rows)), edges, strict=True):
-            self._n_rows[r] += stop - start
-            exact = x[start:stop].double()
+        lengths = [int(stop) - int(start) for start, stop in pairwise(range_offsets)]
+        self._n_rows = [n + more for n, more in zip(self._n_rows, lengths, strict=True)]
+        range_of_row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        range_of_row = range_of_row.to(x.device, non_blocking=True)
+        if base_reconstruction is not None:
+            self._n_base_rows += len(x)
+        for rows in blocks_of_rows(x):
+            exact, ranges = x[rows].double(), range_of_row[rows]
             shifted = exact - sums.shift
-            sums.shifted[r] += shifted.sum(0)
-            sums.squares[r] += shifted.square().sum()
-            sums.errors[r] += (exact - reconstruction[start:stop]).square().sum()
+            sums.shifted.index_add_(0, ranges, shifted)
+            sums.squares.index_add_(0, ranges, shifted.square().sum(1))
+            sums.errors.index_add_(0, ranges, (exact - reconstruction[rows]).square().sum(1))
             if base_reconstruction is not None:
-                self._n_base_rows += stop - start
-                sums.base_error += (exact - base_reconstruction[start:stop]).square().sum()
-            active = code[start:stop] != 0
-            sums.active[r] += active.sum()
-            sums.active_above += (code[start:stop].abs() > ABOVE).sum()
+                sums.base_error += (exact - base_reconstruction[rows]).square().sum()
+        if isinstance(code, SparseCode):
+            sums.active.index_add_(0, range_of_row, code.n_active())
+            sums.active_above += code.n_active(ABOVE).sum()
+            sums.fired |= code.fired()
+            return
+        for rows in blocks_of_rows(code):
+            active = code[rows] != 0
+            sums.active.index_add_(0, range_of_row[rows], active.sum(1))
+            sums.active_above += (code[rows].abs() > ABOVE).sum()
             sums.fired |= active.any(0)
 
     def _zeros_around(self, shift: Tensor) -> _Sums:

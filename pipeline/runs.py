@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -35,6 +36,9 @@ CHECKPOINT = "checkpoint/state.safetensors"
 BASE_PHASE = "base_phase.safetensors"
 WEIGHTS = "sae_weights.safetensors"
 
+_SAFETENSORS_TYPES = {
+    "float64": "F64", "float32": "F32", "int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
 _SETTING = "settings."
 _FOLLOWS = {f"{_SETTING}{name}" for name in ("warmup_steps", "ramp_steps", "adapter_width")}
 _UNREADABLE = (SafetensorError, KeyError, TypeError, ValueError, OSError)
@@ -230,10 +234,7 @@ class Run:
         Raises:
             StoreWriteError: the disk refused.
         """
-        data = safetensors.torch.save(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, {"step": str(step)}
-        )
-        self._files.write(CHECKPOINT, data)
+        self._files.write_pieces(CHECKPOINT, _safetensors(tensors, {"step": str(step)}))
 
     def save_base_phase(self, decoder: Tensor) -> None:
         """Keep the decoder [dictionary_size, d_model] as it is before position adapters come in.
@@ -321,6 +322,26 @@ class Run:
             return f"finished, {steps} steps"
         lines = self.metrics()
         return f"at step {_shown(_object(lines[-1]), 'step') if lines else 0} of {steps}"
+
+
+def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
+    """A file of safetensors in pieces, each tensor as it lies in memory: written without a copy of it all.
+
+    The format: the header's length as 8 bytes, the header as JSON, then the tensors' bytes without gaps.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    arrays = {name: tensor.detach().contiguous().numpy() for name, tensor in tensors.items()}
+    begin = 0
+    for name, array in sorted(arrays.items(), key=lambda one: (-one[1].itemsize, one[0])):
+        end = begin + array.nbytes
+        kind = _SAFETENSORS_TYPES[array.dtype.name]
+        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the first tensor begins at a multiple of 8 bytes
+    yield len(text).to_bytes(8, "little") + text
+    for name in list(header)[1:]:
+        yield cast(bytes, arrays[name].reshape(-1).view(np.uint8).data)  # file.write takes any buffer
 
 
 def _step(checkpoint: Any) -> int:

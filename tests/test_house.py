@@ -46,6 +46,9 @@ STAGES = {
 SPOKEN_BY_ALL = {
     "progress",  # a protocol: how a stage, or a part that works for one, says what it does
     "digests",  # what tells files apart, be they weights, text or activations
+    "device",  # what the machine has: memory and blocks that fit it
+    "sae.sparse",  # a code as a list of its active features, which scores read too
+    "chunk_memory",  # where batches keep decoded chunks
 }
 FILES = sorted(path.relative_to(ROOT) for folder in MAY_USE for path in (ROOT / folder).rglob("*.py"))
 

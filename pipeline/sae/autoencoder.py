@@ -67,6 +67,11 @@ class Codes(NamedTuple):
         """``code`` as a tensor of all features."""
         return self.code.dense() if isinstance(self.code, SparseCode) else self.code
 
+    def listed(self) -> "Codes":
+        """The same with the code as a list of what is active, where that is less work."""
+        code = None if isinstance(self.code, SparseCode) else SparseCode.of(self.code)
+        return self if code is None else self._replace(code=code)
+
 
 class Output(NamedTuple):
     """What one forward pass gives."""
@@ -337,7 +342,9 @@ class Autoencoder(nn.Module, ABC):
         rows = Rows([int(stop) - int(start) for start, stop in pairwise(range_offsets)], positions)
         scaled = self._scaled(x, rows)
         codes = self._codes(scaled, rows)
-        decoded = self._decoded(codes.code, rows)
+        is_scored = not self.training and not torch.is_grad_enabled()
+        listed = codes.listed() if is_scored else codes
+        decoded = self._decoded(listed.code, rows)
         reconstruction = self._error(decoded, scaled)
         base = self._base_reconstruction(codes, scaled, rows)
         if base is not None:
@@ -345,7 +352,7 @@ class Autoencoder(nn.Module, ABC):
         sparsity = self._sparsity(codes)
         auxiliary = self._auxiliary(codes, (scaled - decoded).detach())
         losses = Losses(reconstruction + sparsity + auxiliary, reconstruction, sparsity, auxiliary)
-        return Output(codes, self._raw(decoded, rows), losses)
+        return Output(listed, self._raw(decoded, rows), losses)
 
     if TYPE_CHECKING:  # torch leaves the result of calling a module untyped
 

@@ -170,9 +170,8 @@ class PositionAdapter(nn.Module):
         if self.is_shared:
             return torch.zeros((), dtype=torch.int64, device=device)
         lengths = rows.needed_lengths()
-        ranges = torch.arange(len(lengths), device=device)
-        n_rows = torch.tensor(lengths, device=device)
-        return torch.repeat_interleave(ranges, n_rows, output_size=sum(lengths))
+        index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        return index.to(device, non_blocking=True)
 
 
 def _parse(form: str, d_model: int) -> dict[str, int]:

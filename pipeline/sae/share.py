@@ -25,6 +25,15 @@ class Share:
         """These values, [n], and those of the other rows; no gradient."""
         return values
 
+    def largest(self, values: Tensor, n: int) -> Tensor:
+        """The ``n`` largest of the whole batch, in no order; no gradient, and a GPU is not waited for.
+
+        Args:
+            values: the ``n`` largest that are here, or all where there are fewer; at least 0.
+            n: no more than the whole batch has.
+        """
+        return values
+
     def drawn(self, n_here: int, draw: Callable[[int], Tensor]) -> Tensor:
         """What ``draw`` gives for so many rows as the whole batch has, of the rows that are here."""
         return draw(n_here)

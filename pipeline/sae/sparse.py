@@ -6,7 +6,8 @@ rows · L0 · d_model operations in place of rows · dictionary_size · d_model;
 ones, stays. On a CPU a step is then 2 to 6 times as fast (docs/benchmarks.md). The results are those of the
 dense products but for the order in which numbers are added, which is fixed: same weights on every run.
 
-For CPUs: on a GPU how many features are active would have to be waited for.
+On a GPU, whose dense products are fast beside its memory, lists are used only for far fewer active features
+(``ARE_FEW``), and nothing is waited for: how many features are listed is known beforehand.
 """
 
 import warnings
@@ -18,11 +19,26 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
-Choose = Callable[[NDArray[np.float32]], NDArray[np.int64]]
-"""From activations [rows, features] to the places of the active ones in the flattened array, rising."""
+Choose = Callable[[Tensor], Tensor]
+"""From activations [rows, features] to the places of the active ones in the flattened array, int64, rising;
+what is at such a place and shall not be active is set to 0."""
+
+ARE_FEW = {"cpu": 8, "cuda": 256}
+"""Lists are less work where so many times as many features exist as are active. For a GPU by arithmetic, not
+measured: a listed feature reads d_model numbers, 100 operations of a dense product to a byte."""
+
+_ARE_FEW_TO_SCORE = 16
+"""The same of codes that are only scored; one number, so that scores are the same wherever they are made."""
+
+_NUMBERS_AT_ONCE = 2**26
+"""Of rows that are gathered on a GPU."""
+
+
+def are_few(n_active: float, n_features: int, device: torch.device) -> bool:
+    """Whether lists are less work, with so many of the features active in a row."""
+    return device.type in ARE_FEW and n_active * ARE_FEW[device.type] <= n_features
 
 
 class Places:
@@ -35,10 +51,16 @@ class Places:
     """
 
     def __init__(self, features: Tensor, offsets: Tensor, n_features: int) -> None:
-        """Of lists that fit each other."""
+        """Of lists that fit each other, on one device."""
         self.features = features
         self.offsets = offsets
         self.n_features = n_features
+
+    @classmethod
+    def of(cls, flat: Tensor, n_rows: int, n_features: int) -> "Places":
+        """From the places in the flattened [rows, features], int64 [active], rising."""
+        edges = torch.arange(n_rows + 1, device=flat.device) * n_features
+        return cls(flat % n_features, torch.searchsorted(flat, edges), n_features)
 
     def __len__(self) -> int:
         """Rows."""
@@ -47,11 +69,16 @@ class Places:
     @cached_property
     def rows(self) -> Tensor:
         """Which row each entry is of; int64 [active]."""
-        return torch.repeat_interleave(torch.arange(len(self)), self.offsets.diff())
+        each = torch.arange(len(self), device=self.offsets.device)
+        return torch.repeat_interleave(each, self.offsets.diff(), output_size=len(self.features))
 
     @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor]:
         """What sorts entries by feature [active], and where each feature's begin [n_features + 1]."""
+        if self.features.device.type != "cpu":
+            ordered, order = self.features.sort(stable=True)
+            edges = torch.arange(self.n_features + 1, device=ordered.device)
+            return order, torch.searchsorted(ordered, edges)
         features = self.features.numpy()
         # Numpy sorts numbers of 16 bits by their digits.
         small = features.astype(np.uint16) if self.n_features <= 2**16 else features
@@ -64,14 +91,33 @@ class SparseCode:
     """Active features of some rows; ``code @ directions`` is what a dense code would give.
 
     Attributes:
-        values: activations, above 0 or 0; float32 [active].
+        values: activations; float32 [active]. Some may be 0.
         places: which features of which rows they are of.
     """
 
     def __init__(self, values: Tensor, places: Places) -> None:
-        """Of what ``encoded`` gives."""
+        """Of lists that fit each other."""
         self.values = values
         self.places = places
+
+    @classmethod
+    def of(cls, code: Tensor) -> "SparseCode | None":
+        """What is not 0 in a code [rows, n_features] that is scored; None where lists would be more work.
+
+        A GPU is waited for.
+        """
+        n_most = code.numel() // _ARE_FEW_TO_SCORE
+        if code.device.type == "cpu":  # numpy finds them several times as fast
+            is_active = code.numpy() != 0
+            if np.count_nonzero(is_active) > n_most:
+                return None
+            flat = torch.as_tensor(np.flatnonzero(is_active))
+        else:
+            is_there = code.flatten() != 0
+            if int(is_there.sum()) > n_most:
+                return None
+            flat = is_there.nonzero()[:, 0]
+        return cls(code.reshape(-1)[flat], Places.of(flat, *code.shape))
 
     def __len__(self) -> int:
         """Rows."""
@@ -82,7 +128,7 @@ class SparseCode:
         return cast(Tensor, _Product.apply(self.values, directions, self.places))  # pyright: ignore[reportUnknownMemberType]
 
     def split(self, lengths: Sequence[int]) -> "list[SparseCode]":
-        """Rows one part after another, as ``Tensor.split``."""
+        """Rows one part after another, as ``Tensor.split``; a GPU is waited for."""
         parts: list[SparseCode] = []
         features, offsets = self.places.features, self.places.offsets
         for first, last in pairwise(accumulate(lengths, initial=0)):
@@ -91,16 +137,31 @@ class SparseCode:
             parts.append(SparseCode(self.values[start:stop], places))
         return parts
 
+    def of_rows(self, rows: Tensor) -> "SparseCode":
+        """Some of the rows, in their order; int64 [rows], rising. A GPU is waited for."""
+        number = torch.full((len(self),), -1, device=rows.device)
+        number[rows] = torch.arange(len(rows), device=rows.device)
+        row = number[self.places.rows]
+        is_kept = row >= 0
+        flat = row[is_kept] * self.places.n_features + self.places.features[is_kept]
+        return SparseCode(self.values[is_kept], Places.of(flat, len(rows), self.places.n_features))
+
     def dense(self) -> Tensor:
         """The same with all that is 0; float32 [rows, n_features]."""
         code = self.values.new_zeros(len(self), self.places.n_features)
         return code.index_put((self.places.rows, self.places.features), self.values)
 
     def fired(self) -> Tensor:
-        """Which features are above 0 somewhere; bool [n_features]."""
-        found = torch.zeros(self.places.n_features, dtype=torch.bool)
-        found[self.places.features[self.values > 0]] = True
-        return found
+        """Which features are not 0 somewhere; bool [n_features]."""
+        values, features = self.values.detach(), self.places.features
+        # Not by indexing with booleans, for which a GPU must be waited for.
+        n_times = torch.zeros(self.places.n_features, dtype=torch.int32, device=values.device)
+        return n_times.index_add_(0, features, (values != 0).int()) > 0
+
+    def n_active(self, above: float = 0.0) -> Tensor:
+        """How many features of each row are larger than ``above`` in size; int64 [rows]."""
+        is_active = (self.values.abs() > above).long()
+        return is_active.new_zeros(len(self)).index_add_(0, self.places.rows, is_active)
 
 
 def split(code: Tensor | SparseCode, lengths: list[int]) -> "Sequence[Tensor | SparseCode]":
@@ -137,11 +198,9 @@ class _Encoded(torch.autograd.Function):
         ctx: Any, x: Tensor, W_enc: Tensor, bias: Tensor, choose: Choose, made: list[Places]
     ) -> Tensor:
         activations = torch.addmm(bias, x, W_enc)
-        n_rows, n_features = activations.shape
-        chosen = choose(activations.numpy())
-        offsets = np.searchsorted(chosen, np.arange(n_rows + 1) * n_features)
-        made.append(Places(torch.as_tensor(chosen % n_features), torch.as_tensor(offsets), n_features))
-        values = activations.view(-1)[torch.as_tensor(chosen)].relu_()
+        chosen = choose(activations)
+        made.append(Places.of(chosen, *activations.shape))
+        values = activations.view(-1)[chosen].relu_()
         ctx.places = made[0]
         ctx.save_for_backward(x, W_enc, values)
         return values
@@ -153,7 +212,10 @@ class _Encoded(torch.autograd.Function):
         gradient = torch.where(values > 0, gradients[0], 0)
         order, offsets = places.by_feature
         of_encoder = _sums(x, places.rows[order], offsets, gradient[order]).T
-        of_bias = torch.zeros_like(W_enc[0]).index_add_(0, places.features, gradient)
+        if x.device.type == "cpu":
+            of_bias = torch.zeros_like(W_enc[0]).index_add_(0, places.features, gradient)
+        else:  # where that adds in any order
+            of_bias = _sums(x.new_ones(len(x), 1), places.rows[order], offsets, gradient[order])[:, 0]
         of_x = _sums(W_enc.T, places.features, places.offsets, gradient) if ctx.needs_input_grad[0] else None
         return of_x, of_encoder, of_bias, None, None
 
@@ -179,6 +241,10 @@ class _Product(torch.autograd.Function):
 
 def _at_entries(left: Tensor, right: Tensor, places: Places) -> Tensor:
     """Of left @ right.T what stands at some places; [active]."""
+    if left.device.type != "cpu":
+        size = max(1, _NUMBERS_AT_ONCE // left.shape[1])
+        parts = zip(torch.split(places.rows, size), torch.split(places.features, size), strict=True)
+        return torch.cat([(left[rows] * right[features]).sum(1) for rows, features in parts])
     if not torch.backends.mkl.is_available():
         return (left @ right.T)[places.rows, places.features]
     size = (len(places), places.n_features)

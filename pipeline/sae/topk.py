@@ -9,7 +9,7 @@ running mean of each batch's least kept activation. The number of active feature
 so runs compare at equal L0.
 
 Dead features are brought back by the auxiliary loss of plain.py. Cost: finding the largest adds a pass over
-[rows, dictionary_size]; where few are kept, training on a CPU needs one dense product a step (sparse.py).
+[rows, dictionary_size]; where few are kept, training needs one dense product a step (sparse.py).
 """
 
 import math
@@ -19,13 +19,12 @@ from typing import ClassVar, Unpack
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .autoencoder import Codes, CommonSettings, Setting, require
 from .plain import Plain
 from .position_adapter import Rows
-from .sparse import encoded
+from .sparse import are_few, encoded
 
 _THRESHOLD_KEPT = 0.99
 """How much of the threshold so far a further batch leaves."""
@@ -84,10 +83,10 @@ class TopK(Plain):
 
     def _is_listed(self, scaled: Tensor) -> bool:
         """Whether active features are worth a list of them."""
-        is_few = self.target_l0 * 8 <= self.dictionary_size
+        kind = scaled.device.type
         adapted = self.position_adapter.changes_activations and self.alpha != 0.0
-        on_cpu = scaled.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        return self.training and is_few and not adapted and on_cpu
+        is_few = are_few(self.target_l0, self.dictionary_size, scaled.device)
+        return self.training and is_few and not adapted and not torch.is_autocast_enabled(kind)
 
     def _listed(self, scaled: Tensor) -> Codes:
         bias, centred = self._centred(scaled)
@@ -98,11 +97,12 @@ class TopK(Plain):
 
         return Codes(code, activations_of=activations_of)
 
-    def _places(self, activations: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Where the largest are in [rows, dictionary_size], flattened; rising."""
+    def _places(self, activations: Tensor) -> Tensor:
+        """Where the largest are in [rows, dictionary_size], as ``sparse.Choose`` says."""
         n_rows, n_features = activations.shape
-        features = torch.as_tensor(activations).topk(self.target_l0, dim=1, sorted=False).indices
-        return (features.sort(dim=1).values + torch.arange(n_rows)[:, None] * n_features).flatten().numpy()
+        features = activations.topk(self.target_l0, dim=1, sorted=False).indices.sort(dim=1).values
+        begins = torch.arange(n_rows, device=features.device)[:, None] * n_features
+        return (features + begins).flatten()
 
     def _largest(self, activations: Tensor) -> Tensor:
         values, places = activations.topk(self.target_l0, dim=1, sorted=False)
@@ -145,32 +145,50 @@ class BatchTopK(TopK):
 
     def _largest(self, activations: Tensor) -> Tensor:
         if not self.training:
-            return torch.where(activations > self.threshold, activations, 0)
+            return torch.where(activations > self.threshold, activations, activations.new_zeros(()))
         if activations.device.type == "cpu":
-            places = torch.as_tensor(self._places(activations.detach().float().numpy()))
+            places = self._places(activations.detach().float())
             is_kept = torch.zeros(activations.numel(), dtype=torch.bool).index_fill_(0, places, True)
             return torch.where(is_kept.view_as(activations), activations, 0)
-        n_kept = self.target_l0 * self.share.n_rows(len(activations))
         flat = activations.flatten()
-        values, places = flat.detach().topk(min(n_kept, len(flat)), sorted=False)
-        # Fewer than are to be kept may be above 0: then the least is 0, and those are kept.
-        least = self.share.all_values(values).topk(n_kept, sorted=False).values.min()
-        self._move_threshold(least.float())
+        places, is_kept = self._candidates(flat.detach())
         # By their places: many are equal to the least, where products are rounded to bfloat16.
-        kept = torch.where(values >= least, flat[places], 0)
-        return torch.zeros_like(flat).scatter(0, places, kept).view_as(activations)
+        values = torch.where(is_kept, flat.gather(0, places), 0)
+        return torch.zeros_like(flat).scatter(0, places, values).view_as(activations)
 
-    def _places(self, activations: NDArray[np.float32]) -> NDArray[np.int64]:
+    def _candidates(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest here, without waiting for a GPU, and which of them are among the batch's.
+
+        Args:
+            flat: activations [rows · dictionary_size].
+        """
+        n_kept = self.target_l0 * self.share.n_rows(len(flat) // self.dictionary_size)
+        values, places = flat.topk(min(n_kept, len(flat)), sorted=False)
+        # Fewer than are to be kept may be above 0: then the least is 0, and those are kept.
+        least = self.share.largest(values.relu(), n_kept).min()
+        self._move_threshold(least.float())
+        return places, values >= least
+
+    def _places(self, activations: Tensor) -> Tensor:
+        if activations.device.type == "cpu":
+            return self._places_here(activations)
+        flat = activations.view(-1)
+        places, is_kept = self._candidates(flat)
+        places, order = places.sort()
+        flat[places] = torch.where(is_kept[order], flat[places], 0)
+        return places
+
+    def _places_here(self, activations: Tensor) -> Tensor:
         n_kept = self.target_l0 * self.share.n_rows(len(activations))
-        flat = activations.reshape(-1)
+        flat = activations.numpy().reshape(-1)
         # The least kept is near the threshold: what lies far below need not be sorted.
         places = np.flatnonzero(flat > max(0.0, _FAR_BELOW * float(self.threshold)))
         here = flat[places]
-        values = self._of_all(here)
+        values = self.share.all_values(torch.as_tensor(here)).numpy()
         if len(values) < n_kept:
             places = np.flatnonzero(flat > 0)
             here = flat[places]
-            values = self._of_all(here)
+            values = self.share.all_values(torch.as_tensor(here)).numpy()
         least = np.float32(0)
         if len(values) >= n_kept:
             least = np.partition(values, len(values) - n_kept)[len(values) - n_kept]
@@ -179,11 +197,7 @@ class BatchTopK(TopK):
         n_too_many = np.count_nonzero(is_kept) - n_kept
         if n_too_many > 0:  # of those equal to the least, the first stay
             is_kept[np.flatnonzero(here == least)[-n_too_many:]] = False
-        return places[is_kept]
-
-    def _of_all(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """These, and those of the rows of the batch that are elsewhere."""
-        return self.share.all_values(torch.as_tensor(values)).numpy()
+        return torch.as_tensor(places[is_kept])
 
     @torch.no_grad()
     def _move_threshold(self, least: Tensor) -> None:

@@ -7,8 +7,9 @@ Firing is counted a second time in contexts that are turned: all tokens of one c
 same random number of positions, the last ones coming first again. That keeps everything but where in
 its context a feature fires, bursts too, and so shows what would be found where position means nothing.
 
-Cost: 16 bytes to each feature and position, and 768 to each feature. Adding a batch costs about half as
-much as encoding it, a block of rows at a time, so that what is made of a block stays in the cache.
+Cost: 16 bytes to each feature and position, and 768 to each feature. Of a code that is a list (sparse.py)
+only what is active is added. Adding a dense one costs about half as much as encoding it, a block of rows at a
+time: on a CPU what is made of a block stays in the cache, on a GPU blocks are large.
 """
 
 from typing import NamedTuple
@@ -18,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..device import blocks_of_rows
+from ..sae.sparse import SparseCode
 from .evaluation import DensityHistogram, PositionFeatures
 from .information import position_r2
 
@@ -27,9 +30,6 @@ DENSITY_EDGES = [step / 4 for step in range(-28, 1)]
 """Of the density histogram: log10 of the share of rows that a feature fires on."""
 N_TOP = 64
 """How many of a feature's largest activations are kept, with their tokens."""
-
-_BLOCK_NUMBERS = 2**18
-"""Numbers of a code that are looked at together: a megabyte."""
 
 
 class FeatureSums(NamedTuple):
@@ -110,7 +110,7 @@ class FeatureKeeper:
     @torch.no_grad()
     def add(
         self,
-        code: Tensor,
+        code: Tensor | SparseCode,
         positions: NDArray[np.int64],
         contexts: NDArray[np.int64],
         tokens: NDArray[np.int32],
@@ -118,7 +118,7 @@ class FeatureKeeper:
         """Add a batch.
 
         Args:
-            code: [rows, features].
+            code: [rows, features], or what is not 0 in it.
             positions: of each row; [rows].
             contexts: of each row; [rows].
             tokens: id of each row's token; [rows].
@@ -127,11 +127,13 @@ class FeatureKeeper:
         self._n_rows += np.bincount(positions, minlength=self._length)
         self._turned_rows += np.bincount(turned, minlength=self._length)
         by_position, by_turned, ids = (
-            torch.as_tensor(values.astype(np.int64)).to(code.device) for values in (positions, turned, tokens)
+            torch.as_tensor(values.astype(np.int64)).to(self._top.device, non_blocking=True)
+            for values in (positions, turned, tokens)
         )
-        size = max(1, _BLOCK_NUMBERS // code.shape[1])
-        for start in range(0, len(code), size):
-            rows = slice(start, start + size)
+        if isinstance(code, SparseCode):
+            self._add_listed(code, by_position, by_turned, ids)
+            return
+        for rows in blocks_of_rows(code):
             block, sizes = code[rows].double(), code[rows].abs()
             fired = (sizes > self._above).int()
             self._firings.index_add_(0, by_position[rows], fired)
@@ -140,11 +142,44 @@ class FeatureKeeper:
             self._squares += block.square().sum(0)
             self._keep_largest(torch.where(fired > 0, sizes, 0), ids[rows])
 
+    def _add_listed(self, code: SparseCode, by_position: Tensor, by_turned: Tensor, ids: Tensor) -> None:
+        rows, features, values = code.places.rows, code.places.features, code.values.double()
+        sizes = code.values.abs()
+        fired = sizes > self._above
+        at, at_turned = (where[rows] * len(self._top) + features for where in (by_position, by_turned))
+        self._firings.view(-1).index_add_(0, at, fired.int())
+        self._turned_firings.view(-1).index_add_(0, at_turned, fired.int())
+        self._sums.view(-1).index_add_(0, at, values)
+        self._squares.index_add_(0, features, values.square())
+        is_large = (fired & (sizes > self._top[features, -1])).nonzero()[:, 0]
+        self._keep_largest_listed(features[is_large], sizes[is_large], ids[rows[is_large]])
+
+    def _keep_largest_listed(self, features: Tensor, sizes: Tensor, tokens: Tensor) -> None:
+        """Take in activations, each of the feature that is named beside it; [entries] each."""
+        order = sizes.argsort(descending=True, stable=True)
+        order = order[features[order].argsort(stable=True)]
+        features = features[order]
+        is_first = torch.ones_like(features, dtype=torch.bool)
+        is_first[1:] = features[1:] != features[:-1]
+        first = is_first.nonzero()[:, 0]
+        touched, row = features[first], is_first.cumsum(0) - 1
+        rank = torch.arange(len(order), device=order.device) - first[row]
+        is_among = rank < N_TOP
+        row, rank, order = row[is_among], rank[is_among], order[is_among]
+        values = self._top.new_zeros(len(touched), N_TOP)
+        ids = self._top_tokens.new_full((len(touched), N_TOP), -1)
+        values[row, rank], ids[row, rank] = sizes[order], tokens[order]
+        self._merge(touched, values, ids)
+
     def _keep_largest(self, sizes: Tensor, tokens: Tensor) -> None:
         """Take in those of a block that are among the largest so far."""
         touched = (sizes > self._top[:, -1]).any(0).nonzero().flatten()
-        values = torch.cat([self._top[touched], sizes[:, touched].T], dim=1)
-        ids = torch.cat([self._top_tokens[touched], tokens.expand(len(touched), -1)], dim=1)
+        self._merge(touched, sizes[:, touched].T, tokens.expand(len(touched), -1))
+
+    def _merge(self, touched: Tensor, values: Tensor, tokens: Tensor) -> None:
+        """Keep the largest of what some features have and these; [touched, any number]."""
+        values = torch.cat([self._top[touched], values], dim=1)
+        ids = torch.cat([self._top_tokens[touched], tokens], dim=1)
         largest, places = values.topk(N_TOP, dim=1)
         self._top[touched] = largest
         self._top_tokens[touched] = torch.where(largest > 0, ids.gather(1, places), -1)

@@ -99,9 +99,10 @@ class TrainSettings(Settings):
     clip_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
 
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Of the products; weights and sums are float32. tf32: on NVIDIA GPUs. bfloat16: torch's autocast;
-    topk and batchtopk become slower by it on a CPU, as codes are dense then."""
+    precision: Literal["float32", "tf32", "bfloat16"] | None = None
+    """Of the products; weights and sums are float32. By default tf32 on NVIDIA GPUs, which rounds factors to
+    10 bits, and float32 elsewhere. bfloat16: torch's autocast; topk and batchtopk become slower by it on a
+    CPU, as codes are dense then."""
 
     l1_coefficient: float = Field(default=0.04, ge=0)
     """Weight of the L1 norm of the code in the loss, lambda."""

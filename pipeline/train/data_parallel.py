@@ -2,12 +2,13 @@
 
 Started by torchrun, by ``torch.distributed``: gloo on CPUs, NCCL on GPUs. The weights are those that one
 process has of the same batches, but for the order in which numbers are added. The first process keeps the
-run; no other writes. Costs a step: twice the gradients' size through the network, for each process. Each
-decodes its part of the store alone, and reads all token ids.
+run; no other writes. Costs a step: twice the gradients' size through the network, for each process. Small
+gradients go together, and on GPUs no step waits on the host for the others. Each process decodes its part of
+the store alone, and reads all token ids.
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -21,6 +22,9 @@ from ...store.errors import RunError, SettingsError
 from ..sae.share import Share
 
 T = TypeVar("T")
+
+_TOGETHER = 2**18
+"""Gradients of fewer numbers go through the network together."""
 
 _PATIENCE = timedelta(minutes=30)
 """How long others are waited for: the first may be writing a checkpoint, or reading all of a store's sums."""
@@ -69,7 +73,7 @@ class Team(Share):
         return flags
 
     def agreed(self, asked: bool) -> bool:
-        """Whether some process was asked."""
+        """Whether some process was asked; of several, when this was called before the last time."""
         return asked
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -90,6 +94,7 @@ class Several(Team):
         self.number, self.n_processes = dist.get_rank(), dist.get_world_size()
         self._n_rows = 0
         self._places = np.zeros(0, np.int64)
+        self._agreeing: tuple[Tensor, Any] | None = None
 
     def begin(self, places: NDArray[np.int64], n_rows: int) -> None:
         """As ``Team.begin``; where no row is here, give the autoencoder one: it counts nothing."""
@@ -114,6 +119,13 @@ class Several(Team):
         padded = values.new_zeros(max(lengths))
         padded[: len(values)] = values
         return torch.cat([one[:n] for one, n in zip(self._all(padded), lengths, strict=True)])
+
+    def largest(self, values: Tensor, n: int) -> Tensor:
+        """As ``Share.largest``; costs a transfer of ``n`` times the processes."""
+        mine = values.new_zeros(n)  # nothing is below 0, so that 0 changes nothing
+        if self.weight:
+            mine[: len(values)] = values
+        return torch.cat(self._all(mine)).topk(n, sorted=False).values
 
     def _all(self, tensor: Tensor) -> list[Tensor]:
         """The tensor that each process has here, all of one shape."""
@@ -161,29 +173,50 @@ class Several(Team):
         return found.bool()
 
     def agreed(self, asked: bool) -> bool:
-        """As ``Team.agreed``."""
-        found = torch.tensor([asked], dtype=torch.uint8)
-        _keep_most(found)
-        return bool(found)
+        """As ``Team.agreed``: what was agreed on the last time, so that nobody waits for the others."""
+        before = self._agreeing
+        flag = torch.tensor([asked], dtype=torch.uint8)
+        with _reaching_others():
+            self._agreeing = (flag, _begin_to_reduce(flag, dist.ReduceOp.MAX))
+            if before is not None:
+                before[1].wait()
+        return before is not None and bool(before[0])
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """As ``Team.add_gradients``; a parameter that has none in any process keeps none."""
-        weights = list(parameters)
-        has_one = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.uint8)
-        _keep_most(has_one)
-        under_way: list[Any] = []
+        """As ``Team.add_gradients``.
+
+        All processes compute the same, on rows or on one that counts nothing: so all have the same gradients.
+        """
+        gradients = [weight.grad for weight in parameters if weight.grad is not None]
+        large = [gradient for gradient in gradients if gradient.numel() >= _TOGETHER]
+        small = [gradient for gradient in gradients if gradient.numel() < _TOGETHER]
+        together = torch.cat([gradient.flatten() for gradient in small]) if small else None
         with _reaching_others():
-            for weight, is_wanted in zip(weights, has_one, strict=True):
-                if is_wanted:
-                    weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                    under_way.append(dist.all_reduce(weight.grad, async_op=True))  # pyright: ignore
-            for adding in under_way:
-                adding.wait()
+            wanted = large if together is None else [*large, together]
+            for adding in [_begin_to_reduce(tensor, dist.ReduceOp.SUM) for tensor in wanted]:
+                adding.wait()  # on a GPU the stream waits, not the host
+        if together is not None:
+            parts = torch.split(together, [gradient.numel() for gradient in small])
+            for gradient, part in zip(small, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def settle(self) -> None:
+        """Wait for what was begun and is not asked for any more, as long as the others are there."""
+        before, self._agreeing = self._agreeing, None
+        if before is not None:
+            with suppress(RuntimeError):
+                before[1].wait()
 
     def leave(self) -> None:
         """As ``Team.leave``: what is left open would have the last process wait for those that went."""
+        self.settle()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _begin_to_reduce(tensor: Tensor, by: Any) -> Any:
+    """Begin to put the sum, or the largest, of all processes in place of a tensor; gives what to wait for."""
+    return cast(Any, dist.all_reduce(tensor, by, async_op=True))  # pyright: ignore[reportUnknownMemberType]
 
 
 def _add(tensor: Tensor) -> None:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 
 from ...store.reader import ActivationStore
-from ..batches import DecodedLayer
+from ..chunk_memory import DecodedLayer, has_room
 from ..device import free_bytes
 from ..processes import processes_here
 
@@ -14,8 +14,8 @@ class LayerMemory:
     """Whether a layer is kept decoded in memory, for later epochs and passes; one at a time is.
 
     Attributes:
-        wish: ``always``, ``never``, or ``auto``: where a GPU or a server would have to be waited for, half of
-            the free memory holds it, and it is read more than once.
+        wish: ``always``, ``never``, or ``auto``: where a GPU or a server would have to be waited for, a
+            quarter of the GPU's free memory or half of the machine's holds it, and it is read more than once.
     """
 
     def __init__(self, wish: Literal["auto", "always", "never"] = "auto") -> None:
@@ -36,7 +36,7 @@ class LayerMemory:
             n_tokens: that will be read in all.
             device: what they are read for.
         """
-        which = (store.address, layer, n_contexts)
+        which = (store.address, layer, n_contexts, device)
         if which != self._of:
             self._of, self._kept = which, None
         if self._kept is None:
@@ -44,9 +44,10 @@ class LayerMemory:
             is_waited_for = device.type != "cpu" or store.is_remote
             is_read_again = n_tokens > n_contexts * store.context_length
             # In time each process of a machine comes to hold all of it: parts change from epoch to epoch.
-            n_bytes = DecodedLayer.n_bytes(store, layer, n_contexts) * processes_here().n_local
-            fits = n_bytes <= free_bytes(torch.device("cpu")) // 2
+            n_bytes = DecodedLayer.n_bytes(store, layer, n_contexts)
+            in_all = n_bytes * processes_here().n_local
+            fits = has_room(device, n_bytes) or in_all <= free_bytes(torch.device("cpu")) // 2
             is_worth_it = is_waited_for and is_read_again and fits
             if self.wish == "always" or (self.wish == "auto" and is_worth_it):
-                self._kept = DecodedLayer(store, layer, n_contexts)
+                self._kept = DecodedLayer(store, layer, n_contexts, device)
         return self._kept

@@ -16,8 +16,15 @@ from ..sae.registry import ARCHITECTURES, architecture_class, new_autoencoder
 from ..settings import TrainSettings
 
 
-def resolve(store: ActivationStore, settings: TrainSettings) -> TrainSettings:
-    """The settings with everything that the store decides filled in.
+def resolve(
+    store: ActivationStore, settings: TrainSettings, device: torch.device | None = None
+) -> TrainSettings:
+    """The settings with everything that the store and the device decide filled in.
+
+    Args:
+        store: that is trained on.
+        settings: as they were given.
+        device: where it will be trained; by default a CPU.
 
     Raises:
         SettingsError: a setting does not fit the store.
@@ -44,6 +51,7 @@ def resolve(store: ActivationStore, settings: TrainSettings) -> TrainSettings:
             "learning_rate": settings.learning_rate or kind.usual_learning_rate(size),
             "warmup_steps": warmup,
             "ramp_steps": ramp,
+            "precision": settings.precision or ("tf32" if device and device.type == "cuda" else "float32"),
         }
     )
     width = settings.adapter_width or max(1, store.d_model // 2)

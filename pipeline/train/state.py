@@ -8,7 +8,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ class State:
             order, batch = batch.with_positions_of_others(
                 _shuffled(batch.n_rows, self.settings.data_seed, batch.step)
             )
-            x = x[torch.as_tensor(order).to(self.device)]
+            x = x[torch.as_tensor(order).to(self.device, non_blocking=True)]
         if batch.part is not None:
             self.team.begin(batch.part.places, batch.n_rows)
         if not len(x):  # a row that counts nothing, so that all processes go the same way
@@ -125,7 +125,7 @@ class State:
         x, offsets, positions = self.inputs(batch, x)
         precision = self.settings.precision
         self.optimizer.zero_grad(set_to_none=True)
-        with _tf32(self.device, precision == "tf32"):
+        with _float32_products(self.device, "tf32" if precision == "tf32" else "ieee"):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                 output = self.autoencoder(x, offsets, positions)
             (output.losses.total * self.team.weight).backward()  # pyright: ignore[reportUnknownMemberType]
@@ -151,8 +151,8 @@ class State:
     def _line(
         self, x: Tensor, positions: Tensor, offsets: Tensor, output: Output, norm: Tensor
     ) -> dict[str, Any]:
-        code = output.code
-        keeper = ScoreKeeper(x.shape[1], code.shape[1], len(offsets) - 1)
+        code = output.codes.code
+        keeper = ScoreKeeper(x.shape[1], self.autoencoder.dictionary_size, len(offsets) - 1)
         base = None
         if output.base_code is not None:
             base = self.autoencoder.decode(output.base_code.float(), positions)
@@ -183,7 +183,7 @@ class State:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything, as tensors by name."""
+        """Everything, as tensors by name: copies on the CPU."""
         found = {f"weights.{name}": value for name, value in self.autoencoder.state_dict().items()}
         for number, entry in self.optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{number}.{key}": value for key, value in entry.items()}
@@ -192,7 +192,8 @@ class State:
         found["dead"] = torch.zeros_like(self.last_fired, dtype=torch.bool)
         if self.autoencoder.dead is not None:
             found["dead"][self.autoencoder.dead] = True
-        return {name: value.detach().cpu() for name, value in found.items()} | {"n_tokens": self.n_tokens}
+        found["n_tokens"] = self.n_tokens
+        return {name: value.detach().to("cpu", copy=True) for name, value in found.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The reverse of ``tensors``."""
@@ -219,17 +220,21 @@ class State:
 
 
 @contextmanager
-def _tf32(device: torch.device, is_wanted: bool) -> Generator[None]:
-    """Whether a GPU's float32 products are rounded: one switch for all that a process does, so set back."""
+def _float32_products(device: torch.device, precision: Literal["ieee", "tf32"]) -> Generator[None]:
+    """How a GPU computes float32 products: a switch of the whole process, so it is set back."""
     if device.type != "cuda":
         yield
         return
-    switch = torch.backends.cuda.matmul
-    before, switch.allow_tf32 = switch.allow_tf32, is_wanted
+    matmul: Any = torch.backends.cuda.matmul
+    # torch before 2.9 has the other switch alone; later ones refuse to mix the two.
+    is_current = hasattr(matmul, "fp32_precision")
+    name, value = ("fp32_precision", precision) if is_current else ("allow_tf32", precision == "tf32")
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
     try:
         yield
     finally:
-        switch.allow_tf32 = before
+        setattr(matmul, name, before)
 
 
 def _shuffled(n_rows: int, data_seed: int, step: int) -> NDArray[np.int64]:

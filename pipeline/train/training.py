@@ -15,7 +15,8 @@ from ...store.errors import RunBusyError, RunMismatchError, SettingsError, Store
 from ...store.ranges import PositionRange, parse_ranges
 from ...store.reader import ActivationStore
 from ...store.stats import LayerStats
-from ..batches import Batch, DecodedLayer, ShuffledBatches
+from ..batches import Batch, ShuffledBatches
+from ..chunk_memory import DecodedLayer
 from ..device import choose_device, free_bytes
 from ..interrupts import held_back
 from ..processes import processes_here, shares_a_training
@@ -27,6 +28,7 @@ from ..sae.registry import architecture_class
 from ..sae.saving import save_autoencoder
 from ..sae.topk import BatchTopK
 from ..settings import TrainSettings
+from .checkpoints import CheckpointWriter
 from .data_parallel import Team, joined
 from .resident import LayerMemory
 from .resolving import autoencoder_of, resolve
@@ -63,13 +65,13 @@ class Training:
         """
         self.store = store
         self.run = Run(folder)
-        self.settings = resolve(store, settings)
+        here = processes_here().local_rank
+        self.device = choose_device(settings.device, here, with_float64=True)
+        self.settings = resolve(store, settings, self.device)
         assert self.settings.layer is not None
         self.layer = self.settings.layer
         store.check_layer(self.layer)
         self.ranges: tuple[PositionRange, ...] = parse_ranges(self.settings.ranges, store.context_length)
-        here = processes_here().local_rank
-        self.device = choose_device(self.settings.device, here, with_float64=True)
         self.n_contexts = self._n_contexts()
         self.leave_out = () if self.settings.special_tokens else store.manifest.special_token_ids
         self.new_autoencoder(None)  # refuses what the architecture cannot be, before a run is begun
@@ -374,7 +376,8 @@ def train_together(
             f"{batches.order.window_chunks * batches.order.chunk_contexts:,} contexts holds no more"
         )
     progress.begin("training", n_steps * size, "tokens", n_before * size)
-    with held_back(is_alone=processes_here().n_processes == 1) as interrupt:
+    is_alone = processes_here().n_processes == 1
+    with CheckpointWriter() as writer, held_back(is_alone=is_alone) as interrupt:
         for batch in batches.steps(start, stop):
             x = batch.on_device.to(torch.float32)
             taking = [one for one in trainings if one.start <= batch.step < one.stop]
@@ -386,10 +389,12 @@ def train_together(
                 # What ends before the others is safe until all are at their end.
                 wanted = one.step == one.stop or one.step % one.training.settings.checkpoint_steps == 0
                 if one.step < stop and (wanted or asked):
-                    one.save_checkpoint()
+                    one.save_checkpoint(writer)
             if asked and batch.step + 1 < stop:
+                writer.wait()
                 interrupt.stop()
         progress.end()
+        writer.wait()
         for one in trainings:
             one.finish(batches)
         if interrupt.asked:
@@ -478,10 +483,10 @@ class Ongoing:
             state.count_dead()
         return line
 
-    def save_checkpoint(self) -> None:
-        """Put what is needed to go on into the run."""
+    def save_checkpoint(self, writer: CheckpointWriter) -> None:
+        """Have what is needed to resume written into the run."""
         if self.state.team.is_first:
-            self.training.run.save_checkpoint(self.step, self.state.tensors())
+            writer.save(self.training.run, self.step, self.state.tensors)
 
     def finish(self, batches: ShuffledBatches) -> None:
         """After the last step: set what is set in the end, and write the weights.

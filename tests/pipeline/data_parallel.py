@@ -16,7 +16,7 @@ class Staying(Several):
     """Has further trainings to share."""
 
     def leave(self) -> None:
-        pass
+        self.settle()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ kernels' rounding.
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Self, cast
 
 import pytest
@@ -75,6 +76,10 @@ class _Nothing:
 
 
 def _do_nothing(*_: Any, **__: Any) -> None: ...
+
+
+def _name(_: object) -> str:
+    return "a pretended GPU"
 
 
 def _memory(_: object) -> tuple[int, int]:
@@ -161,7 +166,9 @@ def pretended_gpu() -> Generator[None]:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "mem_get_info", _memory)
-        patch.setattr(torch.cuda, "set_device", _do_nothing)
+        for name in ("set_device", "synchronize", "empty_cache"):
+            patch.setattr(torch.cuda, name, partial(_do_nothing, name))  # torch wants each to be another
+        patch.setattr(torch.cuda, "get_device_name", _name)
         patch.setattr(torch.cuda, "Stream", _Nothing)
         patch.setattr(torch.cuda, "Event", _Nothing)
         patch.setattr(torch.cuda, "current_stream", _Nothing)

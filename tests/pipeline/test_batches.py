@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from posae.pipeline.batches import (
-    DecodedLayer,
     Order,
     ShuffledBatches,
     as_torch,
     ordered_batches,
     shuffled_batches,
 )
+from posae.pipeline.chunk_memory import DecodedLayer
 from posae.store.errors import StoreDamagedError
 from posae.store.ranges import equal_ranges, parse_ranges
 from posae.store.reader import ActivationStore

@@ -12,8 +12,9 @@ from posae.pipeline.evaluate import evaluate
 from posae.pipeline.explore import explore_runs
 from posae.pipeline.harvest import Harvest
 from posae.pipeline.results.explored import Explored
+from posae.pipeline.sae.sparse import SparseCode
 from posae.pipeline.sae.standard import Standard
-from posae.pipeline.sae.topk import BatchTopK
+from posae.pipeline.sae.topk import BatchTopK, TopK
 from posae.pipeline.settings import TRAIN_PRESETS, EvaluateSettings, HarvestSettings, TrainSettings, build
 from posae.pipeline.train import Training
 from posae.store import ActivationStore
@@ -108,6 +109,26 @@ def test_batchtopk_keeps_the_same(n_rows: int) -> None:
     assert 0 < (found > 0).sum() <= 6 * n_rows
 
 
+@pytest.mark.parametrize("kind", [TopK, BatchTopK])
+def test_few_active_features_are_listed_to_the_same_gradients(kind: type[TopK]) -> None:
+    own: dict[str, Any] = {"d_model": 8, "dictionary_size": 1024, "ranges": equal_ranges(16, 1)}
+    here, there = (kind(**own, target_l0=3, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
+    wanted = here(x, [0, 40])
+    wanted.losses.total.backward()  # pyright: ignore[reportUnknownMemberType]
+    with pretended_gpu():
+        found = there.to(GPU)(x.to(GPU), [0, 40])
+        assert isinstance(found.codes.code, SparseCode)
+        torch.testing.assert_close(found.code.cpu(), wanted.code)
+        torch.testing.assert_close(found.reconstruction.cpu(), wanted.reconstruction)
+        assert torch.equal(found.fired().cpu(), wanted.fired())
+        found.losses.total.backward()  # pyright: ignore[reportUnknownMemberType]
+        for weight, other in zip(there.parameters(), here.parameters(), strict=True):
+            assert weight.grad is not None
+            assert other.grad is not None
+            torch.testing.assert_close(weight.grad.cpu(), other.grad)
+
+
 def test_dropout_is_drawn_there(good_store: Made, tmp_path: Path) -> None:
     settings = small("paper", "cuda").model_copy(update={"dropout": 0.1})
     with pretended_gpu():
@@ -122,17 +143,18 @@ def test_rounded_products_are_of_the_steps_alone(
     forward = Standard.forward
 
     def watched(self: Standard, *words: Any) -> Any:
-        found.append(torch.backends.cuda.matmul.allow_tf32)
+        found.append(torch.backends.cuda.matmul.fp32_precision)
         return forward(self, *words)
 
     monkeypatch.setattr(Standard, "forward", watched)
-    settings = small("paper-baseline", "cuda").model_copy(update={"precision": "tf32"})
+    settings, before = small("paper-baseline", "cuda"), torch.backends.cuda.matmul.fp32_precision
     with pretended_gpu():
         store = ActivationStore.open(good_store.root)
         Training(store, tmp_path / "run", settings).train()
-        assert found == [True] * 20
+        assert found == ["tf32"] * 20
         evaluate(tmp_path / "run", EvaluateSettings(), None, store)
-    assert not torch.backends.cuda.matmul.allow_tf32
+        assert set(found[20:]) == {before}
+    assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 def test_every_score_is_the_same(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from posae.pipeline.sae.sparse import SparseCode
 from posae.pipeline.scoring.base_phase import base_decoder, drift, n_retained, retained
 from posae.pipeline.scoring.ce_loss import CeKeeper, Replace, ce_loss
 from posae.pipeline.scoring.clusters import clusters
@@ -70,6 +71,29 @@ def test_sums_of_features_do_not_depend_on_the_batches(seed: int, cuts: list[int
         order = np.argsort(-np.abs(code[:, k]))[: fired[:, k].sum()][:N_TOP]
         assert found.top_tokens[k, : len(order)].tolist() == rows.tokens[order].tolist()
         assert (found.top_tokens[k, len(order) :] == -1).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**16), n_active=st.integers(0, 4), n_rows=st.integers(1, 300))
+def test_sums_of_a_listed_code_are_those_of_the_dense_one(seed: int, n_active: int, n_rows: int) -> None:
+    rng = np.random.default_rng(seed)
+    code = torch.zeros(n_rows, 90)
+    for row in code:
+        features = rng.choice(90 if seed % 2 else 9, n_active, replace=False)
+        row[torch.as_tensor(features)] = torch.as_tensor(rng.standard_normal(n_active), dtype=torch.float32)
+    code[:, 3] *= 1e-5
+    listed = SparseCode.of(code)
+    assert listed is not None
+    contexts, positions = np.divmod(np.arange(n_rows), LENGTH)
+    found: list[FeatureSums] = []
+    for one in (code, listed):
+        keeper = FeatureKeeper(90, LENGTH, (0, n_rows), above=1e-3, device=torch.device("cpu"))
+        keeper.add(one, positions, contexts, contexts.astype(np.int32))
+        found.append(keeper.sums())
+    for values, wanted in zip(found[1], found[0], strict=True):
+        np.testing.assert_allclose(values, wanted, rtol=1e-12)
+    some = torch.as_tensor(np.flatnonzero(rng.random(n_rows) < 0.5))
+    assert torch.equal(listed.of_rows(some).dense(), code[some])
 
 
 def test_turning_moves_all_tokens_of_a_context_alike() -> None:

@@ -1,6 +1,7 @@
 """What a training resolves, refuses and keeps. That a killed one ends the same is tested with the command."""
 
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from posae.pipeline.schedules import Curriculum
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
 from posae.pipeline.train import LayerMemory, Ongoing, Team, Training, resolve, side_by_side, train_together
 from posae.store import ActivationStore
-from posae.store.errors import RunError, RunMismatchError, SettingsError
+from posae.store.errors import RunError, RunMismatchError, SettingsError, StoreWriteError
 from posae.store.shards import ShardReader
 
 from ..conftest import Made
@@ -392,3 +393,69 @@ def test_a_checkpoint_without_what_is_needed_is_refused(
         training.run.save_checkpoint(step, broken)
         with pytest.raises(RunError, match=r"state\.safetensors cannot be read .*remove it to train"):
             training.train()
+
+
+def test_a_step_does_not_wait_for_the_disk_and_an_interrupt_does(
+    good_store: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words: dict[str, Any] = {"checkpoint_steps": 10}
+    train(good_store, tmp_path / "whole", **words)
+    save, is_free = Run.save_checkpoint, threading.Event()
+    steps_when_written: list[int] = []
+    progress = Impatient(18)
+
+    def slowly(self: Run, step: int, tensors: Any) -> None:
+        assert is_free.wait(30)
+        save(self, step, tensors)
+        steps_when_written.append(18 - progress.steps_left)
+
+    advance = progress.advance
+
+    def freeing(amount: int, note: str = "") -> None:
+        if progress.steps_left == 4:  # steps 11 to 14 were done meanwhile
+            is_free.set()
+        advance(amount, note)
+
+    monkeypatch.setattr(Run, "save_checkpoint", slowly)
+    monkeypatch.setattr(progress, "advance", freeing)
+    training = Training(ActivationStore.open(good_store.root), tmp_path / "run", settings(**words))
+    with pytest.raises(KeyboardInterrupt):
+        training.train(progress)
+    assert steps_when_written[0] >= 14
+    assert training.run.checkpoint_step == 10
+    train(good_store, tmp_path / "run", **words)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "run")
+
+
+def test_a_checkpoint_that_the_disk_refuses_ends_the_training(
+    good_store: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Run, step: int, tensors: Any) -> None:
+        raise StoreWriteError(f"no space left at step {step}")
+
+    monkeypatch.setattr(Run, "save_checkpoint", refuse)
+    training = Training(
+        ActivationStore.open(good_store.root), tmp_path / "run", settings(checkpoint_steps=10)
+    )
+    with pytest.raises(StoreWriteError, match="at step 10"):
+        training.train()
+    assert not training.run.is_finished
+
+
+def test_a_checkpoint_is_what_safetensors_reads(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.randn(3, 2),
+        "flags": torch.tensor([True, False, True]),
+        "none": torch.zeros(0, 4),
+        "scalar": torch.tensor(7),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "turned": torch.randn(2, 3, dtype=torch.float64).T,
+    }
+    run = Run(tmp_path)
+    run.save_checkpoint(12, tensors)
+    step, found = run.load_checkpoint() or (0, {})
+    assert step == 12
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
