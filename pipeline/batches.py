@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from ..store.manifest import layer_path
 from ..store.ranges import PositionRange
 from ..store.reader import ActivationStore
-from ..store.shards import stop
+from ..store.threads import stop
 
 _SCAN_CHUNKS = 512
 
@@ -466,11 +466,9 @@ class ShuffledBatches:
         else:
             buffer, homes = self._kept.bits, chunks
             is_missing &= ~self._kept.is_there[chunks]
-        missing = list(zip(chunks[is_missing].tolist(), homes[is_missing].tolist(), strict=True))
-        self._reader.will_need(chunk for chunk, _ in missing)
-        decoding = [
-            self._pool.submit(self._reader.read_chunk, chunk, buffer[home]) for chunk, home in missing
-        ]
+        missing = zip(chunks[is_missing].tolist(), homes[is_missing].tolist(), strict=True)
+        wanted = ((chunk, buffer[home]) for chunk, home in missing)
+        decoding = self._reader.start_reading(wanted, self._pool)
         return _Decoding(epoch, window, chunks, homes, buffer, decoding)
 
     def _ready(self, window: "_Decoding") -> "_Window":

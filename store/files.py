@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import StoreDamagedError, StoreError, StoreWriteError
-from .readable import MappedFile
+from .readable import MappedFile, UnmappedFile
 
 PARTIAL = ".partial"
 """Ending of a file being written; such a file is never part of a store."""
@@ -39,6 +39,8 @@ def partial_name(path: str) -> str:
 
 class StoreFiles:
     """The files below ``root``, named by relative paths with ``/``."""
+
+    has_latency = False
 
     def __init__(self, root: Path) -> None:
         """Speak of ``root``; nothing is opened yet."""
@@ -103,19 +105,20 @@ class StoreFiles:
             raise StoreDamagedError(f"larger than the {limit_bytes:,} bytes allowed here", array=path)
         return data
 
-    def pieces(self, path: str) -> Iterator[bytes]:
-        """The bytes of a file of any size, a few megabytes at a time.
+    def pieces(self, path: str, start: int = 0) -> Iterator[bytes]:
+        """The bytes of a file of any size from ``start`` on, a few megabytes at a time.
 
         Raises:
             FileNotFoundError: no such file.
             StoreDamagedError: not a regular file.
         """
         with open(self.open(path), "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor)
+            file.seek(start)
             while piece := file.read(_PIECE_BYTES):
                 yield piece
 
-    def map(self, path: str) -> MappedFile:
-        """The whole of a file as read-only memory.
+    def map(self, path: str) -> MappedFile | UnmappedFile:
+        """The whole of a file as read-only memory, where its file system can do that.
 
         Raises:
             FileNotFoundError: no such file.
@@ -126,6 +129,10 @@ class StoreFiles:
             if os.fstat(file).st_size == 0:
                 raise StoreDamagedError("the file is empty", array=path)
             return MappedFile(mmap.mmap(file, 0, access=mmap.ACCESS_READ))
+        except OSError as error:
+            if error.errno not in (errno.ENODEV, errno.EINVAL):
+                raise
+            return UnmappedFile(os.dup(file))
         finally:
             os.close(file)
 

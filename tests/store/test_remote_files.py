@@ -29,7 +29,7 @@ WIDE: dict[str, Any] = {"d_model": 512, "context_length": 32, "n_contexts": 136,
 
 
 def opened(folder: FolderOnDisk, cache: PartCache, check: bool = True) -> ActivationStore:
-    with patch("posae.store.reader.open_remote", return_value=folder):
+    with patch("posae.store.opening.open_remote", return_value=folder):
         return ActivationStore.open(folder.url, cache) if check else ActivationStore(folder.url, cache)
 
 

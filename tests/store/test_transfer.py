@@ -54,7 +54,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def remote(folder: FolderOnDisk) -> ActivationStore:
-    with patch("posae.store.reader.open_remote", return_value=folder):
+    with patch("posae.store.opening.open_remote", return_value=folder):
         return ActivationStore.open(folder.url, PartCache())
 
 
