@@ -69,12 +69,11 @@ def facts(store: StoreArrays) -> Iterator[Fact]:
     yield Fact("held out", (held_out if start < stop else "none",))
     yield Fact("special tokens", (_special_tokens(manifest),))
     if corpus := store.corpus:
-        left_out, repeated = corpus["documents_left_out"], corpus["duplicate_contexts"]
+        n, left_out, repeated = (
+            corpus[name] for name in ("documents", "documents_left_out", "duplicate_contexts")
+        )
         yield Fact(
-            "documents",
-            (
-                f"{corpus['documents']:,}, {left_out:,} of them left out; {repeated:,} contexts repeat another",
-            ),
+            "documents", (f"{n:,}, {left_out:,} of them left out; {repeated:,} contexts repeat another",)
         )
     if manifest.origin:
         pieces = zip(manifest.origin.contexts, manifest.origin.stores, strict=False)
