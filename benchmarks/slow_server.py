@@ -46,8 +46,15 @@ class _Server:
             if asked := _RANGE.search(request):
                 start = int(asked[1]) if asked[1] else size - int(asked[2])
                 stop = min(size, int(asked[2]) + 1) if asked[1] and asked[2] else size
-                status, more = b"206 Partial Content", b"Content-Range: bytes %d-%d/%d\r\n" % (start, stop - 1, size)
-            head = b"HTTP/1.1 %b\r\nAccept-Ranges: bytes\r\n%bContent-Length: %d\r\n\r\n" % (status, more, stop - start)
+                status, more = (
+                    b"206 Partial Content",
+                    b"Content-Range: bytes %d-%d/%d\r\n" % (start, stop - 1, size),
+                )
+            head = b"HTTP/1.1 %b\r\nAccept-Ranges: bytes\r\n%bContent-Length: %d\r\n\r\n" % (
+                status,
+                more,
+                stop - start,
+            )
             writer.write(head)
             if method == b"GET":
                 writer.write(os.pread(file.fileno(), stop - start, start))
@@ -68,7 +75,9 @@ def _run(root: Path, delay: float, port: int, ready: Connection | None) -> None:
 def served(root: Path, delay: float) -> Generator[str]:
     """The URL of a folder, served from another process."""
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_run, args=(root, delay, 0, theirs), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(
+        target=_run, args=(root, delay, 0, theirs), daemon=True
+    )
     process.start()
     try:
         yield f"http://127.0.0.1:{ours.recv()}"

@@ -83,11 +83,10 @@ def facts(store: StoreArrays) -> Iterator[Fact]:
         yield Fact("made of", tuple(words[1:]))
     yield Fact("type", _type(manifest))
     chunk, shard = counted(manifest.chunk_contexts, "context"), f"{manifest.shard_contexts:,}"
-    yield Fact("chunks", (f"{chunk} to a chunk, {shard} to a shard; codec ", Name(manifest.codec)))
+    yield Fact("chunks", (f"{chunk} to a chunk, {shard} to a shard",))
     raw, stored = (sum(map(size, store.layers)) for size in (store.raw_bytes, store.stored_bytes))
-    yield Fact(
-        "size", (f"{quantity(stored)} for {quantity(raw)} of activations, ratio {_ratio(raw, stored)}",)
-    )
+    size = f"{quantity(stored)} for {quantity(raw)} of activations, ratio {_ratio(raw, stored)} (codec "
+    yield Fact("size", (size, Name(manifest.codec), ")"))
     identity = (
         (Name(store.identity), ", the SHA-256 of ", Name("seal.json")) if store.identity else ("unfinished",)
     )

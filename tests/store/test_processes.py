@@ -1,6 +1,5 @@
 """A store in other processes: forked while threads read it, pickled, and in the workers of a DataLoader."""
 
-import multiprocessing
 import os
 import pickle
 import signal
@@ -16,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from posae.store import ActivationStore
-from posae.store.errors import StoreMismatchError, StoreRemoteError
+from posae.store.errors import StoreMismatchError
 
 if TYPE_CHECKING:
     from ..conftest import Made, MakeStore
