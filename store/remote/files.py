@@ -9,7 +9,6 @@ Metadata is checked against the seal, chunks by their own checksums; what does n
 import hashlib
 import tempfile
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,8 +22,6 @@ READING_THREADS = 32
 """Parts that are asked for at once: at 50 ms to a request, 640 of them a second."""
 
 _WHOLE_BYTES = 2**21
-_PIECE_BYTES = 2**22
-_PIECES_AHEAD = 3
 
 
 class RemoteFiles:
@@ -93,33 +90,14 @@ class RemoteFiles:
         return data
 
     def pieces(self, path: str) -> Iterator[bytes]:
-        """The bytes of a file of any size, 4 MiB at a time, fetched anew, the next ones ahead.
+        """The bytes of a file of any size, fetched anew.
 
         Raises:
             FileNotFoundError: the seal does not name it, or the server lacks it.
             StoreDamagedError: of another size than was sealed.
             StoreRemoteError: the server refused, or does not answer.
         """
-        size = self._entry(path).n_bytes
-
-        def piece(start: int) -> bytes:
-            return self.folder.read(path, start, min(size, start + _PIECE_BYTES), size)
-
-        starts = range(0, size, _PIECE_BYTES)
-        if len(starts) <= 1:
-            yield from map(piece, starts)
-            return
-        with ThreadPoolExecutor(_PIECES_AHEAD, thread_name_prefix="posae-fetch") as pool:
-            coming = [pool.submit(piece, start) for start in starts[:_PIECES_AHEAD]]
-            try:
-                for number in range(len(starts)):
-                    data = coming.pop(0).result()
-                    if number + _PIECES_AHEAD < len(starts):
-                        coming.append(pool.submit(piece, starts[number + _PIECES_AHEAD]))
-                    yield data
-            finally:
-                for future in coming:
-                    future.cancel()
+        return self.folder.pieces(path, self._entry(path).n_bytes)
 
     def map(self, path: str) -> "RemoteFile":
         """A file to decode chunks out of; nothing is fetched yet.
@@ -144,8 +122,8 @@ class RemoteFiles:
 
     def walk(self) -> Iterator[str]:
         """Every file that the server lists; where it lists none, those that the seal names."""
-        listed = self.folder.walk()
-        return iter([*self.seal.files, SEAL_PATH]) if listed is None else listed
+        listed = self.folder.list_files()
+        return iter([*self.seal.files, SEAL_PATH] if listed is None else listed)
 
     def link(self, path: str, folder: int, name: str) -> bool:
         """Nothing: a file on a server has no name here."""
