@@ -1,7 +1,7 @@
-"""A store on a server that takes its time: random chunks, opening, training, beside tensorstore and a local copy.
+"""A store on a server that takes its time: beside tensorstore, and beside a local copy.
 
     posae harvest demo.zarr --contexts 4096
-    python benchmarks/remote.py FOLDER --data demo.zarr [--delay 0.05] [--rounds 3] [--only chunks,opening,training]
+    python benchmarks/remote.py FOLDER --data demo.zarr [--delay 0.05] [--rounds 3] [--only chunks,opening]
 
 Another process serves FOLDER by HTTP and waits `--delay` seconds before it answers each request. What is
 compared runs in turn, and a figure is the median over rounds; caches are empty each time.
@@ -121,9 +121,8 @@ def measure_chunks(root: Path, url: str, rounds: int) -> bool:
             equal &= bool((our_values == their_values).all())
         ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
         medians = [f"{statistics.median(found):.2f}" for found in seconds.values()]
-        say(
-            f"| {min(N_CHUNKS, n_chunks)} of {n_chunks} chunks, {name} | {' | '.join(medians)} | **{ratio:.2f}** x |"
-        )
+        what = f"{min(N_CHUNKS, n_chunks)} of {n_chunks} chunks, {name}"
+        say(f"| {what} | {' | '.join(medians)} | **{ratio:.2f}** x |")
     return equal
 
 
@@ -231,8 +230,8 @@ def main() -> int:
     given = parser.parse_args()
     make_stores(given.folder, given.data)
     say(
-        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {given.delay * 1000:.0f} ms a "
-        f"request; posae {version('posae')}, tensorstore {version('tensorstore')}"
+        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
+        f"{given.delay * 1000:.0f} ms a request; tensorstore {version('tensorstore')}"
     )
     equal = True
     with served(given.folder, given.delay) as url:

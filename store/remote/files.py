@@ -35,9 +35,6 @@ from .folder import RemoteFolder
 READING_THREADS = 64
 """Requests that are under way at once: at 50 ms to each, 1,280 of them a second."""
 
-_PIECE_BYTES = 2**22
-_PIECES_AHEAD = 3
-
 
 class RemoteFiles:
     """The files of one store.
@@ -121,7 +118,7 @@ class RemoteFiles:
         return data
 
     def pieces(self, path: str, start: int = 0) -> Iterator[bytes]:
-        """The bytes of a file from ``start`` on, 4 MiB at a time, fetched anew, the next ones ahead.
+        """The bytes of a file from ``start`` on, fetched anew.
 
         Raises:
             FileNotFoundError: the seal does not name it, or the server lacks it.
@@ -129,25 +126,7 @@ class RemoteFiles:
             StoreRemoteError: the server refused, or does not answer.
         """
         size = self._size(path)
-
-        def piece(start: int) -> bytes:
-            return self.folder.read(path, start, min(size, start + _PIECE_BYTES), size)
-
-        starts = range(start, size, _PIECE_BYTES)
-        if len(starts) <= 1:
-            yield from map(piece, starts)
-            return
-        with ThreadPoolExecutor(_PIECES_AHEAD, thread_name_prefix="posae-fetch") as pool:
-            coming = [pool.submit(piece, start) for start in starts[:_PIECES_AHEAD]]
-            try:
-                for number in range(len(starts)):
-                    data = coming.pop(0).result()
-                    if number + _PIECES_AHEAD < len(starts):
-                        coming.append(pool.submit(piece, starts[number + _PIECES_AHEAD]))
-                    yield data
-            finally:
-                for future in coming:
-                    future.cancel()
+        return iter([self.folder.read(path, start, size, size)]) if start else self.folder.pieces(path, size)
 
     def map(self, path: str) -> "RemoteFile":
         """A file to decode chunks out of; nothing is fetched yet.
@@ -172,8 +151,8 @@ class RemoteFiles:
 
     def walk(self) -> Iterator[str]:
         """Every file that the server lists; where it lists none, those that the seal names."""
-        listed = self.folder.walk()
-        return iter([*self.seal.files, SEAL_PATH]) if listed is None else listed
+        listed = self.folder.list_files()
+        return iter([*self.seal.files, SEAL_PATH] if listed is None else listed)
 
     def link(self, path: str, folder: int, name: str) -> bool:
         """Nothing: a file on a server has no name here."""

@@ -18,7 +18,7 @@ from ..reader import ActivationStore
 from ..seal import CARD_PATH, MAX_SEAL_BYTES, ROOT_PATH, SEAL_PATH, Seal, SealedFile, parse_seal
 from ..transfer import Moved, bytes_to_move, checked_pieces, each, holds, nobody, seal_of
 from .cache import default_folder
-from .folder import RemoteFolder, TakesMany, same
+from .folder import RemoteFolder, TakesMany
 
 _MOST_TOGETHER, _MOST_BYTES_TOGETHER = 100, 4 * 10**9
 _MOST_IN_A_FOLDER = 10_000
@@ -134,7 +134,7 @@ def _send(
                 folder.write(path, files.root / path, only_new=True)
                 sent = True
             except FileExistsError:
-                if not same(folder, path, files.root / path):
+                if not _holds(folder, path, entry):
                     raise StoreMismatchError(
                         f"{folder.url}/{path} is there and is not of this store: someone else may be "
                         "publishing there; name another place, or remove it"
@@ -142,6 +142,17 @@ def _send(
         journal.add(path)
     moved(entry.n_bytes)
     return sent
+
+
+def _holds(folder: RemoteFolder, path: str, entry: SealedFile) -> bool:
+    """Whether a file there is what was sealed; reads it back."""
+    digest = hashlib.sha256()
+    try:
+        for piece in folder.pieces(path, entry.n_bytes):
+            digest.update(piece)
+    except (FileNotFoundError, StoreDamagedError):
+        return False
+    return digest.hexdigest() == entry.sha256
 
 
 @contextmanager
