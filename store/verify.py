@@ -223,10 +223,8 @@ def _check_shard(
     store: ActivationStore, reader: ShardReader, shard: int, sha256: str | None
 ) -> tuple[list[Damage], int]:
     spec = reader.spec
-    found = _Stream(store.files, spec.shard_path(shard))
     try:
-        if found.n_bytes is None:
-            raise FileNotFoundError
+        found = _Stream(store.files, spec.shard_path(shard))
         reader.check_sealed(shard, found.n_bytes)
         places = parse_index(spec, shard, found.end(index_bytes(spec)), found.n_bytes)
         # Chunks first: a sparse file of terabytes has a bad one at its start.
@@ -249,17 +247,19 @@ class _Stream:
 
     def __init__(self, files: ReadableFiles, path: str) -> None:
         self._files, self._path = files, path
-        self.n_bytes = files.size_bytes(path)
+        size = files.size_bytes(path)
+        if size is None:
+            raise FileNotFoundError(path)
+        self.n_bytes = size
         self.digest = hashlib.sha256()
         self._pieces = files.pieces(path)
         self._data = bytearray()
 
     def end(self, n_bytes: int) -> bytes:
         """The last bytes."""
-        size = self.n_bytes or 0
-        if size > WHOLE_BYTES:
-            return b"".join(self._files.pieces(self._path, max(0, size - n_bytes)))
-        self._read(size)
+        if self.n_bytes > WHOLE_BYTES:
+            return b"".join(self._files.pieces(self._path, max(0, self.n_bytes - n_bytes)))
+        self._read(self.n_bytes)
         return bytes(self._data[-n_bytes:])
 
     def take(self, n_bytes: int) -> memoryview:

@@ -15,12 +15,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from posae.store import ActivationStore
-from posae.store.errors import StoreMismatchError
+from posae.store.errors import StoreMismatchError, StoreRemoteError
+from posae.store.remote.cache import PartCache
 
 if TYPE_CHECKING:
     from ..conftest import Made, MakeStore
+    from ..servers import StartServer
 
-SECONDS = 20
+SECONDS = 100
 METHODS = ["fork", "spawn", "forkserver"]
 
 
@@ -97,6 +99,22 @@ def test_workers_of_a_data_loader_share_a_store(make_store: "MakeStore", tmp_pat
     with another_thread_reads(store):
         found = torch.cat(list(loader)).numpy()
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_store_on_a_server_works_in_new_processes_and_a_forked_one_says_so(
+    make_store: "MakeStore", tmp_path: Path, start_server: "StartServer", method: str
+) -> None:
+    made = make_store(tmp_path / "a.zarr", n_contexts=40, shard_contexts=8)
+    store = ActivationStore.open(start_server("http").fill(made.root, "a.zarr"), PartCache(tmp_path / method))
+    loader = DataLoader(
+        Contexts(store), batch_size=8, num_workers=2, multiprocessing_context=method, timeout=SECONDS
+    )
+    if method == "fork":
+        with pytest.raises(StoreRemoteError, match=r"forked process cannot read .* by spawn"):
+            list(loader)
+    else:
+        np.testing.assert_array_equal(torch.cat(list(loader)).numpy(), store.read(1, dtype="float32"))
 
 
 def test_a_pickled_store_is_opened_where_it_lies(

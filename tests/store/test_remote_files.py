@@ -1,6 +1,9 @@
 """A store read from a server: the same values as from a folder, few requests, and a cache that is bounded."""
 
+import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -129,6 +132,78 @@ def test_a_server_that_does_not_answer_is_no_damage(wide: Made, cache: PartCache
 
     with patch.object(folder, "read", read), pytest.raises(StoreRemoteError, match="does not answer"):
         verify(store)
+
+
+def test_checking_a_layer_asks_the_server_for_nothing(wide: Made, cache: PartCache) -> None:
+    folder = FolderOnDisk(wide.root)
+    store = opened(folder, cache)
+    folder.asked.clear()
+    store.check_layer(3)
+    assert not folder.asked
+    # The index is checked when its shard is first read.
+    path = wide.root / "layer_3/c.0.0.0"
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreDamagedError, match="layer_3, shard 0: the checksum of its index does not hold"):
+        store.read(3)
+
+
+def test_a_seal_that_leaves_out_a_shard_is_refused_before_a_training(wide: Made, cache: PartCache) -> None:
+    seal = json.loads((wide.root / "seal.json").read_text())
+    del seal["files"]["layer_3/c.1.0.0"]
+    (wide.root / "seal.json").write_text(json.dumps(seal, sort_keys=True, separators=(",", ":")))
+    with pytest.raises(StoreDamagedError, match="layer_3, shard 1: the seal does not name its file"):
+        opened(FolderOnDisk(wide.root), cache).check_layer(3)
+
+
+def test_shards_are_opened_side_by_side_and_each_once(
+    make_store: MakeStore, tmp_path: Path, cache: PartCache
+) -> None:
+    made = make_store(tmp_path / "a.zarr", n_contexts=136, d_model=512, context_length=32, shard_contexts=8)
+    folder = FolderOnDisk(made.root)
+    store = opened(folder, cache)
+    folder.asked.clear()
+    together = threading.Barrier(17, timeout=20)  # where one waits for another, this breaks
+    read = folder.read
+
+    def wait_for_all(path: str, start: int, stop: int, of: int) -> bytes:
+        together.wait()
+        return read(path, start, stop, of)
+
+    with patch.object(folder, "read", wait_for_all), ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: store.read(1), range(4)))
+    assert all((values == made.activations[1]).all() for values in found)
+    assert sorted(path for path, _, _ in folder.asked) == sorted(f"layer_1/c.{n}.0.0" for n in range(17))
+
+
+def test_neighbours_come_with_one_request_and_what_lies_between_is_kept(wide: Made, cache: PartCache) -> None:
+    folder = FolderOnDisk(wide.root)
+    store = opened(folder, cache)
+    store.array("layer_3").check_index(0)
+    folder.asked.clear()
+    rows = np.concatenate([np.arange(8 * chunk, 8 * chunk + 8) for chunk in (2, 3, 5, 12)])
+    assert (store.read(3, rows) == wide.activations[3][rows]).all()
+    size = (wide.root / "layer_3/c.0.0.0").stat().st_size / 16
+    assert sorted(round((stop - start) / size) for _, start, stop in folder.asked) == [1, 4]
+    folder.asked.clear()
+    assert (store.read(3, slice(32, 40)) == wide.activations[3][32:40]).all()
+    assert not folder.asked
+    assert (store.read(3) == wide.activations[3]).all()
+
+
+def test_verifying_leaves_nothing_on_this_machine(wide: Made, cache: PartCache) -> None:
+    folder = FolderOnDisk(wide.root)
+    store = opened(folder, cache)
+    kept = [path for path in cache.folder.rglob("*/c.*") if path.is_dir()]
+    folder.asked.clear()
+    with patch("tempfile.mkdtemp", side_effect=AssertionError):
+        found = verify(store)
+    assert not found.damaged
+    assert [path for path in cache.folder.rglob("*/c.*") if path.is_dir()] == kept
+    # Each byte once, of the long shards the index before, and metadata as it is parsed.
+    asked = sum(stop - start for _, start, stop in folder.asked)
+    assert found.n_bytes <= asked < 1.02 * found.n_bytes
 
 
 @given(
