@@ -43,7 +43,7 @@ def show_store(store: ActivationStore, facts: dict[str, Any]) -> None:
     if not store.is_sealed:
         state = f"unfinished, last written {duration(facts['seconds_since_written'])} ago"
     rows = {"store": f"{store.root}, format {manifest.format}, {state}; {files} with all files"}
-    rows |= {fact.name: printable(fact.plain()) for fact in store_facts(store)}
+    rows |= store_facts(store, printable)
     if tokens := facts["corpus"].get("special_tokens"):
         rows["special tokens"] += "; " + ", ".join(f"{token} {n:,} times" for token, n in tokens.items())
     table = Table(show_header=False, box=None, pad_edge=False)

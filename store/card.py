@@ -11,13 +11,13 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import StoreDamagedError
-from .facts import Name, facts, is_on_hub, layer_sizes
+from .facts import facts, is_on_hub, layer_sizes
 from .files import StoreFiles
 from .manifest import Manifest
 from .plain_text import plot, printable
@@ -82,7 +82,7 @@ def card(store: ActivationStore) -> str:
         f"# Activations of {_code(manifest.model)} on {_code(manifest.dataset)}",
         *([_PLANTED] if manifest.planted else []),
         *([_IMPORTED] if manifest.imported else []),
-        "\n".join(f"- **{fact.name}**: {_markdown(fact.words)}" for fact in facts(store)),
+        "\n".join(f"- **{name}**: {line}" for name, line in facts(store, _code, linked=True).items()),
         "## Layers",
         "\n".join(_layers(store, norms)),
         "Over 10 x the median: the share of tokens with such a norm. Position R²: the share of the variance "
@@ -140,16 +140,6 @@ def _metadata(manifest: Manifest) -> str:
 
 def _number(category: str) -> int:
     return int(category[:-1]) * 1000 ** (1 + "KMBT".index(category[-1]))
-
-
-def _markdown(words: Iterable[str | Name]) -> str:
-    """Words as Markdown: what is anybody's as code, and a link where it lies on the Hub."""
-    parts = (word if isinstance(word, str) else _linked(_code(word.text), word.url) for word in words)
-    return "".join(parts)
-
-
-def _linked(code: str, url: str | None) -> str:
-    return f"[{code}]({url})" if url else code
 
 
 def _layers(store: ActivationStore, norms: Mapping[int, NormStats]) -> Iterator[str]:

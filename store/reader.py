@@ -121,9 +121,8 @@ class ActivationStore(StoreStatistics):
 
     def _repr_html_(self) -> str:
         """What a notebook shows: where from, how much, and a line for each layer; sizes of files are read."""
-        told = {fact.name: fact.plain() for fact in facts(self)}
         names, *rows = layer_sizes(self)
-        return block(str(self.root), table(told), *([columns(names, rows)] if rows else []))
+        return block(str(self.root), table(facts(self)), *([columns(names, rows)] if rows else []))
 
 
 def _names_each(selection: Selection) -> bool:

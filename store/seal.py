@@ -2,7 +2,7 @@
 
 ``seal.json`` is written last. A file that it names and that is missing or changed is damage; a file
 that it does not name is no part of the store. Its own digest is the store's identity. It has one form only:
-what it says is written again and compared. Costs about 5 us and 600 bytes of memory a file.
+what it says is written again and compared. Costs about 5 us and 350 bytes of memory a file.
 """
 
 import hashlib
@@ -30,10 +30,11 @@ MAX_SEAL_BYTES = 1 << 26
 _HEAD, _TAIL = b'{"files":{', b'},"format":%d}' % FORMAT
 _ENTRY_HEAD = b'":{"bytes":'
 # Printable, as a damaged file's path is shown to people. No part of it is empty, "." or "..".
-_PART = r"(?!\.{1,2}(?:/|\Z))[ !#-.0-\[\]-~]+"
-_PATH = re.compile(rf"(?=.{{1,{MAX_PATH}}}\Z){_PART}(?:/{_PART})*")
-_SHA256 = re.compile("[0-9a-f]{64}")
-_MOST_BYTES = 10**18
+_PART = r'(?!\.{1,2}[/"])[ !#-.0-\[\]-~]+'
+_LINE = re.compile(
+    rf'"(?=[^"]{{1,{MAX_PATH}}}"){_PART}(?:/{_PART})*":'
+    r'\{"bytes":(?:0|[1-9][0-9]{0,17}),"sha256":"[0-9a-f]{64}"\}'
+)
 _ANY_FORMAT = re.compile(rb'"format"\s*:\s*([0-9]{1,18})')
 
 
@@ -137,8 +138,8 @@ def parse_seal(data: bytes) -> Seal:
     """
     try:
         files = _files_in(data)
-        if seal_bytes(files) != data or not {ROOT_PATH, CORPUS_PATH} <= files.keys():
-            raise ValueError("form")
+        if not {ROOT_PATH, CORPUS_PATH} <= files.keys():
+            raise ValueError("files")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         # A newer seal may have any form; nothing more of it is looked at.
         if newer := _ANY_FORMAT.search(data):
@@ -150,17 +151,19 @@ def parse_seal(data: bytes) -> Seal:
 
 
 def _files_in(data: bytes) -> dict[str, SealedFile]:
-    """The entries of a seal, each of which is sound."""
+    """The entries of a seal that is byte for byte what ``seal_bytes`` makes of them."""
     if not (data.startswith(_HEAD) and data.endswith(_TAIL)):
         raise ValueError("form")
-    files: dict[str, SealedFile] = {}
     listed: dict[str, Any] = json.loads(data.decode())["files"]
-    for path, entry in listed.items():
-        file = files[path] = SealedFile(entry["bytes"], entry["sha256"])
-        if not _PATH.fullmatch(path) or type(file.n_bytes) is not int or not _SHA256.fullmatch(file.sha256):
-            raise ValueError("entry")
-        if not 0 <= file.n_bytes < _MOST_BYTES:
-            raise ValueError("size")
+    files = {path: SealedFile(entry["bytes"], entry["sha256"]) for path, entry in listed.items()}
+    # Written here as quickly as can be: a store may have hundreds of thousands of files.
+    lines = [
+        f'"{path}":{{"bytes":{n_bytes},"sha256":"{sha256}"}}' for path, (n_bytes, sha256) in files.items()
+    ]
+    if list(files) != sorted(files) or ",".join(lines).encode() != data[len(_HEAD) : -len(_TAIL)]:
+        raise ValueError("form")
+    if not all(map(_LINE.fullmatch, lines)):
+        raise ValueError("entry")
     return files
 
 

@@ -172,7 +172,7 @@ def test_shards_are_opened_side_by_side_and_each_once(
         return read(path, start, stop, of)
 
     with patch.object(folder, "read", wait_for_all), ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: store.read(1), range(4)))
+        found = [reading.result() for reading in [pool.submit(store.read, 1) for _ in range(4)]]
     assert all((values == made.activations[1]).all() for values in found)
     assert sorted(path for path, _, _ in folder.asked) == sorted(f"layer_1/c.{n}.0.0" for n in range(17))
 
