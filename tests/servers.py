@@ -183,15 +183,14 @@ def azurite(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
     words = ["--silent", "--disableTelemetry", "--skipApiVersionCheck", "--location", str(root)]
     with running([path, "--blobPort", str(port), *words], port):
         url = f"http://127.0.0.1:{port}"
-        ask_azurite(url, "/bucket?restype=container", x_ms_blob_public_access="container")
+        ask_azurite(url, "/bucket", query="restype=container", x_ms_blob_public_access="container")
         yield url
 
 
-def ask_azurite(url: str, path: str, data: bytes = b"", **headers: str) -> None:
+def ask_azurite(url: str, place: str, data: bytes = b"", query: str = "", **headers: str) -> None:
     """A PUT, signed with the account's key."""
     headers = {**headers, "x_ms_version": "2021-12-02", "x_ms_date": formatdate(usegmt=True)}
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
-    place, _, query = path.partition("?")
     resource = f"/{AZURE_ACCOUNT}/{AZURE_ACCOUNT}{quote(place)}" + "".join(
         f"\n{name}:{value}" for name, value in sorted(parse_qsl(query))
     )

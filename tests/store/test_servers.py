@@ -37,12 +37,6 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waited
 
 
-def other(path: str) -> list[Any]:
-    from huggingface_hub import CommitOperationAdd
-
-    return [CommitOperationAdd(path, b"other")]
-
-
 @pytest.fixture
 def filled(server: "Server") -> RemoteFolder:
     return open_remote(server.fill(FILES, "pile.zarr"))
@@ -234,21 +228,6 @@ class TestListings:
 
 
 class TestHub:
-    def test_what_arrives_changed_is_told(
-        self, start_server: "StartServer", monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        server = start_server("hf")
-        folder = cast(Any, open_remote(server.url()))
-        folder.write("a", b"first")
-        create = folder._api.create_commit
-
-        def wrong(name: str, _: object, **more: Any) -> Any:
-            return create(name, other("a"), **more)
-
-        monkeypatch.setattr(folder._api, "create_commit", wrong)
-        with pytest.raises(StoreRemoteError, match="did not arrive as it was sent"):
-            folder.write("a", b"these")
-
     def test_dataset_is_made_private(self, start_server: "StartServer", fake_hub: "tuple[str, Hub]") -> None:
         server = start_server("hf")
         open_remote(server.url()).write("zarr.json", b"{}")
