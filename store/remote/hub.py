@@ -76,7 +76,9 @@ class HubFolder(ObjectFolder):
         self._dataset: dict[str, Any] = {"repo_id": f"{words[1]}/{name}", "repo_type": "dataset"}
         self._token = huggingface_hub.get_token()
         self._api = HfApi(endpoint=huggingface_hub.constants.ENDPOINT, token=self._token or False)
-        place = f"datasets/{words[1]}/{name}/resolve/{quote(self._revision)}/{quote(self._folder)}".rstrip("/")
+        place = f"datasets/{words[1]}/{name}/resolve/{quote(self._revision)}/{quote(self._folder)}".rstrip(
+            "/"
+        )
         self._base = f"{self._api.endpoint}/{place}"
         # The hub takes one commit at a time to a branch.
         self._committing = threading.Lock()
