@@ -67,8 +67,7 @@ class StoreArrays(Renewed):
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the store for itself."""
         cache = self.files.cache if isinstance(self.files, RemoteFiles) else None
-        kept = (cache.folder, cache.limit_bytes) if cache else None
-        return _reopened, (type(self), self.address, kept, self.identity)
+        return _reopened, (type(self), self.address, cache, self.identity)
 
     @classmethod
     def open(cls, place: str | Path, cache: PartCache | None = None) -> Self:
@@ -318,9 +317,9 @@ class StoreArrays(Renewed):
 
 
 def _reopened(
-    kind: type[StoreArrays], place: str, cache: tuple[Path, int] | None, identity: str | None
+    kind: type[StoreArrays], place: str, cache: PartCache | None, identity: str | None
 ) -> StoreArrays:
-    store = kind(place, PartCache(*cache) if cache else None)
+    store = kind(place, cache)
     if identity is not None and store.identity != identity:
         raise StoreMismatchError(f"{place} is another store than it was a moment ago; open it anew")
     return store

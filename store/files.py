@@ -37,6 +37,12 @@ def partial_name(path: str) -> str:
     return f".{path.rpartition('/')[2]}{PARTIAL}"
 
 
+_LINKED = (
+    "a store from the Hub is fetched with: hf download --local-dir FOLDER, or posae copy hf://… FOLDER; "
+    "restore any other from a copy"
+)
+
+
 class StoreFiles:
     """The files below ``root``, named by relative paths with ``/``."""
 
@@ -81,7 +87,9 @@ class StoreFiles:
             finally:
                 os.close(folder)
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+            if error.errno == errno.ELOOP:
+                raise StoreDamagedError("not a regular file but a link", array=path, remedy=_LINKED) from None
+            if error.errno in (errno.ENOTDIR, errno.ENXIO):
                 raise StoreDamagedError("not a regular file (a link, pipe or device)", array=path) from None
             if error.errno in (errno.ENOENT, errno.EMFILE, errno.ENFILE):
                 raise

@@ -94,6 +94,8 @@ class Hub:
     private: dict[str, bool] = field(default_factory=dict)
     uploaded: Files = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    busy: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
+    """The headers of so many further answers, each 429."""
 
     def files(self, dataset: str, revision: str) -> tuple[str, Files] | None:
         commits = self.datasets[dataset]
@@ -124,7 +126,15 @@ class HubHandler(Handler):
     def fail(self, status: int, code: str) -> None:
         self.answer(status, X_Error_Code=code, X_Error_Message=code)
 
+    def is_busy(self) -> bool:
+        if self.hub.busy:
+            self.answer(429, **self.hub.busy.pop())
+            return True
+        return False
+
     def do_GET(self) -> None:
+        if self.is_busy():
+            return None
         if self.where.startswith("/content/"):
             # Where large files are: another host, which must not see the token.
             if self.headers.get("Authorization"):
@@ -142,6 +152,8 @@ class HubHandler(Handler):
 
     def do_POST(self) -> None:
         body = self.body()
+        if self.is_busy():
+            return None
         if self.where == "/api/validate-yaml":
             return self.answer_json({"errors": [], "warnings": []})
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":

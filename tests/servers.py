@@ -41,12 +41,14 @@ class Server:
         base: the URL of the folder.
         put: put a file there, not by posae.
         files: all files there, not by posae.
+        remove: remove a file, not by posae.
     """
 
     kind: str
     base: str
     put: Callable[[str, bytes], None]
     files: Callable[[], dict[str, bytes]]
+    remove: Callable[[str], object]
 
     def url(self, path: str = "") -> str:
         """The URL of a folder within."""
@@ -83,7 +85,7 @@ def local(kind: str, base: str, root: Path) -> Server:
         (root / path).write_bytes(data)
 
     root.mkdir(parents=True, exist_ok=True)
-    return Server(kind, base, put, lambda: files_of(root))
+    return Server(kind, base, put, lambda: files_of(root), lambda path: (root / path).unlink())
 
 
 def in_dict(kind: str, base: str, files: Files, prefix: str) -> Server:
@@ -97,6 +99,7 @@ def in_dict(kind: str, base: str, files: Files, prefix: str) -> Server:
         base,
         put,
         lambda: {n.removeprefix(prefix): d for n, d in files.items() if n.startswith(prefix)},
+        lambda path: files.pop(prefix + path),
     )
 
 
@@ -183,32 +186,33 @@ def azurite(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
     words = ["--silent", "--disableTelemetry", "--skipApiVersionCheck", "--location", str(root)]
     with running([path, "--blobPort", str(port), *words], port):
         url = f"http://127.0.0.1:{port}"
-        ask_azurite(url, "/bucket?restype=container", x_ms_blob_public_access="container")
+        ask_azurite(url, "/bucket", query="restype=container", x_ms_blob_public_access="container")
         yield url
 
 
-def ask_azurite(url: str, path: str, data: bytes = b"", **headers: str) -> None:
-    """A PUT, signed with the account's key."""
+def ask_azurite(
+    url: str, place: str, method: str = "PUT", data: bytes = b"", query: str = "", **headers: str
+) -> None:
+    """A request, signed with the account's key."""
     headers = {**headers, "x_ms_version": "2021-12-02", "x_ms_date": formatdate(usegmt=True)}
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
-    place, _, query = path.partition("?")
     resource = f"/{AZURE_ACCOUNT}/{AZURE_ACCOUNT}{quote(place)}" + "".join(
         f"\n{name}:{value}" for name, value in sorted(parse_qsl(query))
     )
     ours = "".join(f"{name}:{headers[name]}\n" for name in sorted(headers))
     length, kind = str(len(data) or ""), "application/octet-stream"
-    words = f"PUT\n\n\n{length}\n\n{kind}\n\n\n\n\n\n\n{ours}{resource}"
+    words = f"{method}\n\n\n{length}\n\n{kind}\n\n\n\n\n\n\n{ours}{resource}"
     digest = hmac.new(base64.b64decode(AZURE_KEY), words.encode(), "sha256").digest()
     headers["Authorization"] = f"SharedKey {AZURE_ACCOUNT}:{base64.b64encode(digest).decode()}"
     headers["Content-Type"] = kind
     where = f"{url}/{AZURE_ACCOUNT}{quote(place)}" + (f"?{query}" if query else "")
-    with urlopen(Request(where, data, headers, method="PUT")):
+    with urlopen(Request(where, data if method == "PUT" else None, headers, method=method)):
         pass
 
 
 def in_azurite(base: str, url: str, prefix: str) -> Server:
     def put(path: str, data: bytes) -> None:
-        ask_azurite(url, f"/bucket/{prefix}{path}", data, x_ms_blob_type="BlockBlob")
+        ask_azurite(url, f"/bucket/{prefix}{path}", data=data, x_ms_blob_type="BlockBlob")
 
     def get(path: str) -> bytes:
         with urlopen(f"{url}/{AZURE_ACCOUNT}/bucket{path}") as answer:
@@ -219,7 +223,7 @@ def in_azurite(base: str, url: str, prefix: str) -> Server:
         names = [each.text or "" for each in listed.iter("Name")]
         return {name.removeprefix(prefix): get(f"/{quote(name)}") for name in names}
 
-    return Server("az", base, put, files)
+    return Server("az", base, put, files, lambda path: ask_azurite(url, f"/bucket/{prefix}{path}", "DELETE"))
 
 
 @pytest.fixture(scope="session")
@@ -311,15 +315,17 @@ def in_moto(base: str, url: str, prefix: str, request: pytest.FixtureRequest) ->
         client.put_object(Bucket="bucket", Key=prefix + path, Body=data)
 
     def files() -> dict[str, bytes]:
-        listed = client.list_objects_v2(Bucket="bucket", Prefix=prefix).get("Contents", ())
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix=prefix)
+        names = [each["Key"] for page in pages for each in page.get("Contents", ())]
         return {
-            each["Key"].removeprefix(prefix): client.get_object(Bucket="bucket", Key=each["Key"])[
-                "Body"
-            ].read()
-            for each in listed
+            name.removeprefix(prefix): client.get_object(Bucket="bucket", Key=name)["Body"].read()
+            for name in names
         }
 
-    return Server("s3", base, put, files)
+    def remove(path: str) -> None:
+        client.delete_object(Bucket="bucket", Key=prefix + path)
+
+    return Server("s3", base, put, files, remove)
 
 
 def in_hub(base: str, hub: Hub, dataset: str) -> Server:
@@ -327,7 +333,10 @@ def in_hub(base: str, hub: Hub, dataset: str) -> Server:
         commits = hub.datasets.get(dataset)
         return {n: d for n, d in commits[-1][1].items() if n != ".gitattributes"} if commits else {}
 
-    return Server("hf", base, lambda path, data: cast(None, hub.commit(dataset, {path: data})), files)
+    def remove(path: str) -> None:
+        hub.datasets[dataset][-1][1].pop(path)
+
+    return Server("hf", base, lambda path, data: cast(None, hub.commit(dataset, {path: data})), files, remove)
 
 
 @pytest.fixture(params=KINDS)

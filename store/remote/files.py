@@ -28,7 +28,7 @@ from ..seal import (
     SealedFile,
     parse_seal,
 )
-from ..threads import Renewed, SharedWork
+from ..threads import SharedWork
 from .cache import PartCache
 from .folder import RemoteFolder
 
@@ -36,7 +36,7 @@ READING_THREADS = 64
 """Requests that are under way at once: at 50 ms to each, 1,280 of them a second."""
 
 
-class RemoteFiles(Renewed):
+class RemoteFiles:
     """The files of one store.
 
     Attributes:
@@ -56,7 +56,6 @@ class RemoteFiles(Renewed):
         """
         self.folder, self.cache = folder, cache
         self._fetching = SharedWork[bytes]()
-        super().__init__()
         with ThreadPoolExecutor(2, thread_name_prefix="posae-fetch") as pool:
             seal, root = (
                 pool.submit(folder.read_small, path, limit_bytes)
@@ -77,10 +76,6 @@ class RemoteFiles(Renewed):
             self._first[ROOT_PATH] = root.result()
         except FileNotFoundError:
             raise StoreDamagedError("the file is missing on the server", array=ROOT_PATH) from None
-
-    def renew(self) -> None:
-        """Use a cache whose lock nobody holds."""
-        self.cache = PartCache(self.cache.folder, self.cache.limit_bytes)
 
     @cached_property
     def seal(self) -> Seal:

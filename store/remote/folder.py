@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 from urllib.parse import urlsplit, urlunsplit
 
-from ..errors import StoreDamagedError, StoreRemoteError
+from ..errors import StoreRemoteError
 
 SCHEMES = ("http", "https", "hf", "s3", "gs", "az")
 """What a URL may begin with."""
-
-PIECE_BYTES = 1 << 24
-"""How much of a file is sent, or read to compute a digest, at a time."""
 
 
 class WholeFilesOnlyError(StoreRemoteError):
@@ -165,18 +162,3 @@ def inside(path: str, folder: str) -> str:
     if "\\" in path or not path.isprintable() or not {"", ".", ".."}.isdisjoint(path.split("/")):
         raise StoreRemoteError(f"{folder}: names {path!r}, which is no file inside the folder; do not use it")
     return path
-
-
-def changed(path: str, n_bytes: int | None, of: int) -> StoreDamagedError:
-    """The error for a file that has ``n_bytes`` on the server (None: more) and should have ``of``."""
-    has = f"more than {of:,} bytes" if n_bytes is None else f"{n_bytes:,} bytes, not {of:,}"
-    return StoreDamagedError(
-        f"it changed on the server, where it has {has}",
-        array=path,
-        remedy="open the store again, or take another copy of it",
-    )
-
-
-def too_large(path: str, limit_bytes: int) -> StoreDamagedError:
-    """The error for a small file that is not small."""
-    return StoreDamagedError(f"larger than the {limit_bytes:,} bytes allowed here", array=path)

@@ -26,6 +26,6 @@ def open_remote(url: str) -> RemoteFolder:
         from .hub import HubFolder
 
         return HubFolder(url)
-    from .objects import ObjectFolder
+    from .objects import BucketFolder, WebFolder
 
-    return ObjectFolder(url)
+    return WebFolder(url) if scheme in ("http", "https") else BucketFolder(url)

@@ -27,6 +27,7 @@ from posae.store.verify import verify
 from ..conftest import Made, MakeStore
 from .folder_on_disk import FolderOnDisk
 
+STORE = "0123456789abcdef" * 2
 WIDE: dict[str, Any] = {"d_model": 512, "context_length": 32, "n_contexts": 136, "shard_contexts": 128}
 """Shards above 2 MiB, of which only parts are fetched."""
 
@@ -217,33 +218,88 @@ def test_the_cache_stays_below_its_limit(
     two = [PartCache(folder, limit), PartCache(folder, limit)]
     for number, size in enumerate(sizes):
         data = number.to_bytes(1, "little") * size
-        two[number % 2].put(f"store/{number}", data)
-        kept = two[0].get(f"store/{number}")
+        name = f"{STORE}/layer_1/c.0/0-{number}"
+        two[number % 2].put(name, data)
+        kept = two[0].get(name)
         assert kept == data
-        total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        total = sum(file.stat().st_size for file in folder.rglob("0-*") if file.is_file())
         # Each of the two may have written its sixteenth since it looked.
         assert total <= limit * (1 + 1 / 16)
-    assert two[0].get("store/never") is None
+    assert two[0].get(f"{STORE}/never/0-1") is None
 
 
 def test_what_was_used_last_is_kept(tmp_path: Path) -> None:
     cache = PartCache(tmp_path, 1_000_000)
-    cache.put("old", bytes(300_000))
-    cache.put("used", bytes(300_000))
-    for name, seconds in (("old", 1), ("used", 2)):
-        os.utime(tmp_path / name, (seconds, seconds))
-    assert cache.get("old") is not None  # and so is used again
-    cache.put("new", bytes(400_000))
-    assert [cache.get(name) is not None for name in ("old", "used", "new")] == [True, False, True]
+    old, used, new = (f"{STORE}/tokens/c.0.0/0-{number}" for number in (1, 2, 3))
+    cache.put(old, bytes(300_000))
+    cache.put(used, bytes(300_000))
+    for name, seconds in ((old, 1), (used, 2)):
+        os.utime(cache.folder / name, (seconds, seconds))
+    assert cache.get(old) is not None  # and so is used again
+    cache.put(new, bytes(400_000))
+    assert [cache.get(name) is not None for name in (old, used, new)] == [True, False, True]
+
+
+def test_a_cache_removes_nothing_but_its_own(tmp_path: Path) -> None:
+    """The user's files stay, whatever the limit, and also where their names are as ours."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    scratch = tmp_path / "scratch"
+    own = scratch / "parts-v1"
+    PartCache(scratch).put(f"{STORE}/tokens/0-10", bytes(10))
+    other = "f" * 32
+    files = ["thesis", "deep/er/0-100", f"{STORE}/tokens/0-100", f"parts-v1/{STORE}/tokens/notes.txt"]
+    files += ["parts-v1/0-100", "parts-v1/thesis/0-100", "parts-v1/README"]
+    for path in files:
+        (scratch / path).parent.mkdir(parents=True, exist_ok=True)
+        (scratch / path).write_bytes(bytes(900_000))
+        os.utime(scratch / path, (1, 1))
+    for path in ("0-100", "sub/0-100"):
+        (mine / path).parent.mkdir(exist_ok=True)
+        (mine / path).write_bytes(bytes(900_000))
+        os.utime(mine / path, (1, 1))
+    (own / STORE / "tokens/0-200").symlink_to(mine / "0-100")
+    (own / STORE / "linked").symlink_to(mine)
+    (own / other).symlink_to(mine)
+    before = {path: path.stat().st_mtime for path in [*(scratch / p for p in files), *mine.rglob("0-*")]}
+    cache = PartCache(scratch, 1_000_000)
+    for number in range(20):
+        cache.put(f"{STORE}/layer_1/0-{number + 1}", bytes(300_000))
+    for name in (f"{STORE}/tokens/0-200", f"{STORE}/linked/0-100", f"{other}/sub/0-100"):
+        cache.put(name, b"a part")
+        cache.forget(name)
+        assert cache.get(name) in (None, b"a part")
+    assert {path: path.stat().st_mtime for path in before} == before
+    assert all(path.stat().st_size == 900_000 for path in before)
+    assert (own / STORE / "linked").is_symlink()
+    kept = [path for path in (own / STORE / "layer_1").iterdir()]
+    assert 1 <= len(kept) <= 3
+    assert (own / "CACHEDIR.TAG").read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55")
+
+
+@pytest.mark.parametrize("kind", ["unmarked", "link"])
+def test_a_folder_that_only_has_the_name_of_a_cache_is_left_alone(kind: str, tmp_path: Path) -> None:
+    scratch, mine = tmp_path / "scratch", tmp_path / "mine"
+    mine.mkdir()
+    scratch.mkdir()
+    if kind == "link":
+        (scratch / "parts-v1").symlink_to(mine)
+    else:
+        mine = scratch / "parts-v1"
+    (mine / STORE).mkdir(parents=True)
+    (mine / STORE / "0-100").write_bytes(bytes(900_000))
+    cache = PartCache(scratch, 1_000_000)
+    cache.put(f"{STORE}/0-200", bytes(400_000))
+    assert [path.name for path in mine.rglob("*")] == [STORE, "0-100"]
 
 
 def test_a_cache_that_cannot_be_written_only_keeps_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     cache = PartCache(tmp_path / "file" / "cache")
-    cache.put("a", b"1")
-    assert cache.get("a") is None
-    cache.put("huge", bytes(10))
-    cache.forget("huge")
+    name = f"{STORE}/tokens/0-1"
+    cache.put(name, b"1")
+    assert cache.get(name) is None
+    cache.forget(name)
 
 
 @pytest.mark.parametrize("text", ["", "much", "5XB", "-1GB", "1kb", "1e9"])

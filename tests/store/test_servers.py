@@ -1,21 +1,39 @@
 """What every kind of folder on a server does, and what each does of its own."""
 
+import itertools
 import os
+import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from unittest.mock import patch
 
 import pytest
+from servers import files_of, moto_client
 
-from posae.store.errors import SettingsError, StoreDamagedError, StoreRemoteError
+from posae.store import ActivationStore
+from posae.store.card import write_card
+from posae.store.errors import (
+    SettingsError,
+    StoreDamagedError,
+    StoreFormatError,
+    StoreMismatchError,
+    StoreRemoteError,
+)
 from posae.store.remote import retries
+from posae.store.remote.cache import PartCache
 from posae.store.remote.folder import RemoteFolder, inside, is_url, shown
+from posae.store.remote.publish import publish
 from posae.store.remote.servers import open_remote
+from posae.store.verify import verify
 
 if TYPE_CHECKING:
+    from ..conftest import MakeStore
     from ..fakes import Hub
     from ..servers import Server, StartServer
 
@@ -29,18 +47,16 @@ FILES = {
 }
 
 
+def moved(_: int) -> None:
+    """Nobody counts."""
+
+
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What was waited between tries; nothing really is."""
     waited: list[float] = []
     monkeypatch.setattr(retries, "sleep", waited.append)
     return waited
-
-
-def other(path: str) -> list[Any]:
-    from huggingface_hub import CommitOperationAdd
-
-    return [CommitOperationAdd(path, b"other")]
 
 
 @pytest.fixture
@@ -202,6 +218,147 @@ class TestWriting:
         assert writable_server.files() == {}
 
 
+class TestPublishing:
+    """Stores published to each kind of server, by what the server lists alone."""
+
+    @pytest.fixture
+    def made(self, make_store: "MakeStore", tmp_path: Path) -> ActivationStore:
+        made = make_store(tmp_path / "made.zarr", layers=(1,), n_contexts=24)
+        write_card(ActivationStore.open(made.root))
+        return ActivationStore.open(made.root)
+
+    @pytest.mark.parametrize("left", ["all", "half", "none"])
+    def test_interrupted_and_begun_again(
+        self, writable_server: "Server", empty: RemoteFolder, made: ActivationStore, left: str, tmp_path: Path
+    ) -> None:
+        whole = files_of(made.files.root)
+        method = "commit" if writable_server.kind == "hf" else "write"
+        write = getattr(empty, method)
+        for limit in (1, len(whole) // 2):
+            counter = itertools.count()
+
+            def stop(*words: Any, limit: int = limit, counter: Any = counter, **more: Any) -> None:
+                if next(counter) == limit:
+                    raise StoreRemoteError("stopped")
+                write(*words, **more)
+
+            with patch.object(empty, method, stop), suppress(StoreRemoteError):
+                publish(made, empty, moved)
+            for number, path in enumerate(sorted(writable_server.files())):
+                if left == "none" or (left == "half" and number % 2):
+                    writable_server.remove(path)
+            publish(made, empty, moved)
+            assert writable_server.files() == {f"pile.zarr/{path}": data for path, data in whole.items()}
+            found = ActivationStore.open(empty.url, PartCache(tmp_path / f"cache-{limit}"))
+            assert not verify(found).damaged
+            assert publish(made, empty, moved) == 0
+            writable_server.remove("pile.zarr/layer_1/zarr.json")
+            assert publish(made, empty, moved) == 1, "a seal whose file is missing is repaired"
+            for path in list(writable_server.files()):
+                writable_server.remove(path)
+
+    def test_what_is_there_is_compared_with_what_was_sealed(
+        self, writable_server: "Server", empty: RemoteFolder, made: ActivationStore
+    ) -> None:
+        whole = files_of(made.files.root)
+        for path, data in whole.items():
+            if path != "seal.json":
+                writable_server.put(f"pile.zarr/{path}", data)
+        assert publish(made, empty, moved) == 1
+        writable_server.remove("pile.zarr/seal.json")
+        shard = "pile.zarr/layer_1/c.0.0.0"
+        other = bytes(byte ^ 1 for byte in whole["layer_1/c.0.0.0"])
+        writable_server.put(shard, other)
+        with pytest.raises(StoreMismatchError, match=r"layer_1/c\.0\.0\.0 is there and is not of this store"):
+            publish(made, empty, moved)
+        assert writable_server.files()[shard] == other
+        assert "pile.zarr/seal.json" not in writable_server.files()
+
+    def test_a_folder_of_something_else_is_left_alone(
+        self, writable_server: "Server", empty: RemoteFolder, made: ActivationStore
+    ) -> None:
+        writable_server.put("pile.zarr/thesis.tex", b"mine")
+        with pytest.raises(StoreFormatError, match="is not empty and holds no store"):
+            publish(made, empty, moved)
+        assert writable_server.files() == {"pile.zarr/thesis.tex": b"mine"}
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs", "az"])
+class TestBuckets:
+    def test_missing_bucket(self, start_server: "StartServer", kind: str) -> None:
+        start_server(kind)
+        folder = open_remote(f"{kind}://no-such-bucket/a")
+        asks: list[Callable[[], object]] = [
+            lambda: folder.read_small("a", 1),
+            lambda: folder.write("a", b""),
+            folder.list_files,
+        ]
+        for ask in asks:
+            with pytest.raises(StoreRemoteError, match="there is no such bucket"):
+                ask()
+
+    def test_without_credentials_what_is_public_is_read_and_nothing_is_written(
+        self, start_server: "StartServer", kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        server = start_server(kind)
+        server.put("a", b"1")
+        for name in list(os.environ):
+            if re.match("AWS_.*(KEY|PROFILE)|STORAGE_EMULATOR|AZURE_STORAGE_USE", name):
+                monkeypatch.delenv(name)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        if kind == "az":
+            monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "devstoreaccount1")
+            url = os.environ["AZURITE_BLOB_STORAGE_URL"]
+            monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"{url}/devstoreaccount1")
+            assert open_remote(server.url()).read("a", 0, 1, 1) == b"1"
+        with pytest.raises(StoreRemoteError, match="writing needs credentials; looked for them in"):
+            open_remote(server.url()).write("b", b"2")
+        assert server.files() == {"a": b"1"}
+
+
+class TestS3:
+    def test_credentials_of_the_aws_tools(
+        self, start_server: "StartServer", monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        server = start_server("s3")
+        config = f"[profile team]\nregion = us-east-1\nendpoint_url = {os.environ['AWS_ENDPOINT_URL']}\n"
+        keys = "[team]\naws_access_key_id = made\naws_secret_access_key = up\n"
+        (tmp_path / "config").write_text(config)
+        (tmp_path / "keys").write_text(keys)
+        for name in ("ENDPOINT_URL", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION"):
+            monkeypatch.delenv(f"AWS_{name}")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+        monkeypatch.setenv("AWS_PROFILE", "team")
+        open_remote(server.url()).write("a", b"1")
+        assert server.files() == {"a": b"1"}
+        (tmp_path / "keys").write_text("not of that form")
+        with pytest.raises(SettingsError, match="is no file of the AWS tools"):
+            open_remote(server.url())
+
+    def test_what_is_public_is_read_without_credentials(
+        self, start_server: "StartServer", monkeypatch: pytest.MonkeyPatch, tmp_path: Path, moto: str
+    ) -> None:
+        server = start_server("s3")
+        server.put("a", b"1")
+        client = moto_client(pytest.importorskip("boto3"), moto)
+        client.put_object_acl(Bucket="bucket", Key=f"{server.base.rpartition('/')[2]}/a", ACL="public-read")
+        client.close()
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert open_remote(server.url()).read("a", 0, 1, 1) == b"1"
+
+    def test_nobody_there_is_tried_again(
+        self, start_server: "StartServer", monkeypatch: pytest.MonkeyPatch, waits: list[float]
+    ) -> None:
+        start_server("s3")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        with pytest.raises(StoreRemoteError, match=r"^s3://bucket/a/b: .*cannot be reached.*7 times"):
+            open_remote("s3://bucket/a").read("b", 0, 1, 1)
+        assert len(waits) == 6
+
+
 def test_the_web_takes_nothing(start_server: "StartServer") -> None:
     server = start_server("http")
     with pytest.raises(StoreRemoteError, match="the web can only be read"):
@@ -234,21 +391,6 @@ class TestListings:
 
 
 class TestHub:
-    def test_what_arrives_changed_is_told(
-        self, start_server: "StartServer", monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        server = start_server("hf")
-        folder = cast(Any, open_remote(server.url()))
-        folder.write("a", b"first")
-        create = folder._api.create_commit
-
-        def wrong(name: str, _: object, **more: Any) -> Any:
-            return create(name, other("a"), **more)
-
-        monkeypatch.setattr(folder._api, "create_commit", wrong)
-        with pytest.raises(StoreRemoteError, match="did not arrive as it was sent"):
-            folder.write("a", b"these")
-
     def test_dataset_is_made_private(self, start_server: "StartServer", fake_hub: "tuple[str, Hub]") -> None:
         server = start_server("hf")
         open_remote(server.url()).write("zarr.json", b"{}")
@@ -284,6 +426,28 @@ class TestHub:
         for ask in (lambda: folder.read_small("zarr.json", 2), lambda: folder.write("a", b"")):
             with pytest.raises(StoreRemoteError, match=r"401.*HF_TOKEN, hf auth login"):
                 ask()
+
+    def test_how_long_the_hub_wants_to_be_left_alone_is_waited_for(
+        self, start_server: "StartServer", fake_hub: "tuple[str, Hub]", waits: list[float]
+    ) -> None:
+        server = start_server("hf")
+        server.put("a", b"1")
+        folder = open_remote(server.url())
+        asks: list[Callable[[], object]] = [
+            lambda: folder.read("a", 0, 1, 1),
+            lambda: folder.write("b", b"2"),
+        ]
+        for ask in asks:
+            for headers, seconds in [
+                ({"ratelimit": '"resolvers";r=0;t=240'}, 241),
+                ({"Retry-After": "70"}, 70),
+            ]:
+                waits.clear()
+                fake_hub[1].busy = [headers] * 2
+                ask()
+                assert waits, headers
+                assert seconds <= waits[0] < seconds + 1
+        assert server.files() == {"a": b"1", "b": b"2"}
 
     def test_offline(self, start_server: "StartServer", monkeypatch: pytest.MonkeyPatch) -> None:
         server = start_server("hf")
