@@ -9,6 +9,7 @@ compared runs in turn, and a figure is the median over rounds; caches are empty 
 - chunks: 256 random chunks of a layer of 64 shards of 64 chunks, read by posae and by tensorstore (its http
   kvstore), into memory; the values must be equal. Shards of one chunk, too.
 - opening: opening and checking stores of 8 and of 336 shards for a layer, ten arrays each.
+- feeding: an epoch of batches with which nothing is done, from the server and from a local copy.
 - training: an epoch from the server as a share of the speed from a local copy, by preset; the weights must be
   the same. From the data as they are, and from a store of d_model 512 that is tiled from them.
 
@@ -36,10 +37,12 @@ from scale import lay_out, manifest_of
 from slow_server import served
 from written import written
 
+from posae.pipeline.batches import ShuffledBatches
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
 from posae.pipeline.train import Training
 from posae.store import ActivationStore
 from posae.store.manifest import Manifest
+from posae.store.ranges import equal_ranges
 from posae.store.remote.cache import PartCache
 
 PRESETS = ("paper", "posae")
@@ -148,6 +151,31 @@ def measure_opening(root: Path, url: str, rounds: int) -> None:
         )
 
 
+def fed(place: str, window: int) -> tuple[float, float, int]:
+    """Seconds and CPU-seconds that an epoch of batches takes when nothing is done with them; and tokens."""
+    with empty_cache() as cache:
+        store = ActivationStore.open(place, cache)
+        ranges = equal_ranges(store.context_length, 4)
+        batches = ShuffledBatches(store, store.layers[0], ranges, window_contexts=window)
+        begun, used = time.perf_counter(), time.process_time()
+        order = batches.order
+        steps = sum(map(order.steps_of_window, order.windows_of_epoch(0)))
+        n_tokens = sum(batch.n_rows for batch in batches.steps(0, steps))
+        return time.perf_counter() - begun, time.process_time() - used, n_tokens
+
+
+def measure_feeding(root: Path, url: str, given: Any) -> None:
+    """What training gets at the most: batches alone."""
+    say("\n| Store | | tokens/s | CPU-s per million tokens |\n|---|---|---|---|")
+    for name in ("data.zarr", "wide.zarr"):
+        store = ActivationStore.open(root / name)
+        for where, place in (("local", str(root / name)), ("server", f"{url}/{name}")):
+            found = [fed(place, given.window) for _ in range(given.rounds)]
+            rate = statistics.median(n / seconds for seconds, _, n in found)
+            cpu = statistics.median(1e6 * used / n for _, used, n in found)
+            say(f"| d_model {store.d_model}, windows of {given.window} | {where} | {rate:,.0f} | {cpu:.2f} |")
+
+
 def trained(place: str, folder: Path, settings: TrainSettings) -> tuple[float, bytes]:
     """Steps a second, with an empty cache, and the weights."""
     store = ActivationStore.open(place, PartCache(folder / "cache"))
@@ -226,7 +254,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="chunks,opening,training")
+    parser.add_argument("--only", default="chunks,opening,feeding,training")
     given = parser.parse_args()
     make_stores(given.folder, given.data)
     say(
@@ -239,6 +267,8 @@ def main() -> int:
             equal &= measure_chunks(given.folder, url, given.rounds)
         if "opening" in given.only:
             measure_opening(given.folder, url, given.rounds)
+        if "feeding" in given.only:
+            measure_feeding(given.folder, url, given)
         if "training" in given.only:
             equal &= measure_training(given.folder, url, given)
     say("\nall values and weights are equal" if equal else "\nvalues or weights DIFFER")
