@@ -24,6 +24,7 @@ class ShardFile(Protocol):
 
     def __len__(self) -> int:
         """Bytes of the file."""
+        ...
 
     def parts(
         self, edges: Sequence[int], wanted: Sequence[int], *, anew: bool = False
@@ -39,6 +40,7 @@ class ShardFile(Protocol):
             StoreDamagedError: the file is missing, or has another size than was sealed.
             StoreRemoteError: the server refused, or does not answer.
         """
+        ...
 
 
 class MappedFile:
@@ -109,13 +111,16 @@ class ReadableFiles(Protocol):
     @property
     def root(self) -> Path | str:
         """The folder, or the URL as it may be shown."""
+        ...
 
     @property
     def has_latency(self) -> bool:
         """Whether reading begins late, as from a server: few, large and many at once are better there."""
+        ...
 
     def read(self, path: str, limit_bytes: int) -> bytes:
         """The bytes of a small file; see ``StoreFiles.read``."""
+        ...
 
     def pieces(self, path: str, start: int = 0) -> Iterator[bytes]:
         """The bytes of a file of any size from ``start`` on, a few megabytes at a time, not from a cache.
@@ -125,24 +130,31 @@ class ReadableFiles(Protocol):
             StoreDamagedError: not a regular file, or of another size than was sealed.
             StoreRemoteError: the server refused, or does not answer.
         """
+        ...
 
     def map(self, path: str) -> ShardFile:
         """A file to decode chunks out of; see ``StoreFiles.map``."""
+        ...
 
     def size_bytes(self, path: str) -> int | None:
         """The size of a file, or None where there is none."""
+        ...
 
     def exists(self, path: str) -> bool:
         """Whether there is something at ``path``."""
+        ...
 
     def is_there(self) -> bool:
         """Whether the folder itself is there."""
+        ...
 
     def walk(self) -> Iterator[str]:
         """Every file below the root."""
+        ...
 
     def link(self, path: str, folder: int, name: str) -> bool:
         """Give a file one more name in a folder of this machine; whether that could be done."""
+        ...
 
     def local(self, path: str) -> AbstractContextManager["StoreFiles"]:
         """Files of this machine, among them the whole of the one at ``path``, for as long as it is needed.
@@ -151,3 +163,4 @@ class ReadableFiles(Protocol):
             FileNotFoundError: no such file.
             StoreDamagedError: of another size than was sealed.
         """
+        ...
