@@ -1,98 +1,52 @@
-"""Training straight from a server that takes its time, against training from a local copy.
+"""A store on a server that takes its time: beside tensorstore, and beside a local copy.
 
     posae harvest demo.zarr --contexts 4096
-    python benchmarks/remote.py demo.zarr [--delay 0.05] [--steps 240] [--window 512] [--rounds 3]
+    python benchmarks/remote.py FOLDER --data demo.zarr [--delay 0.05] [--rounds 3] [--only chunks,opening]
 
-Serves the store by HTTP from another process, which waits `--delay` seconds before it answers each request.
-Trains from it with an empty cache, and in turn from the folder. Told is, by preset, how fast the steps went
-from the server, as a share of the local speed (median of rounds), and how long it took to open and check the
-store. The weights must be the same: ends with 1 where they are not, or where a share is below 0.9.
+Another process serves FOLDER by HTTP and waits `--delay` seconds before it answers each request. What is
+compared runs in turn, and a figure is the median over rounds; caches are empty each time.
 
-By default one epoch of 4,096 contexts in eight windows: every chunk comes from the server, once.
+- chunks: 256 random chunks of a layer of 64 shards of 64 chunks, read by posae and by tensorstore (its http
+  kvstore), into memory; the values must be equal. Shards of one chunk, too.
+- opening: opening and checking stores of 8 and of 336 shards for a layer, ten arrays each.
+- feeding: an epoch of batches with which nothing is done, from the server and from a local copy.
+- training: an epoch from the server as a share of the speed from a local copy, by preset; the weights must be
+  the same. From the data as they are, and from a store of d_model 512 that is tiled from them.
 
-Costs about 10 s of two cores a training; two presets, two trainings a round.
+Prints tables for docs/benchmarks.md. Ends with 1 where values or weights differ. Costs some ten minutes.
 """
 
 import argparse
-import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
 import time
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+import tensorstore
+from numpy.typing import NDArray
+from scale import lay_out, manifest_of
+from slow_server import served
+from written import written
+
+from posae.pipeline.batches import ShuffledBatches
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
 from posae.pipeline.train import Training
 from posae.store import ActivationStore
+from posae.store.manifest import Manifest
+from posae.store.ranges import equal_ranges
 from posae.store.remote.cache import PartCache
 
-LEAST = 0.9
 PRESETS = ("paper", "posae")
-
-
-class Slow(BaseHTTPRequestHandler):
-    """Files below `root`, whole or in ranges, each after `delay` seconds."""
-
-    protocol_version = "HTTP/1.1"
-
-    def __init__(self, *arguments: Any, root: Path, delay: float) -> None:
-        """Answer one connection."""
-        self.root, self.delay = root, delay
-        super().__init__(*arguments)
-
-    def do_HEAD(self) -> None:
-        """Say how long a file is."""
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        """Send a file, or a range of it."""
-        self._answer(with_body=True)
-
-    def _answer(self, *, with_body: bool) -> None:
-        time.sleep(self.delay)
-        path = self.root / self.path.lstrip("/")
-        if not path.is_file():
-            self.send_error(404)
-            return
-        size = path.stat().st_size
-        start, stop = 0, size
-        asked = self.headers.get("Range")
-        if asked:
-            first, last = asked.removeprefix("bytes=").split("-")
-            start, stop = int(first), min(size, int(last) + 1)
-        self.send_response(206 if asked else 200)
-        if asked:
-            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
-        self.send_header("Content-Length", str(stop - start))
-        self.end_headers()
-        if with_body:
-            with path.open("rb") as file:
-                file.seek(start)
-                self.wfile.write(file.read(stop - start))
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
-
-
-def serve(root: Path, delay: float, ready: Connection) -> None:
-    """Serve until the process is ended."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Slow, root=root, delay=delay))
-    ready.send(server.server_address[1])
-    server.serve_forever()
-
-
-class Timed(NamedTuple):
-    """One training."""
-
-    opening_seconds: float
-    steps_per_second: float
-    weights: bytes
+N_CHUNKS, LENGTH = 256, 32
 
 
 def say(line: str) -> None:
@@ -101,57 +55,224 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def trained(place: str, folder: Path, settings: TrainSettings) -> Timed:
-    """Train from `place`, with an empty cache."""
+def random_store(
+    root: Path, data: ActivationStore, *, n_chunks: int, chunks_per_shard: int
+) -> ActivationStore:
+    """A sealed store of random activations, d_model 64, so that bytes matter less than requests."""
+    if (root / "seal.json").exists():
+        return ActivationStore.open(root)
+    n_contexts = 8 * n_chunks
+    changed = {
+        "d_model": 64,
+        "n_contexts": n_contexts,
+        "context_length": LENGTH,
+        "held_out": (n_contexts - 8, n_contexts),
+        "shard_contexts": 8 * chunks_per_shard,
+        "model_layers": 1,
+    }
+    manifest = Manifest.model_validate(data.manifest.model_copy(update=changed).model_dump())
+    ids = np.resize(data.tokens(), (n_contexts, LENGTH)).astype(np.int32)
+
+    def activations(start: int, stop: int) -> NDArray[np.uint16]:
+        values = np.random.default_rng(start).standard_normal((stop - start, LENGTH, 64), np.float32)
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+    return written(root, manifest, ids, activations)
+
+
+@contextmanager
+def empty_cache() -> Generator[PartCache]:
+    """A cache of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield PartCache(Path(folder))
+
+
+def chunks_by_posae(url: str, rows: NDArray[np.int64]) -> tuple[float, NDArray[np.uint16]]:
+    """Seconds, and the values; the store is open before."""
+    with empty_cache() as cache:
+        store = ActivationStore.open(url, cache)
+        begun = time.perf_counter()
+        values = store.read(0, rows)
+        return time.perf_counter() - begun, values
+
+
+def chunks_by_tensorstore(url: str, rows: NDArray[np.int64]) -> tuple[float, NDArray[np.uint16]]:
+    """The same by tensorstore, all chunks asked for at once."""
+    kvstore = {"driver": "http", "base_url": f"{url}/layer_0/"}
+    spec = {"driver": "zarr3", "kvstore": kvstore, "recheck_cached_data": False}
+    opened = tensorstore.open(spec, read=True, context=tensorstore.Context()).result()
     begun = time.perf_counter()
+    running = [opened[start : start + 8].read() for start in rows[::8].tolist()]
+    found = [np.asarray(future.result()) for future in running]
+    return time.perf_counter() - begun, np.concatenate(found).view(np.uint16)
+
+
+def measure_chunks(root: Path, url: str, rounds: int) -> bool:
+    """Random chunks; whether all values are equal."""
+    equal = True
+    say("\n| Store | posae, s | tensorstore, s | posae takes |\n|---|---|---|---|")
+    for name in ("shards-of-64.zarr", "shards-of-1.zarr"):
+        n_chunks = ActivationStore.open(root / name).n_contexts // 8
+        seconds: dict[str, list[float]] = {"posae": [], "tensorstore": []}
+        for number in range(rounds):
+            chosen = np.random.default_rng(number).permutation(n_chunks)[:N_CHUNKS]
+            rows = (chosen[:, np.newaxis] * 8 + np.arange(8)).reshape(-1)
+            ours, our_values = chunks_by_posae(f"{url}/{name}", rows)
+            theirs, their_values = chunks_by_tensorstore(f"{url}/{name}", rows)
+            seconds["posae"].append(ours)
+            seconds["tensorstore"].append(theirs)
+            equal &= bool((our_values == their_values).all())
+        ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
+        medians = [f"{statistics.median(found):.2f}" for found in seconds.values()]
+        what = f"{min(N_CHUNKS, n_chunks)} of {n_chunks} chunks, {name}"
+        say(f"| {what} | {' | '.join(medians)} | **{ratio:.2f}** x |")
+    return equal
+
+
+def measure_opening(root: Path, url: str, rounds: int) -> None:
+    """Opening a store and checking a layer."""
+    say("\n| Store | opening, s | checking a layer, s |\n|---|---|---|")
+    for name in ("shards-of-64.zarr", "gemma-22e6.zarr"):
+        opening: list[float] = []
+        checking: list[float] = []
+        for _ in range(rounds):
+            with empty_cache() as cache:
+                begun = time.perf_counter()
+                store = ActivationStore.open(f"{url}/{name}", cache)
+                opened = time.perf_counter()
+                store.check_layer(store.layers[0])
+                checking.append(time.perf_counter() - opened)
+                opening.append(opened - begun)
+        shards = ActivationStore.open(root / name).manifest.n_shards
+        n_arrays = 11
+        say(
+            f"| {shards} shards, {n_arrays} arrays to a layer | {statistics.median(opening):.2f} | "
+            f"{statistics.median(checking):.2f} |"
+        )
+
+
+def fed(place: str, window: int) -> tuple[float, float, int]:
+    """Seconds and CPU-seconds that an epoch of batches takes when nothing is done with them; and tokens."""
+    with empty_cache() as cache:
+        store = ActivationStore.open(place, cache)
+        ranges = equal_ranges(store.context_length, 4)
+        batches = ShuffledBatches(store, store.layers[0], ranges, window_contexts=window)
+        begun, used = time.perf_counter(), time.process_time()
+        order = batches.order
+        steps = sum(map(order.steps_of_window, order.windows_of_epoch(0)))
+        n_tokens = sum(batch.n_rows for batch in batches.steps(0, steps))
+        return time.perf_counter() - begun, time.process_time() - used, n_tokens
+
+
+def measure_feeding(root: Path, url: str, given: Any) -> None:
+    """What training gets at the most: batches alone."""
+    say("\n| Store | | tokens/s | CPU-s per million tokens |\n|---|---|---|---|")
+    for name in ("data.zarr", "wide.zarr"):
+        store = ActivationStore.open(root / name)
+        for where, place in (("local", str(root / name)), ("server", f"{url}/{name}")):
+            found = [fed(place, given.window) for _ in range(given.rounds)]
+            rate = statistics.median(n / seconds for seconds, _, n in found)
+            cpu = statistics.median(1e6 * used / n for _, used, n in found)
+            say(f"| d_model {store.d_model}, windows of {given.window} | {where} | {rate:,.0f} | {cpu:.2f} |")
+
+
+def trained(place: str, folder: Path, settings: TrainSettings) -> tuple[float, bytes]:
+    """Steps a second, with an empty cache, and the weights."""
     store = ActivationStore.open(place, PartCache(folder / "cache"))
-    store.check_layer(store.layer_or_middle(None))
     training = Training(store, folder / "run", settings)
     opened = time.perf_counter()
     training.train()
     seconds = time.perf_counter() - opened
-    weights = (folder / "run" / "sae_weights.safetensors").read_bytes()
-    return Timed(opened - begun, settings.steps / seconds, weights)
+    return settings.steps / seconds, (folder / "run" / "sae_weights.safetensors").read_bytes()
+
+
+def measure_training(root: Path, url: str, given: Any) -> bool:
+    """Training from the server; whether all weights are those of the local copy."""
+    equal = True
+    say("\n| Store | preset | share of the local speed | steps a second, local |\n|---|---|---|---|")
+    for name in ("data.zarr", "wide.zarr"):
+        store = ActivationStore.open(root / name)
+        for preset in PRESETS:
+            wanted = {"steps": given.steps, "window_contexts": given.window, "layer": store.layers[0]}
+            settings = build(TrainSettings, {**TRAIN_PRESETS[preset], **wanted}, "[train]")
+            local: list[float] = []
+            shares: list[float] = []
+            for _ in range(given.rounds):
+                with tempfile.TemporaryDirectory() as folder:
+                    here, our_weights = trained(str(root / name), Path(folder) / "local", settings)
+                    there, their_weights = trained(f"{url}/{name}", Path(folder) / "remote", settings)
+                equal &= our_weights == their_weights
+                local.append(here)
+                shares.append(there / here)
+            say(
+                f"| d_model {store.d_model}, {store.n_contexts:,} contexts | `{preset}` | "
+                f"**{statistics.median(shares):.2f}** ({', '.join(f'{share:.2f}' for share in shares)}) | "
+                f"{statistics.median(local):.1f} |"
+            )
+    return equal
+
+
+def tiled(data: ActivationStore) -> Callable[[int, int], NDArray[np.uint16]]:
+    """Activations four times as wide: of four other places in the store."""
+
+    def activations(start: int, stop: int) -> NDArray[np.uint16]:
+        contexts = np.arange(start, stop)
+        parts = [data.read(data.layers[0], (contexts + 97 * n) % data.n_contexts) for n in range(4)]
+        return np.concatenate(parts, axis=2)
+
+    return activations
+
+
+def make_stores(root: Path, data: Path) -> None:
+    """What is served; made once."""
+    root.mkdir(parents=True, exist_ok=True)
+    source = ActivationStore.open(data)
+    random_store(root / "shards-of-64.zarr", source, n_chunks=64 * 64, chunks_per_shard=64)
+    random_store(root / "shards-of-1.zarr", source, n_chunks=512, chunks_per_shard=1)
+    if not (root / "gemma-22e6.zarr" / "seal.json").exists():
+        lay_out(root / "gemma-22e6.zarr", manifest_of(336 * 512 * 128, 2304), [12])
+    if not (root / "data.zarr").exists():
+        shutil.copytree(data, root / "data.zarr")
+    if not (root / "wide.zarr" / "seal.json").exists():
+        n_contexts = min(2048, source.n_contexts)
+        changed = {
+            "d_model": 4 * source.d_model,
+            "n_contexts": n_contexts,
+            "held_out": (n_contexts - 104, n_contexts),
+            "model_layers": 1,
+        }
+        manifest = Manifest.model_validate(source.manifest.model_copy(update=changed).model_dump())
+        written(root / "wide.zarr", manifest, source.tokens(slice(0, n_contexts)), tiled(source))
 
 
 def main() -> int:
     """Measure, and print."""
-    parser = argparse.ArgumentParser(description="Training from a slow server, against a local copy.")
-    parser.add_argument("store", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--delay", type=float, default=0.05)
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="chunks,opening,feeding,training")
     given = parser.parse_args()
-    ours, theirs = multiprocessing.Pipe()
-    server = multiprocessing.Process(target=serve, args=(given.store, given.delay, theirs), daemon=True)
-    server.start()
-    url = f"http://127.0.0.1:{ours.recv()}"
-    store = ActivationStore.open(given.store)
-    say(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    say(f"{store.n_contexts:,} contexts, d_model {store.d_model}, {given.delay * 1000:.0f} ms a request")
-    failed = False
-    for preset in PRESETS:
-        settings = build(
-            TrainSettings,
-            {**TRAIN_PRESETS[preset], "steps": given.steps, "window_contexts": given.window},
-            "[train]",
-        )
-        shares: list[float] = []
-        openings: list[float] = []
-        for _ in range(given.rounds):
-            with tempfile.TemporaryDirectory() as name:
-                local = trained(str(given.store), Path(name) / "local", settings)
-                remote = trained(url, Path(name) / "remote", settings)
-            failed |= local.weights != remote.weights
-            shares.append(remote.steps_per_second / local.steps_per_second)
-            openings.append(remote.opening_seconds)
-        share = statistics.median(shares)
-        failed |= share < LEAST
-        told = ", ".join(f"{value:.3f}" for value in shares)
-        seconds = statistics.median(openings)
-        say(f"{preset}: {share:.3f} of the local speed ({told}); opening takes {seconds:.2f} s")
-    return int(failed)
+    make_stores(given.folder, given.data)
+    say(
+        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
+        f"{given.delay * 1000:.0f} ms a request; tensorstore {version('tensorstore')}"
+    )
+    equal = True
+    with served(given.folder, given.delay) as url:
+        if "chunks" in given.only:
+            equal &= measure_chunks(given.folder, url, given.rounds)
+        if "opening" in given.only:
+            measure_opening(given.folder, url, given.rounds)
+        if "feeding" in given.only:
+            measure_feeding(given.folder, url, given)
+        if "training" in given.only:
+            equal &= measure_training(given.folder, url, given)
+    say("\nall values and weights are equal" if equal else "\nvalues or weights DIFFER")
+    return 0 if equal else 1
 
 
 if __name__ == "__main__":

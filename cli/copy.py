@@ -16,7 +16,7 @@ def copy(
     source: Annotated[str, typer.Argument(help="Store to copy: a folder, or a URL.")],
     destination: Annotated[
         str,
-        typer.Argument(help="Where to: a folder, or hf://datasets/team/name, s3://, gs:// or sftp://."),
+        typer.Argument(help="Where to: a folder, or hf://datasets/team/name, s3://, gs:// or az://."),
     ],
     options: dict[str, Any],
     config: Config = None,

@@ -12,7 +12,7 @@ import typer
 
 from ..pipeline.settings import Settings
 from ..store.errors import SettingsError
-from ..store.reader import is_store
+from ..store.opening import is_store
 from ..store.remote.cache import parse_size
 
 Config = Annotated[

@@ -6,7 +6,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..store.errors import SettingsError, StoreFormatError
-from ..store.plain_text import counted
+from ..store.facts import facts as store_facts
+from ..store.plain_text import counted, printable
 from ..store.reader import ActivationStore
 from .display import console, duration, quantity, show_by_position
 
@@ -37,46 +38,14 @@ def show_brief(store: ActivationStore, facts: dict[str, Any]) -> None:
 
 def show_store(store: ActivationStore, facts: dict[str, Any]) -> None:
     """All that ``describe`` and ``--verify`` say, with a plot of norms by position for each layer."""
-    manifest = store.manifest
+    manifest, files = store.manifest, quantity(facts["total_bytes"])
     state = "sealed"
     if not store.is_sealed:
         state = f"unfinished, last written {duration(facts['seconds_since_written'])} ago"
-    revision = f" @ {manifest.dataset_revision}" if manifest.dataset_revision else ""
-    split = f" ({manifest.dataset_split})" if manifest.dataset_split else ""
-    percent = facts["contexts"] / manifest.n_contexts
-    held = manifest.held_out[1] - manifest.held_out[0]
-    corpus = facts["corpus"]
-    rows = {
-        "store": f"{store.root}, format {manifest.format}, {state}",
-        **({"identity": store.identity} if store.identity else {}),
-        "model": f"{manifest.model} @ {manifest.model_revision}, {manifest.hook_point}, {manifest.dtype}, "
-        f"{manifest.attention} attention on {manifest.device}",
-        "text": f"{manifest.dataset}{split}{revision}",
-        "contexts": f"{facts['contexts']:,} of {manifest.n_contexts:,} committed ({percent:.0%}), "
-        f"{manifest.context_length} tokens each, {manifest.packing}; the last {held:,} held out",
-        "tokens": f"{facts['tokens']:,} in each layer",
-        "chunks": f"{counted(manifest.chunk_contexts, 'context')} to a chunk, "
-        f"{manifest.shard_contexts} to a shard; codec {manifest.codec}",
-    }
-    if manifest.origin:
-        pieces = zip(manifest.origin.contexts, manifest.origin.stores, strict=False)
-        rows["made of"] = ", ".join(f"{contexts} of {store[:16]}" for contexts, store in pieces)
-    if manifest.imported:
-        unknown = ", ".join(manifest.unknown).replace("_", " ")
-        rows["imported"] = f"from {manifest.imported.kind} of {manifest.imported.dtype}; not known: {unknown}"
-    if corpus:
-        rows["corpus"] = (
-            f"{counted(corpus['documents'], 'document')} ({corpus['documents_left_out']:,} left out), "
-            f"contexts that repeat another: {corpus['duplicate_contexts']:,}, special tokens: "
-            + (", ".join(f"{token} {n:,}" for token, n in corpus["special_tokens"].items()) or "none")
-        )
-    if manifest.mantissa_bits is not None:
-        rows["loss"] = f"rounded to {manifest.mantissa_bits} mantissa bits of 7; errors below"
-    if facts["ratio"]:
-        rows["size"] = (
-            f"{quantity(facts['stored_bytes'])} for {quantity(facts['raw_bytes'])} of activations, "
-            f"ratio {facts['ratio']:.3f}; {quantity(facts['total_bytes'])} with all files"
-        )
+    rows = {"store": f"{store.root}, format {manifest.format}, {state}; {files} with all files"}
+    rows |= store_facts(store, printable)
+    if tokens := facts["corpus"].get("special_tokens"):
+        rows["special tokens"] += "; " + ", ".join(f"{token} {n:,} times" for token, n in tokens.items())
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from ..store.manifest import layer_path
 from ..store.ranges import PositionRange
 from ..store.reader import ActivationStore
-from ..store.shards import stop
+from ..store.threads import stop
 from .chunk_memory import ChunkMemory, DecodedLayer, HostBuffer, chunk_memory
 
 _SCAN_CHUNKS = 512
@@ -402,9 +402,10 @@ class ShuffledBatches:
         else:
             memory, homes = self._kept.chunks, chunks
             is_missing &= ~self._kept.is_there[chunks]
-        missing = list(zip(chunks[is_missing].tolist(), homes[is_missing].tolist(), strict=True))
-        self._reader.will_need(chunk for chunk, _ in missing)
-        decoding = [self._pool.submit(memory.decode, self._reader, chunk, home) for chunk, home in missing]
+        home_of = dict(zip(chunks[is_missing].tolist(), homes[is_missing].tolist(), strict=True))
+        decoding = self._reader.start_reading(
+            home_of, lambda chunk, decode: memory.put(home_of[chunk], decode), self._pool
+        )
         return _Decoding(epoch, window, chunks, homes, memory, decoding)
 
     def _ready(self, window: "_Decoding") -> "_Window":

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..store.manifest import layer_path
 from ..store.reader import ActivationStore
-from ..store.shards import ShardReader
+from ..store.shards import Decode
 from .device import free_bytes
 
 _N_STAGED = 8
@@ -26,12 +26,8 @@ _N_STAGED = 8
 class ChunkMemory(Protocol):
     """Room for some chunks, by number."""
 
-    def decode(self, reader: ShardReader, chunk: int, home: int) -> None:
-        """Decode a chunk of the store to a place; several threads may at once.
-
-        Raises:
-            StoreDamagedError: it is missing or not what was written.
-        """
+    def put(self, home: int, decode: Decode) -> None:
+        """Decode a chunk into a place; several threads may at once."""
 
     def reuse(self) -> None:
         """Say that what was taken so far is all that is wanted of what will be overwritten next."""
@@ -59,8 +55,8 @@ class _OnHost:
         self._bits = np.empty(shape, np.uint16)
         self._rows = self._bits.reshape(-1, shape[-1])
 
-    def decode(self, reader: ShardReader, chunk: int, home: int) -> None:
-        reader.read_chunk(chunk, self._bits[home])
+    def put(self, home: int, decode: Decode) -> None:
+        decode(self._bits[home])
 
     def reuse(self) -> None: ...
 
@@ -83,12 +79,12 @@ class _OnDevice:
             buffer.bits(shape[1] * shape[2])
             self._staged.put(buffer)
 
-    def decode(self, reader: ShardReader, chunk: int, home: int) -> None:
+    def put(self, home: int, decode: Decode) -> None:
         there = self._chunks[home]
         buffer = self._staged.get()
         try:
             bits = buffer.bits(there.shape[0] * there.shape[1])
-            reader.read_chunk(chunk, bits.reshape(there.shape))
+            decode(bits.reshape(there.shape))
             buffer.copy_to(there.view(-1, there.shape[-1]))
         finally:
             self._staged.put(buffer)

@@ -1,8 +1,8 @@
 """A store, or a part of it, brought to another place: a folder, or a server.
 
 All of a store is moved file by file, byte for byte. A part is made in a folder of this machine first, of
-whole shards where they are whole; where it goes to a server that folder lies in the cache, and is removed
-once it has arrived.
+whole shards where they are whole; where it goes to a server that folder lies beside the cache of parts, in
+``staging``, and is removed once it has arrived.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ def copy(
     if is_remote and destination.lower().startswith(("http://", "https://")):
         raise SettingsError(
             f"{shown(destination)} cannot be written: the web can only be read; name a folder, hf://, s3://, "
-            "gs:// or sftp://"
+            "gs:// or az://"
         )
     server = open_remote(destination) if is_remote else None
     place = shown(destination) if is_remote else str(Path(destination).absolute())
@@ -77,7 +77,7 @@ def copy(
         return Copied(*_part(source, Path(destination), settings, progress))
     # Of each destination its own: the first of two copies to be done removes it.
     words = f"{source.identity} {settings.model_dump_json()} {place}"
-    folder = default_folder() / "parts" / hashlib.sha256(words.encode()).hexdigest()[:16]
+    folder = default_folder() / "staging" / hashlib.sha256(words.encode()).hexdigest()[:16]
     part, _, _ = _part(source, folder, settings, progress)
     copied = _published(part, server, progress)
     shutil.rmtree(folder)

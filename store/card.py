@@ -17,20 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import StoreDamagedError
+from .facts import facts, is_on_hub, layer_sizes
 from .files import StoreFiles
 from .manifest import Manifest
-from .plain_text import plot, quantity
+from .plain_text import plot, printable
 from .readable import ReadableFiles
 from .reader import ActivationStore
 from .seal import CARD_PATH
 from .stats import NormStats
 
 MAX_CARD_BYTES = 1 << 20
-_MOST_IDS = 16
 _CATEGORIES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _MARK = "<!-- posae wrote this card and renews it with the seal. Once edited it is yours. %s -->\n"
 _LAST_LINE = re.compile(re.escape(_MARK).replace("%s", "([0-9a-f]{64})").encode())
 
@@ -83,8 +81,8 @@ def card(store: ActivationStore) -> str:
         _metadata(manifest),
         f"# Activations of {_code(manifest.model)} on {_code(manifest.dataset)}",
         *([_PLANTED] if manifest.planted else []),
-        *([_imported(manifest)] if manifest.imported else []),
-        "\n".join(f"- **{name}**: {words}" for name, words in _facts(store)),
+        *([_IMPORTED] if manifest.imported else []),
+        "\n".join(f"- **{name}**: {line}" for name, line in facts(store, _code, linked=True).items()),
         "## Layers",
         "\n".join(_layers(store, norms)),
         "Over 10 x the median: the share of tokens with such a norm. Position R²: the share of the variance "
@@ -108,12 +106,7 @@ _PLANTED = (
 )
 
 
-def _imported(manifest: Manifest) -> str:
-    return (
-        "**This was imported** from files of another program. Not known: "
-        f"{_code(', '.join(manifest.unknown).replace('_', ' ') or 'nothing')}."
-    )
-
+_IMPORTED = "**This was imported** from files of another program."
 
 _LICENCES = """\
 To be filled in by the owner, here and at `license` at the top. Activations come from a model and from text; \
@@ -131,7 +124,7 @@ def _metadata(manifest: Manifest) -> str:
         size = f"n>{_CATEGORIES[-1]}"
     else:
         size = f"{_CATEGORIES[above - 1]}<n<{_CATEGORIES[above]}" if above else f"n<{_CATEGORIES[0]}"
-    name = f"Activations of {_printable(manifest.model)} on {_printable(manifest.dataset)}"
+    name = f"Activations of {printable(manifest.model)} on {printable(manifest.dataset)}"
     lines = [
         "---",
         f"pretty_name: {json.dumps(name, ensure_ascii=False)}",
@@ -139,7 +132,7 @@ def _metadata(manifest: Manifest) -> str:
         "tags: [activations, interpretability, sparse-autoencoder, zarr, posae]",
         f'size_categories: ["{size}"]',
     ]
-    if _is_on_hub(manifest.dataset, manifest.dataset_revision):
+    if is_on_hub(manifest.dataset, manifest.dataset_revision):
         lines.append(f"source_datasets: [{json.dumps(manifest.dataset)}]")
     # The Hub would show zarr.json as a table.
     return "\n".join([*lines, "viewer: false", "---"])
@@ -149,110 +142,17 @@ def _number(category: str) -> int:
     return int(category[:-1]) * 1000 ** (1 + "KMBT".index(category[-1]))
 
 
-def _facts(store: ActivationStore) -> Iterator[tuple[str, str]]:
-    """What it is, a line each: a name and Markdown."""
-    manifest = store.manifest
-    yield "model", _named("", manifest.language_model, manifest.model_revision)
-    if manifest.planted:
-        yield (
-            "planted",
-            ", ".join(f"{_code(key)} {_code(value)}" for key, value in sorted(manifest.planted.items())),
-        )
-    text = _named("datasets/", manifest.dataset, manifest.dataset_revision)
-    for what, value in (
-        ("configuration", manifest.dataset_config),
-        ("split", manifest.dataset_split),
-        ("column", manifest.dataset_column),
-    ):
-        text += f", {what} {_code(value)}" if value is not None else ""
-    yield "text", text
-    layers = ", ".join(map(str, store.layers))
-    yield (
-        "hook point",
-        f"`{manifest.hook_point}`, the residual stream after a block; layers {layers} of "
-        f"{manifest.model_layers}, counted from 0",
-    )
-    packing = {"pack": "documents are joined", "truncate": "the first tokens of each document"}
-    yield (
-        "contexts",
-        f"{manifest.n_contexts:,} of {manifest.context_length:,} tokens, "
-        + (
-            "in the order of those files"
-            if manifest.imported
-            else f"in random order; {packing[manifest.packing]}"
-        ),
-    )
-    yield "tokens", f"{manifest.n_contexts * manifest.context_length:,} in each layer"
-    start, stop = manifest.held_out
-    held_out = f"the last {stop - start:,} contexts, from {start:,} on; training never reads them"
-    yield "held out", held_out if start < stop else "none"
-    yield "special tokens", _special_tokens(manifest)
-    if corpus := store.corpus:
-        yield (
-            "documents",
-            f"{corpus['documents']:,}, {corpus['documents_left_out']:,} of them left out; "
-            f"{corpus['duplicate_contexts']:,} contexts repeat another",
-        )
-    yield "type", _type(manifest)
-    raw, stored = (sum(map(size, store.layers)) for size in (store.raw_bytes, store.stored_bytes))
-    yield (
-        "size",
-        f"{quantity(stored)} for {quantity(raw)} of activations, ratio {_ratio(raw, stored)} "
-        f"(codec `{manifest.codec}`)",
-    )
-    yield "identity", f"`{store.identity}`, the SHA-256 of `seal.json`"
-
-
-def _named(kind: str, name: str, revision: str | None) -> str:
-    """A model or data set with its revision; a link where it lies on the Hub."""
-    at = f" at revision {_code(revision)}" if revision is not None else ""
-    if _is_on_hub(name, revision):
-        return f"[{_code(name)}](https://huggingface.co/{kind}{name}/tree/{revision}){at}"
-    return _code(name) + at
-
-
-def _is_on_hub(name: str, revision: str | None) -> bool:
-    # Local files have a digest of another form in place of a commit.
-    return bool(_COMMIT.fullmatch(revision or "") and _HUB_ID.fullmatch(name))
-
-
-def _special_tokens(manifest: Manifest) -> str:
-    ids = manifest.special_token_ids
-    if not ids:
-        return "none"
-    told = f"ids {', '.join(map(str, ids[:_MOST_IDS]))}"
-    told += f" and {len(ids) - _MOST_IDS:,} more" if len(ids) > _MOST_IDS else ""
-    if manifest.first_token is not None:
-        told += f"; every context begins with {manifest.first_token}"
-    if manifest.separator_token is not None:
-        told += f"; {manifest.separator_token} stands between documents"
-    return f"{told}; training leaves them out by default"
-
-
-def _type(manifest: Manifest) -> str:
-    if manifest.imported:
-        return f"{manifest.dtype}, from {_code(manifest.imported.dtype)}"
-    if manifest.mantissa_bits is None:
-        return f"{manifest.dtype}, as the model gave it"
-    return f"{manifest.dtype}, rounded to {manifest.mantissa_bits} of 7 bits of mantissa"
-
-
-def _ratio(raw: int, stored: int) -> str:
-    return f"{raw / max(1, stored):.3f}"
-
-
 def _layers(store: ActivationStore, norms: Mapping[int, NormStats]) -> Iterator[str]:
     """A table of numbers, a line for each layer."""
     rounded = store.manifest.mantissa_bits is not None
-    columns = ["layer", "raw", "stored", "ratio", "median norm", "over 10 x the median", "position R²"]
-    columns += ["rounding changed"] if rounded else []
-    yield _row(columns)
-    yield _row(["---:"] * len(columns))
-    for layer in store.layers:
-        raw, stored = store.raw_bytes(layer), store.stored_bytes(layer)
+    names, *sizes = layer_sizes(store)
+    names = [*names, "median norm", "over 10 x the median", "position R²"]
+    names += ["rounding changed"] if rounded else []
+    yield _row(names)
+    yield _row(["---:"] * len(names))
+    for layer, cells in zip(store.layers, sizes, strict=True):
         r2, error = store.position_r2(layer), store.rounding_error(layer)
-        cells = [str(layer), quantity(raw), quantity(stored), _ratio(raw, stored)]
-        cells += [f"{norms[layer].median:.4g}", f"{norms[layer].outlier_share:.2%}"]
+        cells = [*cells, f"{norms[layer].median:.4g}", f"{norms[layer].outlier_share:.2%}"]
         cells += [f"{max(0.0, r2):.2%}" if math.isfinite(r2) else "-"]
         yield _row([*cells, f"{error.relative:.2%}"] if error else cells)
 
@@ -328,17 +228,12 @@ tokens = opened("tokens")[:{n}].read().result()
 ```"""
 
 
-def _printable(text: str) -> str:
-    """The text, with a mark for each character that is not seen, such as one that turns the line around."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
-
-
 def _code(text: str) -> str:
     """The text as a code span of Markdown, where nothing but a run of as many backticks has a meaning.
 
     >>> _code("a`b``c"), _code("<b>|")
     ('``` a`b``c ```', '`<b>|`')
     """
-    text = _printable(text) or " "
+    text = printable(text) or " "
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if len(fence) > 1 else f"{fence}{text}{fence}"

@@ -144,8 +144,3 @@ CODECS = {
     "raw": Codec(None),
 }
 """The presets by name; ``small`` is the default."""
-
-
-def codec_name(codec: Codec) -> str:
-    """The preset's name."""
-    return next(name for name, preset in CODECS.items() if preset == codec)

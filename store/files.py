@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import StoreDamagedError, StoreError, StoreReadError, StoreWriteError
-from .readable import MappedFile
+from .readable import MappedFile, UnmappedFile
 
 PARTIAL = ".partial"
 """Ending of a file being written; such a file is never part of a store."""
@@ -37,6 +37,12 @@ def partial_name(path: str) -> str:
     return f".{path.rpartition('/')[2]}{PARTIAL}"
 
 
+_LINKED = (
+    "a store from the Hub is fetched with: hf download --local-dir FOLDER, or posae copy hf://… FOLDER; "
+    "restore any other from a copy"
+)
+
+
 def is_leftover(path: str) -> bool:
     """Whether a file is no part of any store or run: a lock, or what a kill left half-written.
 
@@ -48,6 +54,8 @@ def is_leftover(path: str) -> bool:
 
 class StoreFiles:
     """The files below ``root``, named by relative paths with ``/``."""
+
+    has_latency = False
 
     def __init__(self, root: Path) -> None:
         """Speak of ``root``; nothing is opened yet."""
@@ -89,7 +97,9 @@ class StoreFiles:
             finally:
                 os.close(folder)
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+            if error.errno == errno.ELOOP:
+                raise StoreDamagedError("not a regular file but a link", array=path, remedy=_LINKED) from None
+            if error.errno in (errno.ENOTDIR, errno.ENXIO):
                 raise StoreDamagedError("not a regular file (a link, pipe or device)", array=path) from None
             if error.errno in (errno.ENOENT, errno.EMFILE, errno.ENFILE):
                 raise
@@ -113,19 +123,20 @@ class StoreFiles:
             raise StoreDamagedError(f"larger than the {limit_bytes:,} bytes allowed here", array=path)
         return data
 
-    def pieces(self, path: str) -> Iterator[bytes]:
-        """The bytes of a file of any size, a few megabytes at a time.
+    def pieces(self, path: str, start: int = 0) -> Iterator[bytes]:
+        """The bytes of a file of any size from ``start`` on, a few megabytes at a time.
 
         Raises:
             FileNotFoundError: no such file.
             StoreDamagedError: not a regular file.
         """
         with open(self.open(path), "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor)
+            file.seek(start)
             while piece := file.read(_PIECE_BYTES):
                 yield piece
 
-    def map(self, path: str) -> MappedFile:
-        """The whole of a file as read-only memory.
+    def map(self, path: str) -> MappedFile | UnmappedFile:
+        """The whole of a file as read-only memory, where its file system can do that.
 
         Raises:
             FileNotFoundError: no such file.
@@ -136,6 +147,10 @@ class StoreFiles:
             if os.fstat(file).st_size == 0:
                 raise StoreDamagedError("the file is empty", array=path)
             return MappedFile(mmap.mmap(file, 0, access=mmap.ACCESS_READ))
+        except OSError as error:
+            if error.errno not in (errno.ENODEV, errno.EINVAL):
+                raise
+            return UnmappedFile(os.dup(file))
         finally:
             os.close(file)
 

@@ -39,6 +39,11 @@ def numbers(values: Iterable[int]) -> str:
     return ", ".join(map(str, values))
 
 
+def printable(text: str) -> str:
+    """The text, with a mark for each character that is not seen, such as one that turns the line around."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
 def shortened(value: object) -> str:
     """A value as Python writes it, cut behind its first 16 characters where it is long, as a digest is.
 

@@ -1,10 +1,13 @@
 """What readers ask of a store's files, wherever they lie: on this machine (``files.py``), or on a server.
 
-A local shard is a map of its file. One on a server (``remote_files.py``) is fetched part by part, and kept.
+A local shard is a map of its file, or is read where its file system has no maps. One on a server
+(``remote/files.py``) is fetched part by part, and kept.
 """
 
 import mmap
-from collections.abc import Iterator
+import os
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -12,45 +15,36 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from .files import StoreFiles
 
+WHOLE_BYTES = 2**21
+"""A file on a server that is no longer than this is fetched whole, whatever of it is wanted."""
+
 
 class ShardFile(Protocol):
-    """A file that chunks are decoded out of; its length is the file's, in bytes."""
+    """A file of parts that lie one after the other; its length is the file's, in bytes."""
 
     def __len__(self) -> int:
         """Bytes of the file."""
         ...
 
-    def part(self, start: int, stop: int) -> memoryview:
-        """Bytes [start, stop)."""
-        ...
+    def parts(
+        self, edges: Sequence[int], wanted: Sequence[int], *, anew: bool = False
+    ) -> Sequence[memoryview]:
+        """Some of several parts in a row, read together.
 
-    @property
-    def is_cut_short(self) -> bool:
-        """Whether the file is shorter now, so that reading a part would kill the process."""
-        ...
+        Args:
+            edges: where part i begins is ``edges[i]``, and where it ends ``edges[i + 1]``; rising.
+            wanted: numbers of the parts to give; the others may be kept for later.
+            anew: not from a cache, whose bytes were wrong.
 
-    @property
-    def stays(self) -> bool:
-        """Whether a part that was checked stays as it is."""
-        ...
-
-    def will_need(self, start: int, stop: int) -> None:
-        """Begin to read [start, stop), without waiting, where that costs nothing."""
-        ...
-
-    def let_go(self) -> None:
-        """Free memory that was read into."""
-        ...
-
-    def forget(self, start: int, stop: int) -> bool:
-        """Forget a part that is not what was written; whether reading it again may help."""
+        Raises:
+            StoreDamagedError: the file is missing, or has another size than was sealed.
+            StoreRemoteError: the server refused, or does not answer.
+        """
         ...
 
 
 class MappedFile:
     """A file as read-only memory."""
-
-    stays = True
 
     def __init__(self, data: mmap.mmap) -> None:
         """Take the map of a whole file."""
@@ -60,17 +54,20 @@ class MappedFile:
         """Bytes of the file when it was mapped."""
         return len(self._data)
 
-    def part(self, start: int, stop: int) -> memoryview:
-        """Bytes [start, stop), not copied."""
-        return memoryview(self._data)[start:stop]
+    def parts(
+        self, edges: Sequence[int], wanted: Sequence[int], *, anew: bool = False
+    ) -> Sequence[memoryview]:
+        """The parts, not copied."""
+        data = memoryview(self._data)
+        return [data[edges[part] : edges[part + 1]] for part in wanted]
 
     @property
     def is_cut_short(self) -> bool:
-        """Whether the file is now shorter than its map."""
+        """Whether the file is now shorter than its map: reading what is gone would kill the process."""
         return self._data.size() < len(self._data)
 
     def will_need(self, start: int, stop: int) -> None:
-        """Ask the operating system to read ahead."""
+        """Ask the operating system to read bytes [start, stop) ahead."""
         first = start - start % mmap.PAGESIZE
         with suppress(OSError, ValueError):
             self._data.madvise(mmap.MADV_WILLNEED, first, stop - first)
@@ -79,9 +76,33 @@ class MappedFile:
         """Give the pages back that were read."""
         self._data.madvise(mmap.MADV_DONTNEED)
 
-    def forget(self, start: int, stop: int) -> bool:
-        """Nothing: what is on the disk is what there is."""
-        return False
+
+class UnmappedFile:
+    """A file of a file system that has no maps, as some of those in user space."""
+
+    def __init__(self, file: int) -> None:
+        """Take a descriptor of its own, and close it in the end."""
+        self._file, self._n_bytes = file, os.fstat(file).st_size
+        weakref.finalize(self, os.close, file)
+
+    def __len__(self) -> int:
+        """Bytes of the file when it was opened."""
+        return self._n_bytes
+
+    def parts(
+        self, edges: Sequence[int], wanted: Sequence[int], *, anew: bool = False
+    ) -> Sequence[memoryview]:
+        """The parts, read; shorter than they should be where the file is."""
+        return [self._part(edges[part], edges[part + 1]) for part in wanted]
+
+    def _part(self, start: int, stop: int) -> memoryview:
+        data = bytearray()
+        while len(data) < stop - start:
+            piece = os.pread(self._file, stop - start - len(data), start + len(data))
+            if not piece:
+                break
+            data += piece
+        return memoryview(data)
 
 
 class ReadableFiles(Protocol):
@@ -92,12 +113,17 @@ class ReadableFiles(Protocol):
         """The folder, or the URL as it may be shown."""
         ...
 
+    @property
+    def has_latency(self) -> bool:
+        """Whether reading begins late, as from a server: few, large and many at once are better there."""
+        ...
+
     def read(self, path: str, limit_bytes: int) -> bytes:
         """The bytes of a small file; see ``StoreFiles.read``."""
         ...
 
-    def pieces(self, path: str) -> Iterator[bytes]:
-        """The bytes of a file of any size, a few megabytes at a time, not from a cache.
+    def pieces(self, path: str, start: int = 0) -> Iterator[bytes]:
+        """The bytes of a file of any size from ``start`` on, a few megabytes at a time, not from a cache.
 
         Raises:
             FileNotFoundError: no such file.

@@ -5,16 +5,17 @@ and size of every chunk as little-endian uint64, and the index's own checksum (Z
 ``sharding_indexed``). Reading maps the file and decodes straight out of the map into the caller's
 buffer; the index is checked once a shard, the checksum every time a chunk is read (where nothing is
 compressed, the first time: then rows come straight from the map). Of the maps at most 2 GiB stay in
-memory, so a reader's does not grow with the store.
+memory, so a reader's does not grow with the store. From a server, chunks that lie near each other come
+with one request.
 """
 
 import resource
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, Future, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -23,8 +24,9 @@ from numpy.typing import NDArray
 from .codecs import CHECKSUM_BYTES, HEADER_BYTES, ChunkError, checksum
 from .errors import StoreDamagedError
 from .layout import ArraySpec
-from .readable import ReadableFiles, ShardFile
+from .readable import WHOLE_BYTES, MappedFile, ReadableFiles, ShardFile
 from .seal import SealedFile
+from .threads import Renewed, SharedWork, stop
 
 ABSENT = 2**64 - 1
 # A map keeps its file open; a process may often open no more than 1,024. Of all readers together.
@@ -32,7 +34,14 @@ _MAPS_KEPT = min(4096, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 
 # Pages of a map that were read count as the process's memory until let go. Having them back costs a tenth of
 # the decoding, so small stores keep theirs.
 _PAGES_KEPT_BYTES = 2**31
+# From a server: in the time of a request half a megabyte comes, which may be wanted later.
+_RUN_BYTES = 2**22
+_GAP_BYTES = 2**19
 _CUT_SHORT = "the file was cut short while it was read"
+
+
+Decode = Callable[[NDArray[Any]], None]
+"""Decodes a chunk into an array of its shape, C-contiguous; bits."""
 
 
 def index_bytes(spec: ArraySpec) -> int:
@@ -79,17 +88,12 @@ def parse_index(spec: ArraySpec, shard: int, data: bytes | memoryview, file_byte
 
 class _OpenShard(NamedTuple):
     file: ShardFile
-    chunks: NDArray[np.uint64]  # offset and size; [chunks, 2]
+    edges: NDArray[np.int64]  # where each chunk begins, and the last one ends; [chunks + 1]
     checked: NDArray[np.bool_]  # payload checked, for good; [chunks]
     touched: NDArray[np.bool_]  # read since pages were last let go; [chunks]
 
-    def place(self, within: int) -> tuple[int, int]:
-        """First byte of a chunk, and one past its last."""
-        start, size = self.chunks[within].tolist()
-        return start, start + size
 
-
-class ShardReader:
+class ShardReader(Renewed):
     """Chunks of one array, by number; thread-safe."""
 
     _all: ClassVar[weakref.WeakValueDictionary[int, Self]] = weakref.WeakValueDictionary()
@@ -97,7 +101,7 @@ class ShardReader:
     def __init__(
         self, files: ReadableFiles, spec: ArraySpec, sealed: Mapping[str, SealedFile] | None = None
     ) -> None:
-        """Speak of the array; nothing is opened yet.
+        """Name the array; nothing is opened yet.
 
         Args:
             files: the store.
@@ -107,11 +111,16 @@ class ShardReader:
         self.files = files
         self.spec = spec
         self.sealed = sealed
-        self._mapped: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._opened: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._opening = SharedWork[_OpenShard]()
         self._touched_bytes = 0
         self._scratch = threading.local()
-        self._lock = threading.Lock()
+        super().__init__()
         self._all[id(self)] = self
+
+    def renew(self) -> None:
+        """Make the lock."""
+        self._lock = threading.Lock()
 
     @classmethod
     def cut_short(cls) -> list[StoreDamagedError]:
@@ -123,66 +132,75 @@ class ShardReader:
         return [
             reader._damaged(shard, _CUT_SHORT)
             for reader in readers
-            for shard, mapped in list(reader._mapped.items())
-            if mapped.file.is_cut_short
+            for shard, opened in list(reader._opened.items())
+            if _is_cut_short(opened.file)
         ]
 
     def is_committed(self, shard: int) -> bool:
         """Whether the file of ``shard`` is there with an index that holds."""
         try:
-            file = self.files.map(self.spec.shard_path(shard))
-            self._index(shard, file)
+            self._index(shard, self.files.map(self.spec.shard_path(shard)))
         except (FileNotFoundError, StoreDamagedError):
             return False
         return True
 
     def _index(self, shard: int, file: ShardFile) -> NDArray[np.uint64]:
         size = len(file)
-        start = max(0, size - index_bytes(self.spec))
+        place = [max(0, size - index_bytes(self.spec)), size]
         try:
-            return parse_index(self.spec, shard, file.part(start, size), size)
-        except StoreDamagedError:
-            if not file.forget(start, size):
-                raise
-        return parse_index(self.spec, shard, file.part(start, size), size)
+            return parse_index(self.spec, shard, file.parts(place, [0])[0], size)
+        except StoreDamagedError:  # on its way here, or in a cache
+            return parse_index(self.spec, shard, file.parts(place, [0], anew=True)[0], size)
 
     def check_index(self, shard: int) -> None:
-        """Map ``shard`` and check its index.
+        """Open ``shard`` and check its index.
 
         Raises:
             StoreDamagedError: the file is missing or its index does not hold.
         """
         self._shard(shard)
 
-    def _shard(self, shard: int) -> _OpenShard:
-        with self._lock:
-            mapped = self._mapped.get(shard)
-            if mapped is None:
-                mapped = self._open(shard)
-                self._mapped[shard] = mapped
-            else:
-                self._mapped.move_to_end(shard)
-                return mapped
-        self._close_some()
-        return mapped
+    def check_sealed(self, shard: int, n_bytes: int | None = None) -> None:
+        """Check that the seal, where there is one, names the file of ``shard``, and with this size.
 
-    @classmethod
-    def _close_some(cls) -> None:
-        """Keep the maps of all readers together within what a process may open."""
-        while True:
-            readers = [reader for ref in cls._all.valuerefs() if (reader := ref()) is not None]
-            if sum(len(reader._mapped) for reader in readers) <= _MAPS_KEPT:
-                return
-            most = max(readers, key=lambda reader: len(reader._mapped))
-            with most._lock:
-                if most._mapped:
-                    most._mapped.popitem(last=False)
-
-    def _open(self, shard: int) -> _OpenShard:
+        Raises:
+            StoreDamagedError: it does not.
+        """
         path = self.spec.shard_path(shard)
         entry = self.sealed.get(path) if self.sealed is not None else None
         if self.sealed is not None and entry is None:
             raise self._damaged(shard, f"the seal does not name its file {path}")
+        if entry is not None and n_bytes is not None and entry.n_bytes != n_bytes:
+            raise self._damaged(shard, f"its file has {n_bytes:,} bytes, {entry.n_bytes:,} were sealed")
+
+    def _shard(self, shard: int) -> _OpenShard:
+        with self._lock:
+            opened = self._opened.get(shard)
+            if opened is not None:
+                self._opened.move_to_end(shard)
+                return opened
+        opened = self._opening.do(shard, lambda: self._open(shard))
+        self._close_some()
+        return opened
+
+    @classmethod
+    def _close_some(cls) -> None:
+        """Keep the files of all readers together within what a process may open."""
+        while True:
+            readers = [reader for ref in cls._all.valuerefs() if (reader := ref()) is not None]
+            if sum(len(reader._opened) for reader in readers) <= _MAPS_KEPT:
+                return
+            most = max(readers, key=lambda reader: len(reader._opened))
+            with most._lock:
+                if most._opened:
+                    most._opened.popitem(last=False)
+
+    def _open(self, shard: int) -> _OpenShard:
+        opened = self._opened.get(shard)
+        if opened is not None:  # by a thread that was just before
+            return opened
+        path = self.spec.shard_path(shard)
+        self.check_sealed(shard)
         try:
             file = self.files.map(path)
         except FileNotFoundError:
@@ -196,65 +214,64 @@ class ShardReader:
             ) from None
         except StoreDamagedError as error:
             raise self._damaged(shard, error.problem) from None
-        if entry is not None and entry.n_bytes != len(file):
-            raise self._damaged(shard, f"its file has {len(file):,} bytes, {entry.n_bytes:,} were sealed")
-        chunks = self._index(shard, file)
-        return _OpenShard(file, chunks, *np.zeros((2, len(chunks)), np.bool_))
+        self.check_sealed(shard, len(file))
+        chunks = self._index(shard, file).astype(np.int64)
+        edges = np.append(chunks[:, 0], chunks[-1].sum())
+        opened = _OpenShard(file, edges, *np.zeros((2, len(chunks)), np.bool_))
+        with self._lock:
+            self._opened[shard] = opened
+        return opened
 
     def _damaged(self, shard: int, problem: str) -> StoreDamagedError:
         return StoreDamagedError(problem, array=self.spec.path, shard=shard)
 
-    def _still_whole(self, shard: int) -> _OpenShard:
-        mapped = self._shard(shard)
-        # Reading a map past the end of a file cut short meanwhile would kill the process.
-        if mapped.file.is_cut_short:
-            raise self._damaged(shard, _CUT_SHORT)
-        return mapped
-
-    @contextmanager
-    def _payload(self, chunk: int) -> Generator[memoryview]:
-        """The checked payload of a chunk, in the map.
+    def _use(self, chunks: Sequence[int], use: Callable[[int, memoryview], None]) -> None:
+        """Read chunks of one shard together, and give ``use`` each one's number and checked payload.
 
         Raises:
-            StoreDamagedError: the file is missing, cut short, or the chunk is not what was written.
+            StoreDamagedError: the file is missing, cut short, or a chunk is not what was written.
         """
-        shard, within = divmod(chunk, self.spec.chunks_per_shard)
-        mapped = self._still_whole(shard)
-        start, stop = mapped.place(within)
-        try:
-            yield self._checked(mapped, within)
-        except ChunkError as error:
-            raise StoreDamagedError(str(error), array=self.spec.path, shard=shard, chunk=within) from None
-        if not mapped.touched[within]:
-            mapped.touched[within] = True
-            self._let_go_of_pages(stop - start)
+        shard, first = divmod(chunks[0], self.spec.chunks_per_shard)
+        opened = self._shard(shard)
+        if _is_cut_short(opened.file):
+            raise self._damaged(shard, _CUT_SHORT)
+        wanted = [chunk - chunks[0] for chunk in chunks]
+        edges: list[int] = opened.edges[first : first + wanted[-1] + 2].tolist()
+        for chunk, part in zip(chunks, opened.file.parts(edges, wanted), strict=True):
+            within = first + chunk - chunks[0]
+            try:
+                use(chunk, self._payload(opened, within, part))
+            except ChunkError as error:
+                raise StoreDamagedError(str(error), array=self.spec.path, shard=shard, chunk=within) from None
+            if not opened.touched[within]:
+                opened.touched[within] = True
+                self._let_go_of_pages(len(part))
 
-    def _checked(self, shard: _OpenShard, within: int) -> memoryview:
-        """The payload of a chunk whose checksum holds."""
-        start, stop = shard.place(within)
-        data = shard.file.part(start, stop)
+    def _payload(self, shard: _OpenShard, within: int, data: memoryview) -> memoryview:
+        """What stands before the checksum of a chunk, whose checksum holds."""
+        codec, n_bytes = self.spec.codec, self.spec.chunk_bytes
         if shard.checked[within]:
             return data[:-CHECKSUM_BYTES]
         try:
-            payload = self.spec.codec.payload(data, self.spec.chunk_bytes)
-        except ChunkError:
-            if not shard.file.forget(start, stop):
-                raise
-            payload = self.spec.codec.payload(shard.file.part(start, stop), self.spec.chunk_bytes)
+            payload = codec.payload(data, n_bytes)
+        except ChunkError:  # changed on its way here, or in a cache
+            (data,) = shard.file.parts(shard.edges[within : within + 2].tolist(), [0], anew=True)
+            payload = codec.payload(data, n_bytes)
         # Uncompressed rows may be read one by one, and a checksum over all each time would cost more.
-        shard.checked[within] = self.spec.codec.compressor is None and shard.file.stays
+        shard.checked[within] = codec.compressor is None and isinstance(shard.file, MappedFile)
         return payload
 
     def _let_go_of_pages(self, n_bytes: int) -> None:
-        """Count pages that a map brought into memory, and let go of all when they are many."""
+        """Count pages that maps brought into memory, and let go of all when they are many."""
         with self._lock:
             self._touched_bytes += n_bytes
             if self._touched_bytes < _PAGES_KEPT_BYTES:
                 return
             self._touched_bytes = 0
-            for mapped in self._mapped.values():
-                mapped.file.let_go()
-                mapped.touched[:] = False
+            for opened in self._opened.values():
+                opened.touched[:] = False
+                if isinstance(opened.file, MappedFile):
+                    opened.file.let_go()
 
     def read_chunk(self, chunk: int, out: NDArray[Any]) -> None:
         """Decode a chunk into ``out``, C-contiguous bits of shape ``spec.chunk_shape``.
@@ -262,8 +279,7 @@ class ShardReader:
         Raises:
             StoreDamagedError: the chunk is missing or not what was written.
         """
-        with self._payload(chunk) as payload:
-            self.spec.codec.decode(payload, out)
+        self._use([chunk], lambda _, payload: self.spec.codec.decode(payload, out))
 
     def encoded(self, chunk: int) -> bytes:
         """A chunk as it lies in its file, its checksum last; checked, not decoded.
@@ -271,28 +287,58 @@ class ShardReader:
         Raises:
             StoreDamagedError: the chunk is missing or not what was written.
         """
-        with self._payload(chunk) as payload:
-            data = bytes(payload)
-        return data + checksum(data)
-
-    def _read_part(self, chunk: int, part: Any) -> NDArray[Any]:
-        """Some entries of a chunk, by an index into it; bits. No more of it is kept."""
-        shape, dtype = self.spec.chunk_shape, self.spec.dtype
-        if self.spec.codec.compressor is None:
-            with self._payload(chunk) as payload:
-                return np.frombuffer(payload, dtype).reshape(shape)[part]
-        if not hasattr(self._scratch, "chunk"):
-            self._scratch.chunk = np.empty(shape, dtype)
-        scratch: NDArray[Any] = self._scratch.chunk
-        self.read_chunk(chunk, scratch)
-        return scratch[part]
+        found: list[bytes] = []
+        self._use([chunk], lambda _, payload: found.append(bytes(payload)))
+        return found[0] + checksum(found[0])
 
     def will_need(self, chunks: Iterable[int]) -> None:
         """Ask the operating system to read these chunks ahead, without waiting."""
         for chunk in chunks:
             shard, within = divmod(chunk, self.spec.chunks_per_shard)
             opened = self._shard(shard)
-            opened.file.will_need(*opened.place(within))
+            if isinstance(opened.file, MappedFile):
+                opened.file.will_need(*opened.edges[within : within + 2].tolist())
+
+    def start_reading(
+        self, chunks: Collection[int], use: Callable[[int, Decode], None], pool: Executor
+    ) -> list[Future[None]]:
+        """Begin to read chunks in the threads of ``pool``.
+
+        Args:
+            chunks: which.
+            use: given the number of a chunk and a function that decodes it, as ``read_chunk`` does, into an
+                array that ``use`` passes to it.
+            pool: threads to read and decode in.
+        """
+        if not self.files.has_latency:
+            self.will_need(chunks)
+
+        def decode(chunk: int, payload: memoryview) -> None:
+            use(chunk, partial(self.spec.codec.decode, payload))
+
+        return [pool.submit(self._use, run, decode) for run in self._runs(sorted(chunks))]
+
+    def _runs(self, chunks: Sequence[int]) -> list[list[int]]:
+        """Chunks, which rise, cut into those to be read together: on this machine each by itself."""
+        if not self.files.has_latency:
+            return [[chunk] for chunk in chunks]
+        runs: list[list[int]] = []
+        longest, gap, end = 0, 0, -1
+        for chunk in chunks:
+            if chunk >= end:  # in another shard
+                shard = chunk // self.spec.chunks_per_shard
+                n_chunks = self.spec.chunks_in(shard)
+                end = shard * self.spec.chunks_per_shard + n_chunks
+                size = self.files.size_bytes(self.spec.shard_path(shard)) or 1
+                longest = gap = n_chunks
+                if size > WHOLE_BYTES:
+                    longest, gap = n_chunks * _RUN_BYTES // size, max(1, n_chunks * _GAP_BYTES // size)
+                runs.append([chunk])
+            elif chunk - runs[-1][0] < longest and chunk - runs[-1][-1] <= gap:
+                runs[-1].append(chunk)
+            else:
+                runs.append([chunk])
+        return runs
 
     def read_rows(
         self,
@@ -317,28 +363,29 @@ class ShardReader:
         chunk_of = rows // spec.chunk_rows
         order = np.argsort(chunk_of, kind="stable")
         starts = np.flatnonzero(np.diff(chunk_of[order], prepend=-1))
-        groups: Sequence[NDArray[np.int64]] = np.split(order, starts[1:]) if len(rows) else []
+        groups = np.split(order, starts[1:]) if len(rows) else []
+        places_of = {int(chunk_of[places[0]]): places for places in groups}
 
-        def read(places: NDArray[np.int64]) -> None:
-            within = rows[places] % spec.chunk_rows
-            first = int(places[0])
-            chunk = int(chunk_of[first])
+        def read(chunk: int, payload: memoryview) -> None:
+            places = places_of[chunk]
+            first, within = int(places[0]), rows[places] % spec.chunk_rows
             whole = (
                 columns is None
                 and len(places) == spec.chunk_rows
                 and bool((within == np.arange(spec.chunk_rows)).all() and (np.diff(places) == 1).all())
             )
             if whole:
-                self.read_chunk(chunk, out[first : first + spec.chunk_rows])
+                spec.codec.decode(payload, out[first : first + spec.chunk_rows])
             else:
                 part = within if columns is None else (within[:, np.newaxis], columns)
-                out[places] = self._read_part(chunk, part)
+                out[places] = self._decoded(payload)[part]
 
+        runs = self._runs([*places_of])
         if pool is None:
-            for places in groups:
-                read(places)
+            for run in runs:
+                self._use(run, read)
             return out
-        running = [pool.submit(read, places) for places in groups]
+        running = [pool.submit(self._use, run, read) for run in runs]
         try:
             for future in running:
                 future.result()
@@ -346,9 +393,18 @@ class ShardReader:
             stop(running)
         return out
 
+    def _decoded(self, payload: memoryview) -> NDArray[Any]:
+        """A chunk of which a part is to be copied, before this thread decodes the next one."""
+        shape, dtype = self.spec.chunk_shape, self.spec.dtype
+        if self.spec.codec.compressor is None:
+            return np.frombuffer(payload, dtype).reshape(shape)
+        if not hasattr(self._scratch, "chunk"):
+            self._scratch.chunk = np.empty(shape, dtype)
+        scratch: NDArray[Any] = self._scratch.chunk
+        self.spec.codec.decode(payload, scratch)
+        return scratch
 
-def stop(running: Sequence[Future[None]]) -> None:
-    """Leave no thread that still reads a map, or writes into a buffer that others will use."""
-    for future in running:
-        future.cancel()
-    wait(running)
+
+def _is_cut_short(file: ShardFile) -> bool:
+    # Reading a map past the end of a file cut short meanwhile would kill the process.
+    return isinstance(file, MappedFile) and file.is_cut_short

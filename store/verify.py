@@ -11,6 +11,7 @@ anybody would read: a stranger's store cannot make it go on for ever.
 """
 
 import errno
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -20,12 +21,15 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from .codecs import ChunkError
 from .errors import StoreDamagedError, StoreError, StoreFormatError, StoreRemoteError
 from .files import LOCK_PATH, is_leftover
+from .layout import ArraySpec
 from .manifest import layer_path, layer_spec, token_specs
+from .readable import WHOLE_BYTES, ReadableFiles
 from .reader import ActivationStore
 from .seal import CARD_PATH, CORPUS_PATH, ROOT_PATH, SEAL_PATH, SealedFile, sha256_of
-from .shards import ShardReader
+from .shards import ShardReader, index_bytes, parse_index
 from .stats import stats_specs
 
 MOST_DAMAGED = 1000
@@ -219,43 +223,69 @@ def _check_shard(
     store: ActivationStore, reader: ShardReader, shard: int, sha256: str | None
 ) -> tuple[list[Damage], int]:
     spec = reader.spec
-    path = spec.shard_path(shard)
     try:
-        with store.files.local(path) as files:
-            # A reader of its own: thousands of maps need not stay open.
-            reader = ShardReader(files, spec, reader.sealed)
-            reader.check_index(shard)
-            first = shard * spec.chunks_per_shard
-            chunks = range(first, first + spec.chunks_in(shard))
-            # Chunks first: a sparse file of terabytes has a bad one at its start.
-            bad = islice(_bad_chunks(store, reader, chunks), _MOST_CHUNKS)
-            damaged = [Damage(spec.path, shard, chunk, problem) for chunk, problem in bad]
-            if len(damaged) == _MOST_CHUNKS:
-                return damaged, 0
-            n_bytes, digest = sha256_of(files, path)
+        found = _Stream(store.files, spec.shard_path(shard))
+        reader.check_sealed(shard, found.n_bytes)
+        places = parse_index(spec, shard, found.end(index_bytes(spec)), found.n_bytes)
+        # Chunks first: a sparse file of terabytes has a bad one at its start.
+        bad = islice(_bad_chunks(store, spec, shard, map(found.take, places[:, 1].tolist())), _MOST_CHUNKS)
+        damaged = [Damage(spec.path, shard, chunk, problem) for chunk, problem in bad]
+        if len(damaged) == _MOST_CHUNKS:
+            return damaged, 0
+        found.take(index_bytes(spec))
     except StoreDamagedError as error:
         return [Damage(spec.path, shard, error.chunk, error.problem)], 0
     except OSError as error:
         return [Damage(spec.path, shard, None, _unreadable(error))], 0
-    if not damaged and sha256 is not None and digest != sha256:
+    if not damaged and sha256 is not None and found.digest.hexdigest() != sha256:
         damaged = [Damage(spec.path, shard, None, "its bytes are not those that were written")]
-    return damaged, n_bytes
+    return damaged, found.n_bytes
+
+
+class _Stream:
+    """A file read once from its start, and hashed on the way; of a long one the end before that."""
+
+    def __init__(self, files: ReadableFiles, path: str) -> None:
+        self._files, self._path = files, path
+        size = files.size_bytes(path)
+        if size is None:
+            raise FileNotFoundError(path)
+        self.n_bytes = size
+        self.digest = hashlib.sha256()
+        self._pieces = files.pieces(path)
+        self._data = bytearray()
+
+    def end(self, n_bytes: int) -> bytes:
+        """The last bytes."""
+        if self.n_bytes > WHOLE_BYTES:
+            return b"".join(self._files.pieces(self._path, max(0, self.n_bytes - n_bytes)))
+        self._read(self.n_bytes)
+        return bytes(self._data[-n_bytes:])
+
+    def take(self, n_bytes: int) -> memoryview:
+        """The next bytes; fewer where the file ends."""
+        self._read(n_bytes)
+        taken = memoryview(bytes(self._data[:n_bytes]))
+        del self._data[:n_bytes]
+        return taken
+
+    def _read(self, n_bytes: int) -> None:
+        while len(self._data) < n_bytes and (piece := next(self._pieces, b"")):
+            self.digest.update(piece)
+            self._data += piece
 
 
 def _bad_chunks(
-    store: ActivationStore, reader: ShardReader, chunks: Iterable[int]
+    store: ActivationStore, spec: ArraySpec, shard: int, chunks: Iterable[memoryview]
 ) -> Iterator[tuple[int, str]]:
-    spec = reader.spec
     out = np.empty(spec.chunk_shape, spec.dtype)
-    for chunk in chunks:
-        within = chunk % spec.chunks_per_shard
+    for within, data in enumerate(chunks):
         try:
-            reader.read_chunk(chunk, out)
-        except StoreDamagedError as error:
-            if error.chunk is None:
-                raise
-            yield within, error.problem
+            spec.codec.decode(spec.codec.payload(data, spec.chunk_bytes), out)
+        except ChunkError as error:
+            yield within, str(error)
             continue
+        chunk = shard * spec.chunks_per_shard + within
         rows = out[: spec.shape[0] - chunk * spec.chunk_rows]
         if spec.path == "tokens" and not ((rows >= 0) & (rows < store.manifest.vocabulary_size)).all():
             yield within, "token ids outside the vocabulary"

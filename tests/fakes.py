@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, cast
 from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
 
 TOKEN = "hf_madeup"
 
@@ -36,7 +37,8 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def query(self) -> dict[str, str]:
-        return {key: values[0] for key, values in parse_qs(urlsplit(self.path).query).items()}
+        asked = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
+        return {key: values[0] for key, values in asked.items()}
 
     def body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -53,15 +55,16 @@ class Handler(BaseHTTPRequestHandler):
     def answer_json(self, value: Any, status: int = 200, **headers: str) -> None:
         self.answer(status, json.dumps(value).encode(), Content_Type="application/json", **headers)
 
-    def answer_file(self, data: bytes) -> None:
+    def answer_file(self, data: bytes, **headers: str) -> None:
         """The file, or the range of it that was asked for."""
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if not asked:
-            return self.answer(200, data)
+            return self.answer(200, data, **headers)
         start, stop = int(asked[1]), min(int(asked[2]) + 1, len(data))
         if start >= len(data):
             return self.answer(416, Content_Range=f"bytes */{len(data)}")
-        return self.answer(206, data[start:stop], Content_Range=f"bytes {start}-{stop - 1}/{len(data)}")
+        there = f"bytes {start}-{stop - 1}/{len(data)}"
+        return self.answer(206, data[start:stop], Content_Range=there, **headers)
 
 
 @contextmanager
@@ -91,6 +94,8 @@ class Hub:
     private: dict[str, bool] = field(default_factory=dict)
     uploaded: Files = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    busy: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
+    """The headers of so many further answers, each 429."""
 
     def files(self, dataset: str, revision: str) -> tuple[str, Files] | None:
         commits = self.datasets[dataset]
@@ -121,7 +126,15 @@ class HubHandler(Handler):
     def fail(self, status: int, code: str) -> None:
         self.answer(status, X_Error_Code=code, X_Error_Message=code)
 
+    def is_busy(self) -> bool:
+        if self.hub.busy:
+            self.answer(429, **self.hub.busy.pop())
+            return True
+        return False
+
     def do_GET(self) -> None:
+        if self.is_busy():
+            return None
         if self.where.startswith("/content/"):
             # Where large files are: another host, which must not see the token.
             if self.headers.get("Authorization"):
@@ -139,6 +152,8 @@ class HubHandler(Handler):
 
     def do_POST(self) -> None:
         body = self.body()
+        if self.is_busy():
+            return None
         if self.where == "/api/validate-yaml":
             return self.answer_json({"errors": [], "warnings": []})
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -255,31 +270,68 @@ class HubHandler(Handler):
 
 
 class StorageHandler(Handler):
-    """Google Cloud Storage: PUT and GET of its XML interface, lists of its JSON interface."""
+    """Google Cloud Storage, by its XML interface: files, lists, and uploads in parts."""
 
     @property
     def buckets(self) -> dict[str, Files]:
         return cast(Any, self.server).state
 
-    def do_GET(self) -> None:
-        if found := re.fullmatch(r"/storage/v1/b/([^/]+)/o", self.where):
-            names = sorted(n for n in self.buckets[found[1]] if n.startswith(self.query.get("prefix", "")))
-            start = int(self.query.get("pageToken", 0))
-            more = {"nextPageToken": str(start + 3)} if start + 3 < len(names) else {}
-            items = {"items": [{"name": name} for name in names[start : start + 3]]} if names else {}
-            return self.answer_json({**items, **more})
+    @property
+    def place(self) -> tuple[str, str]:
         bucket, _, name = self.where.lstrip("/").partition("/")
-        files = self.buckets.get(bucket, {})
-        return self.answer_file(files[name]) if name in files else self.answer(404)
+        return bucket, name
+
+    def answer(self, status: int, data: bytes = b"", **headers: str) -> None:
+        super().answer(status, data, **{"Last_Modified": "Mon, 01 Jan 2024 00:00:00 GMT", **headers})
+
+    def do_GET(self) -> None:
+        bucket, name = self.place
+        if bucket not in self.buckets:
+            return self.answer(404, b"<Error><Code>NoSuchBucket</Code></Error>")
+        files = self.buckets[bucket]
+        if not name:
+            return self.list(files)
+        if name not in files:
+            return self.answer(404)
+        return self.answer_file(files[name], ETag=etag(files[name]))
+
+    do_HEAD = do_GET
+
+    def list(self, files: Files) -> None:
+        names = sorted(name for name in files if name.startswith(self.query.get("prefix", "")))
+        start = int(self.query.get("continuation-token", 0))
+        more = f"<NextContinuationToken>{start + 3}</NextContinuationToken>" if start + 3 < len(names) else ""
+        found = "".join(
+            f"<Contents><Key>{escape(name)}</Key><Size>{len(files[name])}</Size><ETag>{etag(files[name])}</ETag>"
+            "<LastModified>2024-01-01T00:00:00.000Z</LastModified></Contents>"
+            for name in names[start : start + 3]
+        )
+        self.answer_xml("ListBucketResult", found + more)
+
+    def answer_xml(self, name: str, words: str) -> None:
+        self.answer(200, f"<{name}>{words}</{name}>".encode())
 
     def do_PUT(self) -> None:
-        data = self.body()
-        bucket, _, name = self.where.lstrip("/").partition("/")
+        data, (bucket, name) = self.body(), self.place
         if bucket not in self.buckets:
-            return self.answer(404)
-        if base64.b64encode(hashlib.md5(data).digest()).decode() != self.headers["Content-MD5"]:
-            return self.answer(400)
+            return self.answer(404, b"<Error><Code>NoSuchBucket</Code></Error>")
+        if upload := self.query.get("uploadId"):
+            self.buckets.setdefault(upload, {})[self.query["partNumber"]] = data
+            return self.answer(200, ETag=etag(data))
         if self.headers.get("x-goog-if-generation-match") == "0" and name in self.buckets[bucket]:
             return self.answer(412)
         self.buckets[bucket][name] = data
-        return self.answer(200)
+        return self.answer(200, ETag=etag(data))
+
+    def do_POST(self) -> None:
+        _, (bucket, name) = self.body(), self.place
+        if "uploadId" not in self.query:
+            return self.answer_xml("InitiateMultipartUploadResult", f"<UploadId>upload-{name}</UploadId>")
+        parts = self.buckets.pop(self.query["uploadId"])
+        data = b"".join(parts[number] for number in sorted(parts, key=int))
+        self.buckets[bucket][name] = data
+        return self.answer_xml("CompleteMultipartUploadResult", f"<ETag>{etag(data)}</ETag>")
+
+
+def etag(data: bytes) -> str:
+    return f'"{hashlib.md5(data).hexdigest()}"'

@@ -1,28 +1,35 @@
-"""Servers for tests: nginx, OpenSSH, moto for S3, and the fakes of the hub and of Google's storage.
+"""Servers for tests: nginx, moto for S3, Azurite for Azure, and the fakes of the hub and of Google's storage.
 
 Each starts once a session and stays on this machine. ``server`` is one of them, made ready for a test:
 its URL, its files, and the environment (also of child processes) in which posae finds its credentials. A
 server whose program or package is missing skips its tests; CI has all.
 """
 
+import base64
+import hmac
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any, Protocol, cast
+from urllib.parse import parse_qsl, quote
+from urllib.request import Request, urlopen
 from uuid import uuid4
+from xml.etree import ElementTree
 
 import pytest
 from fakes import TOKEN, Files, Hub, HubHandler, StorageHandler, serving
 
-KINDS = ("http", "s3", "gs", "sftp", "hf")
-WRITABLE = ("s3", "gs", "sftp", "hf")
+WRITABLE = ("s3", "gs", "az", "hf")
+KINDS = ("http", *WRITABLE)
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,14 @@ class Server:
         base: the URL of the folder.
         put: put a file there, not by posae.
         files: all files there, not by posae.
+        remove: remove a file, not by posae.
     """
 
     kind: str
     base: str
     put: Callable[[str, bytes], None]
     files: Callable[[], dict[str, bytes]]
+    remove: Callable[[str], object]
 
     def url(self, path: str = "") -> str:
         """The URL of a folder within."""
@@ -76,7 +85,7 @@ def local(kind: str, base: str, root: Path) -> Server:
         (root / path).write_bytes(data)
 
     root.mkdir(parents=True, exist_ok=True)
-    return Server(kind, base, put, lambda: files_of(root))
+    return Server(kind, base, put, lambda: files_of(root), lambda path: (root / path).unlink())
 
 
 def in_dict(kind: str, base: str, files: Files, prefix: str) -> Server:
@@ -90,6 +99,7 @@ def in_dict(kind: str, base: str, files: Files, prefix: str) -> Server:
         base,
         put,
         lambda: {n.removeprefix(prefix): d for n, d in files.items() if n.startswith(prefix)},
+        lambda path: files.pop(prefix + path),
     )
 
 
@@ -101,7 +111,7 @@ def free_port() -> int:
 
 def program(name: str) -> str:
     """The path of a program; daemons are not in everybody's PATH."""
-    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/lib/openssh")
+    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:{sys.prefix}/node_modules/.bin")
     if found is None:
         pytest.skip(f"{name} is not installed")
     return found
@@ -164,46 +174,56 @@ def nginx(tmp_path_factory: pytest.TempPathFactory) -> Generator[tuple[str, Path
         yield f"http://127.0.0.1:{port}", root / "files"
 
 
-SSHD = """
-ListenAddress 127.0.0.1:{port}
-HostKey {root}/host
-AuthorizedKeysFile {root}/key.pub
-PidFile none
-StrictModes no
-UsePAM no
-PasswordAuthentication no
-Subsystem sftp internal-sftp
-"""
-
-
-@dataclass(frozen=True)
-class Sshd:
-    """OpenSSH's server, and a home folder whose ``.ssh`` lets its owner in as ``ssh posae-test`` would."""
-
-    port: int
-    root: Path
-    home: Path
+AZURE_ACCOUNT = "devstoreaccount1"
+AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""What Azurite knows; its documentation names both."""
 
 
 @pytest.fixture(scope="session")
-def sshd(tmp_path_factory: pytest.TempPathFactory) -> Generator[Sshd]:
-    """OpenSSH's sshd, run by this user."""
-    pytest.importorskip("paramiko")
-    path, root, port = program("sshd"), tmp_path_factory.mktemp("sshd"), free_port()
-    if os.getuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)  # where it wants to be root's, empty, and there
-    for name in ("host", "key"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", root / name], check=True)
-    home = root / "home"
-    (home / ".ssh").mkdir(parents=True, mode=0o700)
-    host_key = " ".join((root / "host.pub").read_text().split()[:2])
-    (home / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {host_key}\n")
-    (home / ".ssh/config").write_text(
-        f"Host posae-test\n  HostName 127.0.0.1\n  Port {port}\n  IdentityFile {root}/key\n"
+def azurite(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
+    """Azure's storage by Azurite: its URL. It has the container ``bucket``, which everybody may read."""
+    path, root, port = program("azurite-blob"), tmp_path_factory.mktemp("azurite"), free_port()
+    words = ["--silent", "--disableTelemetry", "--skipApiVersionCheck", "--location", str(root)]
+    with running([path, "--blobPort", str(port), *words], port):
+        url = f"http://127.0.0.1:{port}"
+        ask_azurite(url, "/bucket", query="restype=container", x_ms_blob_public_access="container")
+        yield url
+
+
+def ask_azurite(
+    url: str, place: str, method: str = "PUT", data: bytes = b"", query: str = "", **headers: str
+) -> None:
+    """A request, signed with the account's key."""
+    headers = {**headers, "x_ms_version": "2021-12-02", "x_ms_date": formatdate(usegmt=True)}
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    resource = f"/{AZURE_ACCOUNT}/{AZURE_ACCOUNT}{quote(place)}" + "".join(
+        f"\n{name}:{value}" for name, value in sorted(parse_qsl(query))
     )
-    (root / "sshd_config").write_text(SSHD.format(root=root, port=port))
-    with running([path, "-D", "-e", "-f", str(root / "sshd_config")], port):
-        yield Sshd(port, root, home)
+    ours = "".join(f"{name}:{headers[name]}\n" for name in sorted(headers))
+    length, kind = str(len(data) or ""), "application/octet-stream"
+    words = f"{method}\n\n\n{length}\n\n{kind}\n\n\n\n\n\n\n{ours}{resource}"
+    digest = hmac.new(base64.b64decode(AZURE_KEY), words.encode(), "sha256").digest()
+    headers["Authorization"] = f"SharedKey {AZURE_ACCOUNT}:{base64.b64encode(digest).decode()}"
+    headers["Content-Type"] = kind
+    where = f"{url}/{AZURE_ACCOUNT}{quote(place)}" + (f"?{query}" if query else "")
+    with urlopen(Request(where, data if method == "PUT" else None, headers, method=method)):
+        pass
+
+
+def in_azurite(base: str, url: str, prefix: str) -> Server:
+    def put(path: str, data: bytes) -> None:
+        ask_azurite(url, f"/bucket/{prefix}{path}", data=data, x_ms_blob_type="BlockBlob")
+
+    def get(path: str) -> bytes:
+        with urlopen(f"{url}/{AZURE_ACCOUNT}/bucket{path}") as answer:
+            return answer.read()
+
+    def files() -> dict[str, bytes]:
+        listed = ElementTree.fromstring(get(f"?restype=container&comp=list&prefix={prefix}"))
+        names = [each.text or "" for each in listed.iter("Name")]
+        return {name.removeprefix(prefix): get(f"/{quote(name)}") for name in names}
+
+    return Server("az", base, put, files, lambda path: ask_azurite(url, f"/bucket/{prefix}{path}", "DELETE"))
 
 
 @pytest.fixture(scope="session")
@@ -231,7 +251,6 @@ def moto_client(boto3: Any, url: str) -> Any:
 @pytest.fixture(scope="session")
 def fake_storage() -> Generator[tuple[str, dict[str, Files]]]:
     """The fake of Google's storage: its URL, and its buckets."""
-    pytest.importorskip("google.auth")
     buckets: dict[str, Files] = {"bucket": {}}
     with serving(StorageHandler, buckets) as url:
         yield url, buckets
@@ -259,20 +278,19 @@ def start_server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
             case "http":
                 url, root = request.getfixturevalue("nginx")
                 return local(kind, f"{url}/{name}", root / name)
-            case "sftp":
-                server: Sshd = request.getfixturevalue("sshd")
-                setenv(HOME=str(server.home))
-                monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-                return local(kind, f"sftp://posae-test{server.root}/{name}", server.root / name)
             case "s3":
                 url = request.getfixturevalue("moto")
                 setenv(AWS_ENDPOINT_URL=url, AWS_ACCESS_KEY_ID="made", AWS_SECRET_ACCESS_KEY="up")
-                setenv(AWS_DEFAULT_REGION="us-east-1", AWS_EC2_METADATA_DISABLED="true")
+                setenv(AWS_DEFAULT_REGION="us-east-1")
                 return in_moto(f"s3://bucket/{name}", url, f"{name}/", request)
             case "gs":
                 url, buckets = request.getfixturevalue("fake_storage")
                 setenv(STORAGE_EMULATOR_HOST=url)
                 return in_dict(kind, f"gs://bucket/{name}", buckets["bucket"], f"{name}/")
+            case "az":
+                url = request.getfixturevalue("azurite")
+                setenv(AZURE_STORAGE_USE_EMULATOR="true", AZURITE_BLOB_STORAGE_URL=url)
+                return in_azurite(f"az://bucket/{name}", url, f"{name}/")
             case "hf":
                 url, hub = request.getfixturevalue("fake_hub")
                 setenv(HF_ENDPOINT=url, HF_TOKEN=TOKEN, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
@@ -297,15 +315,17 @@ def in_moto(base: str, url: str, prefix: str, request: pytest.FixtureRequest) ->
         client.put_object(Bucket="bucket", Key=prefix + path, Body=data)
 
     def files() -> dict[str, bytes]:
-        listed = client.list_objects_v2(Bucket="bucket", Prefix=prefix).get("Contents", ())
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix=prefix)
+        names = [each["Key"] for page in pages for each in page.get("Contents", ())]
         return {
-            each["Key"].removeprefix(prefix): client.get_object(Bucket="bucket", Key=each["Key"])[
-                "Body"
-            ].read()
-            for each in listed
+            name.removeprefix(prefix): client.get_object(Bucket="bucket", Key=name)["Body"].read()
+            for name in names
         }
 
-    return Server("s3", base, put, files)
+    def remove(path: str) -> None:
+        client.delete_object(Bucket="bucket", Key=prefix + path)
+
+    return Server("s3", base, put, files, remove)
 
 
 def in_hub(base: str, hub: Hub, dataset: str) -> Server:
@@ -313,7 +333,10 @@ def in_hub(base: str, hub: Hub, dataset: str) -> Server:
         commits = hub.datasets.get(dataset)
         return {n: d for n, d in commits[-1][1].items() if n != ".gitattributes"} if commits else {}
 
-    return Server("hf", base, lambda path, data: cast(None, hub.commit(dataset, {path: data})), files)
+    def remove(path: str) -> None:
+        hub.datasets[dataset][-1][1].pop(path)
+
+    return Server("hf", base, lambda path, data: cast(None, hub.commit(dataset, {path: data})), files, remove)
 
 
 @pytest.fixture(params=KINDS)

@@ -12,10 +12,8 @@ ROOT = Path(__file__).parents[1]
 MAY_USE = {
     "store": {
         *("numpy", "zarr", "numcodecs", "pydantic", "awscrt"),
-        "httpx2",  # the web: fsspec's own HTTP reads a body of any length
-        "huggingface_hub",  # the hub's commits, revisions and token
-        *("boto3", "botocore", "urllib3"),  # S3, and the errors that boto3 lets through; an extra
-        *("google", "paramiko"),  # Google's credentials, SSH; each an extra
+        "obstore",  # the web and object storage
+        *("huggingface_hub", "httpx2"),  # the hub: its commits and token; the session that it reads with
     },
     "pipeline": {
         *("store", "numpy", "torch", "transformers", "datasets", "safetensors", "pydantic"),
@@ -34,9 +32,8 @@ ONLY_IN = {
     "sae_lens": "pipeline/saelens.py",
     "sae_bench": "pipeline/saebench.py",
     "wandb": "pipeline/trackers.py",
-    **dict.fromkeys(("boto3", "botocore", "urllib3"), "store/remote/s3.py"),
-    "google": "store/remote/gs.py",
-    "paramiko": "store/remote/sftp.py",
+    "obstore": "store/remote/objects.py",
+    "httpx2": "store/remote/hub.py",
 }
 STAGES = {
     *("harvest", "train", "evaluate", "explore", "report", "sweep", "plant", "copy", "merge"),

@@ -1,21 +1,34 @@
 """Parts of files that were fetched from a server, kept in a folder of bounded size.
 
+All lies in ``parts-v1`` below the folder that the user names, marked by a CACHEDIR.TAG. Only what has the
+form ``<32 hex digits>/<path>/<start>-<stop>`` in there is counted and removed, and no link is followed, so
+whatever else a user keeps in the folder is safe.
+
 An entry is one file, written under a temporary name and renamed, so processes may share the folder. What was
-used longest ago goes first. Nothing depends on an entry: one that is gone, cut short or changed is fetched
-again, and a disk that is full only means that nothing is kept. Costs a file of its own for each part: getting
-one is a read of a file, some 10 us and a copy.
+used longest ago is removed first. Nothing depends on an entry: one that is gone, cut short or changed is
+fetched again, and a full disk only means that nothing is kept. Getting a part is reading a file, some 10 us
+and a copy.
 """
 
 import contextlib
 import os
 import re
+import stat
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import SettingsError
+from ..threads import Renewed
 
 DEFAULT_BYTES = 50 * 10**9
+_OWN = "parts-v1"
+_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Parts of stores on servers, kept by posae.\n"
+_STORE, _ANY = re.compile("[0-9a-f]{32}"), re.compile(".*")
+_PART = re.compile(r"[0-9]+-[0-9]+|\.[a-z0-9_]{8}\.partial")
+"""A part, or one that a killed process was writing; of those that are being written none is old."""
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _LEAST_BYTES = 10**6
 _KEPT_OF_FULL = 0.9
@@ -50,30 +63,42 @@ def default_folder() -> Path:
     )
 
 
-class PartCache:
-    """A folder of parts, by name. Safe to use from many threads and processes.
+class PartCache(Renewed):
+    """Parts by name. Safe to use from many threads and processes.
 
     Attributes:
-        folder: where they lie; made when the first one is kept.
+        folder: the marked folder that they lie in; made when the first one is kept.
         limit_bytes: how much they may take.
     """
 
     def __init__(self, folder: Path | None = None, limit_bytes: int | None = None) -> None:
-        """Speak of ``folder``; by default the user's own, of 50 GB or ``$POSAE_CACHE_SIZE``.
+        """Keep parts below ``folder``; by default the user's own, of 50 GB or ``$POSAE_CACHE_SIZE``.
 
         Raises:
             SettingsError: the environment names no size.
         """
         named = os.environ.get("POSAE_CACHE_SIZE")
-        self.folder = folder or default_folder()
+        self.folder = (folder or default_folder()) / _OWN
         self.limit_bytes = limit_bytes or (parse_size(named) if named else DEFAULT_BYTES)
         self._written = self.limit_bytes  # so that the first to be kept looks
+        self._own_folders: set[Path] = set()
+        super().__init__()
+
+    def renew(self) -> None:
+        """Make the lock."""
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The same folder, for another process."""
+        return PartCache, (self.folder.parent, self.limit_bytes)
 
     def get(self, name: str) -> bytes | None:
         """The part called ``name``, or None."""
+        path = self.folder / name
         try:
-            with open(self.folder / name, "rb", buffering=0) as file:  # noqa: PTH123 (no buffer)
+            if not self._is_own(path.parent):
+                return None
+            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as file:
                 data = file.read()
                 with contextlib.suppress(OSError):
                     os.utime(file.fileno())  # used just now
@@ -86,9 +111,10 @@ class PartCache:
         path = self.folder / name
         if len(data) > self.limit_bytes // 2:
             return
-        self._make_room(len(data))
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._mark() or not self._is_own(path.parent, make=True):
+                return
+            self._make_room(len(data))
             handle, partial = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
             try:
                 with os.fdopen(handle, "wb", buffering=0) as file:
@@ -101,8 +127,36 @@ class PartCache:
 
     def forget(self, name: str) -> None:
         """Remove a part, if it is there."""
+        path = self.folder / name
         with contextlib.suppress(OSError):
-            (self.folder / name).unlink()
+            if self._is_own(path.parent) and not path.is_symlink():
+                path.unlink()
+
+    def _mark(self) -> bool:
+        """Make the marked folder, if it is missing; whether it is one of ours."""
+        tag = self.folder / "CACHEDIR.TAG"
+        if self.folder in self._own_folders:
+            return True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder.is_symlink():
+            return False
+        if {entry.name for entry in self.folder.iterdir()} <= {tag.name} and not tag.is_symlink():
+            tag.write_text(_TAG)
+        if tag.is_symlink() or not tag.is_file() or tag.read_text(errors="replace") != _TAG:
+            return False
+        self._own_folders.add(self.folder)
+        return True
+
+    def _is_own(self, folder: Path, *, make: bool = False) -> bool:
+        """Whether no link leads from the marked folder to ``folder`` within it."""
+        if folder not in self._own_folders:
+            for step in reversed([folder, *folder.parents][: len(folder.parts) - len(self.folder.parts) + 1]):
+                if make:
+                    step.mkdir(exist_ok=True)
+                if not stat.S_ISDIR(step.lstat().st_mode):
+                    return False
+            self._own_folders.add(folder)
+        return True
 
     def _make_room(self, n_bytes: int) -> None:
         with self._lock:
@@ -114,23 +168,29 @@ class PartCache:
 
     def _remove_oldest(self, limit_bytes: int) -> None:
         """Where parts take more than ``limit_bytes``, remove those used longest ago, and a few more."""
-        entries: list[tuple[float, int, str]] = []
-        waiting = [str(self.folder)]
-        while waiting:
-            with contextlib.suppress(OSError), os.scandir(waiting.pop()) as found:
-                for entry in found:
-                    with contextlib.suppress(OSError):
-                        if entry.is_dir(follow_symlinks=False):
-                            waiting.append(entry.path)
-                        else:
-                            there = entry.stat(follow_symlinks=False)
-                            entries.append((there.st_mtime, there.st_size, entry.path))
+        entries = sorted(self._entries())
         total = sum(size for _, size, _ in entries)
         if total <= limit_bytes:
             return
-        for _, size, path in sorted(entries):
+        for _, size, path in entries:
             with contextlib.suppress(OSError):
                 os.unlink(path)  # noqa: PTH108 (a name, not a path)
             total -= size
             if total <= _KEPT_OF_FULL * limit_bytes:
                 return
+
+    def _entries(self) -> Iterator[tuple[float, int, str]]:
+        """Every part: when it was used, its bytes, its path."""
+        waiting = [(str(self.folder), _STORE)]
+        while waiting:
+            folder, names = waiting.pop()
+            with contextlib.suppress(OSError), os.scandir(folder) as present:
+                for entry in present:
+                    with contextlib.suppress(OSError):
+                        if entry.is_dir(follow_symlinks=False):
+                            if names.fullmatch(entry.name):
+                                waiting.append((entry.path, _ANY))
+                            continue
+                        found = entry.stat(follow_symlinks=False)
+                        if names is _ANY and _PART.fullmatch(entry.name) and stat.S_ISREG(found.st_mode):
+                            yield found.st_mtime, found.st_size, entry.path

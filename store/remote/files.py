@@ -1,30 +1,39 @@
 """The files of a sealed store on a server, as readers ask for them.
 
 What the seal says is known before anything is asked for: which files there are, and how long. Files up to
-2 MiB are fetched whole, others part by part: the index, then one chunk at a time. Whoever reads many chunks
-hides the latency by reading in many threads. Every part is kept in a cache under the store's identity.
-Metadata is checked against the seal, chunks by their own checksums; what does not hold is fetched once more.
+2 MiB are fetched whole, others part by part: the index, then chunks, neighbours with one request. Whoever
+reads many chunks hides the latency by reading in many threads. Every part is kept in a cache under the
+store's identity. Metadata is checked against the seal, chunks by their own checksums; what does not hold is
+fetched once more.
 """
 
 import hashlib
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from ..errors import StoreDamagedError, StoreIncompleteError, StoreNotFoundError
 from ..files import StoreFiles
-from ..seal import CARD_PATH, MAX_SEAL_BYTES, ROOT_PATH, SEAL_PATH, SealedFile, parse_seal
+from ..readable import WHOLE_BYTES
+from ..seal import (
+    CARD_PATH,
+    MAX_METADATA_BYTES,
+    MAX_SEAL_BYTES,
+    ROOT_PATH,
+    SEAL_PATH,
+    Seal,
+    SealedFile,
+    parse_seal,
+)
+from ..threads import SharedWork
 from .cache import PartCache
 from .folder import RemoteFolder
 
 READING_THREADS = 32
-"""Parts that are asked for at once: at 50 ms to a request, 640 of them a second."""
-
-_WHOLE_BYTES = 2**21
-_PIECE_BYTES = 2**22
-_PIECES_AHEAD = 3
+"""Requests that are under way at once: at 50 ms to each, 640 of them a second. More cost CPU time."""
 
 
 class RemoteFiles:
@@ -32,24 +41,30 @@ class RemoteFiles:
 
     Attributes:
         folder: the server's.
-        seal: as it was when the store was opened.
+        cache: where parts are kept.
     """
 
+    has_latency = True
+
     def __init__(self, folder: RemoteFolder, cache: PartCache) -> None:
-        """Fetch the seal.
+        """Fetch the seal and the root's metadata, at once.
 
         Raises:
             StoreNotFoundError: there is no store.
             StoreIncompleteError: a store that is not sealed.
-            StoreFormatError: something else is there.
             StoreRemoteError: the server refused, or does not answer.
         """
-        self.folder = folder
-        self._cache = cache
+        self.folder, self.cache = folder, cache
+        self._fetching = SharedWork[bytes]()
+        with ThreadPoolExecutor(2, thread_name_prefix="posae-fetch") as pool:
+            seal, root = (
+                pool.submit(folder.read_small, path, limit_bytes)
+                for path, limit_bytes in ((SEAL_PATH, MAX_SEAL_BYTES), (ROOT_PATH, MAX_METADATA_BYTES))
+            )
         try:
-            self._seal_bytes = folder.read_small(SEAL_PATH, MAX_SEAL_BYTES)
+            self._first = {SEAL_PATH: seal.result()}
         except FileNotFoundError:
-            if folder.size_bytes(ROOT_PATH) is None:
+            if isinstance(root.exception(), FileNotFoundError):
                 raise StoreNotFoundError(
                     f"there is no store at {folder.url}; check the address: a store's folder holds seal.json"
                 ) from None
@@ -57,19 +72,30 @@ class RemoteFiles:
                 f"{folder.url} is an unfinished store, which may change while it is read; finish the "
                 "harvest, and publish it again: posae copy"
             ) from None
-        self.seal = parse_seal(self._seal_bytes)
-        self._name = self.seal.identity[:32]
+        try:
+            self._first[ROOT_PATH] = root.result()
+        except FileNotFoundError:
+            raise StoreDamagedError("the file is missing on the server", array=ROOT_PATH) from None
+
+    @cached_property
+    def seal(self) -> Seal:
+        """As it was when the store was opened.
+
+        Raises:
+            StoreFormatError: something else is there.
+        """
+        return parse_seal(self._first[SEAL_PATH])
 
     @property
     def root(self) -> str:
         """The URL, as it may be shown."""
         return self.folder.url
 
-    def _entry(self, path: str) -> SealedFile:
+    def _size(self, path: str) -> int:
         entry = self.seal.files.get(path)
         if entry is None:
             raise FileNotFoundError(path)
-        return entry
+        return entry.n_bytes
 
     def read(self, path: str, limit_bytes: int) -> bytes:
         """The bytes of a small file, those that were sealed; of the card, which is not, those that are there.
@@ -79,47 +105,28 @@ class RemoteFiles:
             StoreDamagedError: longer than ``limit_bytes``, missing, or not what was sealed.
             StoreRemoteError: the server refused, or does not answer.
         """
-        if path == SEAL_PATH:
-            return self._seal_bytes
+        if path in self._first:
+            return self._first[path]
         if path == CARD_PATH:
             return self.folder.read_small(path, limit_bytes)
-        entry = self._entry(path)
-        if entry.n_bytes > limit_bytes:
+        size = self._size(path)
+        if size > limit_bytes:
             raise StoreDamagedError(f"larger than the {limit_bytes:,} bytes allowed here", array=path)
-        data = self.part(path, 0, entry.n_bytes)
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
-            self.forget(path, 0, entry.n_bytes)
-            data = self.part(path, 0, entry.n_bytes)  # who asked checks it
+        data = self.part(path, 0, size)
+        if SealedFile(size, hashlib.sha256(data).hexdigest()) != self.seal.files[path]:
+            data = self.part(path, 0, size, anew=True)  # who asked checks it
         return data
 
-    def pieces(self, path: str) -> Iterator[bytes]:
-        """The bytes of a file of any size, 4 MiB at a time, fetched anew, the next ones ahead.
+    def pieces(self, path: str, start: int = 0) -> Iterator[bytes]:
+        """The bytes of a file from ``start`` on, fetched anew.
 
         Raises:
             FileNotFoundError: the seal does not name it, or the server lacks it.
             StoreDamagedError: of another size than was sealed.
             StoreRemoteError: the server refused, or does not answer.
         """
-        size = self._entry(path).n_bytes
-
-        def piece(start: int) -> bytes:
-            return self.folder.read(path, start, min(size, start + _PIECE_BYTES), size)
-
-        starts = range(0, size, _PIECE_BYTES)
-        if len(starts) <= 1:
-            yield from map(piece, starts)
-            return
-        with ThreadPoolExecutor(_PIECES_AHEAD, thread_name_prefix="posae-fetch") as pool:
-            coming = [pool.submit(piece, start) for start in starts[:_PIECES_AHEAD]]
-            try:
-                for number in range(len(starts)):
-                    data = coming.pop(0).result()
-                    if number + _PIECES_AHEAD < len(starts):
-                        coming.append(pool.submit(piece, starts[number + _PIECES_AHEAD]))
-                    yield data
-            finally:
-                for future in coming:
-                    future.cancel()
+        size = self._size(path)
+        return iter([self.folder.read(path, start, size, size)]) if start else self.folder.pieces(path, size)
 
     def map(self, path: str) -> "RemoteFile":
         """A file to decode chunks out of; nothing is fetched yet.
@@ -127,7 +134,7 @@ class RemoteFiles:
         Raises:
             FileNotFoundError: the seal does not name it.
         """
-        return RemoteFile(self, path, self._entry(path).n_bytes)
+        return RemoteFile(self, path, self._size(path))
 
     def size_bytes(self, path: str) -> int | None:
         """The size that was sealed; of other files none is known."""
@@ -144,8 +151,8 @@ class RemoteFiles:
 
     def walk(self) -> Iterator[str]:
         """Every file that the server lists; where it lists none, those that the seal names."""
-        listed = self.folder.walk()
-        return iter([*self.seal.files, SEAL_PATH]) if listed is None else listed
+        listed = self.folder.list_files()
+        return iter([*self.seal.files, SEAL_PATH] if listed is None else listed)
 
     def link(self, path: str, folder: int, name: str) -> bool:
         """Nothing: a file on a server has no name here."""
@@ -159,64 +166,76 @@ class RemoteFiles:
             files.write_pieces(path, self.pieces(path))
             yield files
 
-    def _part_name(self, path: str, start: int, stop: int) -> str:
-        return f"{self._name}/{path}/{start}-{stop}"
+    def _name(self, path: str, start: int, stop: int) -> str:
+        return f"{self.seal.identity[:32]}/{path}/{start}-{stop}"
 
-    def part(self, path: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a file, from the cache or the server.
+    def _kept(self, path: str, start: int, stop: int) -> bytes | None:
+        data = self.cache.get(self._name(path, start, stop))
+        return data if data is not None and len(data) == stop - start else None
+
+    def _fetched(self, path: str, start: int, stop: int) -> bytes:
+        try:
+            return self.folder.read(path, start, stop, self._size(path))
+        except FileNotFoundError:
+            raise StoreDamagedError("the file is missing on the server", array=path) from None
+
+    def part(self, path: str, start: int, stop: int, *, anew: bool = False) -> bytes:
+        """Bytes [start, stop) of a file, from the cache or the server; threads that want the same ask once.
 
         Raises:
             StoreDamagedError: the file is missing, or has another size than was sealed.
             StoreRemoteError: the server refused, or does not answer.
         """
-        size = self._entry(path).n_bytes
-        if start == stop:
-            return b""
-        if size <= _WHOLE_BYTES and (start, stop) != (0, size):
-            return self.part(path, 0, size)[start:stop]
-        name = self._part_name(path, start, stop)
-        data = self._cache.get(name)
-        if data is None or len(data) != stop - start:
-            try:
-                data = self.folder.read(path, start, stop, size)
-            except FileNotFoundError:
-                raise StoreDamagedError("the file is missing on the server", array=path) from None
-            self._cache.put(name, data)
-        return data
 
-    def forget(self, path: str, start: int, stop: int) -> None:
-        """Fetch a part anew the next time."""
-        size = self._entry(path).n_bytes
-        if size <= _WHOLE_BYTES:
-            start, stop = 0, size
-        self._cache.forget(self._part_name(path, start, stop))
+        def work() -> bytes:
+            data = None if anew else self._kept(path, start, stop)
+            if data is None:
+                data = self._fetched(path, start, stop)
+                self.cache.put(self._name(path, start, stop), data)
+            return data
+
+        return self._fetching.do((path, start, stop, anew), work) if start < stop else b""
+
+    def parts(
+        self, path: str, edges: Sequence[int], wanted: Sequence[int], *, anew: bool
+    ) -> Sequence[memoryview]:
+        """See ``ShardFile.parts``: from the cache, or with one request, of which every part is kept."""
+        if len(wanted) == 1:
+            start, stop = edges[wanted[0]], edges[wanted[0] + 1]
+            return [memoryview(self.part(path, start, stop, anew=anew))]
+        found = {part: None if anew else self._kept(path, edges[part], edges[part + 1]) for part in wanted}
+        missing = [part for part, data in found.items() if data is None]
+        if missing:
+            start = edges[missing[0]]
+            data = self._fetched(path, start, edges[missing[-1] + 1])
+            for part in range(missing[0], missing[-1] + 1):
+                if found.get(part) is None:
+                    found[part] = data[edges[part] - start : edges[part + 1] - start]
+                    self.cache.put(self._name(path, edges[part], edges[part + 1]), found[part] or b"")
+        return [memoryview(found[part] or b"") for part in wanted]
 
 
 class RemoteFile:
     """A shard on a server."""
 
-    is_cut_short = False  # a part is all there, or an error
-    stays = False
-
     def __init__(self, files: RemoteFiles, path: str, n_bytes: int) -> None:
-        """Speak of the file at ``path``."""
+        """Name the file at ``path``."""
         self._files, self._path, self._n_bytes = files, path, n_bytes
+        self._held: memoryview | None = None  # a small file, from when its index is read to its first chunk
 
     def __len__(self) -> int:
         """Bytes that were sealed."""
         return self._n_bytes
 
-    def part(self, start: int, stop: int) -> memoryview:
-        """Bytes [start, stop), fetched if need be."""
-        return memoryview(self._files.part(self._path, start, stop))
-
-    def will_need(self, start: int, stop: int) -> None:
-        """Nothing: whoever wants many parts asks for them in many threads."""
-
-    def let_go(self) -> None:
-        """Nothing is held."""
-
-    def forget(self, start: int, stop: int) -> bool:
-        """Fetch a part anew: the cache's file, or the way here, may have changed it."""
-        self._files.forget(self._path, start, stop)
-        return True
+    def parts(
+        self, edges: Sequence[int], wanted: Sequence[int], *, anew: bool = False
+    ) -> Sequence[memoryview]:
+        """The parts, fetched if need be."""
+        if self._n_bytes > WHOLE_BYTES:
+            return self._files.parts(self._path, edges, wanted, anew=anew)
+        whole, self._held = self._held, None
+        if whole is None or anew:
+            whole = memoryview(self._files.part(self._path, 0, self._n_bytes, anew=anew))
+        if edges[-1] == self._n_bytes:
+            self._held = whole
+        return [whole[edges[part] : edges[part + 1]] for part in wanted]

@@ -1,24 +1,32 @@
 """A store's folder on a server: what reading, copying and publishing need of it.
 
-One class for each kind of server (``http.py``, ``s3.py``, ``gs.py``, ``sftp.py``, ``hub.py``), picked by
-the URL (``servers.py``). They move bytes and nothing else: what a file must hold is the seal's to say,
-and the caller checks it. All try again what may pass (a connection cut, a server that is busy;
-``retries.py``), and show no credentials in anything they say.
+Two kinds: ``objects.py`` (the web, S3, Google's and Azure's storage) and ``hub.py`` (the Hugging Face hub).
+They move bytes and nothing else: what a file must hold is in the seal, and the caller checks it. Both retry
+what may pass (``retries.py``), and show no credentials in any message.
 """
 
-import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 from urllib.parse import urlsplit, urlunsplit
 
-from ..errors import StoreDamagedError, StoreRemoteError
+from ..errors import StoreRemoteError
 
-SCHEMES = {"http": None, "https": None, "s3": "s3", "gs": "gs", "sftp": "sftp", "hf": None}
-"""What a URL may begin with, and the extra of posae that brings what it needs; None: posae itself."""
+SCHEMES = ("http", "https", "hf", "s3", "gs", "az")
+"""What a URL may begin with."""
 
-PIECE_BYTES = 1 << 24
-"""What is held in memory of a file that is written or read back."""
+
+class WholeFilesOnlyError(StoreRemoteError):
+    """The server cannot send a part of a file."""
+
+
+class ListedFile(NamedTuple):
+    """A file as a server lists it."""
+
+    n_bytes: int
+
+    digest: str | None
+    """One of ``RemoteFolder.digests`` of its bytes, or of no meaning (some services, some files)."""
 
 
 class RemoteFolder(Protocol):
@@ -31,7 +39,7 @@ class RemoteFolder(Protocol):
     url: str
 
     def read(self, path: str, start: int, stop: int, of: int) -> bytes:
-        """Bytes [start, stop) of a file; never more, never fewer.
+        """Bytes [start, stop) of a file; never more, never fewer. One request.
 
         Args:
             path: the file.
@@ -42,7 +50,22 @@ class RemoteFolder(Protocol):
         Raises:
             FileNotFoundError: no such file.
             StoreDamagedError: the file has another size, so it is not what was sealed.
-            StoreRemoteError: the server refused, did not answer, or sent something else; tried again in vain.
+            WholeFilesOnlyError: a part was asked for, and the server sends whole files only.
+            StoreRemoteError: the server refused, did not answer, or sent something else; retried in vain.
+        """
+        ...
+
+    def pieces(self, path: str, of: int) -> Iterator[bytes]:
+        """The whole of a file of any size, in pieces. One request, and one more each time it is cut.
+
+        Args:
+            path: the file.
+            of: how many bytes it must have; no more are received.
+
+        Raises:
+            FileNotFoundError: no such file.
+            StoreDamagedError: the file has another size.
+            StoreRemoteError: as for ``read``.
         """
         ...
 
@@ -64,27 +87,29 @@ class RemoteFolder(Protocol):
         """
         ...
 
-    def walk(self) -> Iterator[str] | None:
-        """Every file below the folder; None where the server does not say (the web).
+    def list_files(self) -> dict[str, ListedFile] | None:
+        """Every file below the folder; None where the server does not list (the web).
 
         Raises:
             StoreRemoteError: as for ``read``, or a path that leads out of the folder.
         """
         ...
 
-    def write(self, path: str, source: Path | bytes, *, only_new: bool = False) -> None:
-        """Put a file there, whole or not at all, in place of what may be there; return when it has arrived.
+    def digests(self, source: Path) -> set[str]:
+        """The digests under which the service may list the bytes of a local file; empty if it lists none."""
+        ...
 
-        It has arrived when the service has checked a checksum of ours, or else when it was read back and is
-        the same.
+    def write(self, path: str, source: Path | bytes, *, only_new: bool = False) -> None:
+        """Write a file, whole or not at all, in place of what may be there.
 
         Args:
             path: the file.
             source: a file on this machine, or the bytes.
-            only_new: leave what is there, and raise FileExistsError; exact where the service can do it.
+            only_new: leave what is there, and raise FileExistsError. Exact for small files; for files of
+                more than 64 MiB in object storage, what another process writes meanwhile is replaced.
 
         Raises:
-            FileExistsError: ``only_new``, and something is there.
+            FileExistsError: ``only_new``, and something is there (it may be what an earlier try wrote).
             StoreRemoteError: the server refused (the web always does), no credentials, no space.
         """
         ...
@@ -92,21 +117,21 @@ class RemoteFolder(Protocol):
 
 @runtime_checkable
 class TakesMany(RemoteFolder, Protocol):
-    """A folder where each write is an entry of a history: many files at once are better there."""
+    """A folder where each write is a commit in a history: many files at once are better there."""
 
     def commit(self, files: Mapping[str, Path | bytes], *, only_new: bool = False) -> None:
-        """Put several files there, all or none; else as ``write``."""
+        """Write several files, all or none; else as ``write``."""
         ...
 
 
 def is_url(place: str | Path) -> bool:
-    """Whether ``place`` is on a server.
+    """Whether ``place`` is a URL, of whatever scheme.
 
     >>> is_url("s3://bucket/pile.zarr"), is_url("data/pile.zarr"), is_url("C:/pile.zarr")
     (True, False, False)
     """
     scheme, separator, _ = str(place).partition("://")
-    return bool(separator) and scheme.lower() in SCHEMES
+    return bool(separator) and scheme.isalnum()
 
 
 def shown(url: str) -> str:
@@ -122,7 +147,7 @@ def shown(url: str) -> str:
 
 
 def inside(path: str, folder: str) -> str:
-    """``path``, where it names a file inside the folder; what a stranger lists or seals need not.
+    """``path``, if it names a file inside the folder; a stranger's listing or seal may not.
 
     Args:
         path: with ``/``.
@@ -137,44 +162,3 @@ def inside(path: str, folder: str) -> str:
     if "\\" in path or not path.isprintable() or not {"", ".", ".."}.isdisjoint(path.split("/")):
         raise StoreRemoteError(f"{folder}: names {path!r}, which is no file inside the folder; do not use it")
     return path
-
-
-def changed(path: str, n_bytes: int | None, of: int) -> StoreDamagedError:
-    """The error for a file that has ``n_bytes`` on the server (None: more) and should have ``of``."""
-    has = f"more than {of:,} bytes" if n_bytes is None else f"{n_bytes:,} bytes, not {of:,}"
-    return StoreDamagedError(
-        f"it changed on the server, where it has {has}",
-        array=path,
-        remedy="open the store again, or take another copy of it",
-    )
-
-
-def too_large(path: str, limit_bytes: int) -> StoreDamagedError:
-    """The error for a small file that is not small."""
-    return StoreDamagedError(f"larger than the {limit_bytes:,} bytes allowed here", array=path)
-
-
-def opened(source: Path | bytes) -> BinaryIO:
-    """What is to be written, as a file at its beginning."""
-    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
-
-
-def same(folder: RemoteFolder, path: str, source: Path | bytes) -> bool:
-    """Whether a file there is byte for byte ``source``; reads it back, 16 MiB at a time.
-
-    Raises:
-        StoreRemoteError: as for ``RemoteFolder.read``.
-    """
-    with opened(source) as file:
-        n_bytes = file.seek(0, io.SEEK_END)
-        if folder.size_bytes(path) != n_bytes:
-            return False
-        file.seek(0)
-        try:
-            for start in range(0, n_bytes, PIECE_BYTES):
-                stop = min(start + PIECE_BYTES, n_bytes)
-                if folder.read(path, start, stop, n_bytes) != file.read(stop - start):
-                    return False
-        except (FileNotFoundError, StoreDamagedError):
-            return False
-    return True

@@ -1,24 +1,28 @@
 """A whole sealed store published to a server.
 
-Files are sent as they are, several at once, each checked against the seal first; the seal comes last. Nothing
-that someone else put there is ever overwritten, but for a seal whose files are all in the new one.
+Nothing is believed but what the server lists now: each file is there with the size and the digest that were
+sealed, or it is written; the listing is read once more, and the seal is written last. Nothing that somebody
+else put there is overwritten, except a seal whose files are all in the new one.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from threading import Lock
 
 from ..card import MAX_CARD_BYTES, card, is_ours, read_card
-from ..errors import StoreDamagedError, StoreMismatchError, StoreWriteError
-from ..files import StoreFiles
+from ..errors import (
+    StoreDamagedError,
+    StoreFormatError,
+    StoreMismatchError,
+    StoreRemoteError,
+    StoreWriteError,
+)
 from ..reader import ActivationStore
 from ..seal import CARD_PATH, MAX_SEAL_BYTES, ROOT_PATH, SEAL_PATH, Seal, SealedFile, parse_seal
-from ..transfer import Moved, bytes_to_move, checked_pieces, each, holds, nobody, seal_of
-from .cache import default_folder
-from .folder import RemoteFolder, TakesMany, same
+from ..transfer import Moved, checked_pieces, each, holds, nobody, seal_of
+from .folder import ListedFile, RemoteFolder, TakesMany
 
 _MOST_TOGETHER, _MOST_BYTES_TOGETHER = 100, 4 * 10**9
 _MOST_IN_A_FOLDER = 10_000
@@ -32,15 +36,17 @@ def publish(store: ActivationStore, folder: RemoteFolder, moved: Moved) -> int:
     Args:
         store: opened, on this machine or on a server.
         folder: where it is to lie.
-        moved: told of the bytes, those that had arrived before too.
+        moved: called with the number of bytes that arrived, those that were there before too.
 
     Returns:
-        How many files were sent this time; 0 where it was whole before.
+        How many files were written this time; 0 where it was whole before.
 
     Raises:
+        StoreFormatError: the folder holds something else.
         StoreMismatchError: another store is there, or someone else publishes one there.
         StoreDamagedError: a file of the source is missing, or not what was sealed.
         StoreRemoteError: a server refused, or does not answer.
+        StoreWriteError: the place cannot take so many or so large files.
     """
     seal = seal_of(store)
     _check_limits(seal, folder.url)
@@ -48,109 +54,140 @@ def publish(store: ActivationStore, folder: RemoteFolder, moved: Moved) -> int:
         old = parse_seal(folder.read_small(SEAL_PATH, MAX_SEAL_BYTES))
     except FileNotFoundError:
         old = None
-    if old is not None and holds(old, seal, folder.url):
-        moved(bytes_to_move(store))
-        if old.identity == seal.identity:  # else it has grown since, and its card tells of more
-            _send_card(store, folder)
-        return 0
-    journal = _Journal(seal.identity, folder.url)
+    was_sealed = old is not None and holds(old, seal, folder.url)
+    listed = _listed(folder)
+    if old is None:
+        _check_not_foreign(seal, listed, folder.url)
 
-    def send(path: str) -> bool:
-        return _send(store, folder, path, seal.files[path], moved, old, journal)
+    sealed = listed.keys() & (old.files.keys() if old else set())
+    rest = [path for path in seal.files if path not in sealed]
+    for path in seal.files.keys() & sealed:
+        _check_listed(folder, path, listed[path], seal.files[path])
+        moved(seal.files[path].n_bytes)
 
-    n_sent = int(send(ROOT_PATH))
-    together: set[str] = set()
+    def send(paths: list[str]) -> int:
+        return _send(store, folder, paths, listed, moved)
+
+    # First the root, which says whose store this is.
+    n_sent = send([ROOT_PATH]) if ROOT_PATH in rest else 0
+    rest = [path for path in rest if path != ROOT_PATH]
     if isinstance(folder, TakesMany):
-        together = _send_together(store, folder, _batches(seal, journal, old), moved, journal)
-    rest = [path for path in seal.files if path != ROOT_PATH and path not in together]
-    n_sent += len(together) + each(send, rest)
-    _send_seal(store, folder, old)
-    _send_card(store, folder)
-    journal.remove()
-    return n_sent + 1
+        n_sent += sum(send(batch) for batch in _batches(seal, rest))
+    else:
+        n_sent += each(lambda path: bool(send([path])), rest)
+    if rest:
+        _check_arrived(seal, folder)
+    if not was_sealed:
+        _send_seal(store, folder, old)
+        n_sent += 1
+    if not was_sealed or (old and old.identity == seal.identity):  # else it has grown, and its card has more
+        _send_card(store, folder)
+    return n_sent
 
 
-def _batches(seal: Seal, journal: "_Journal", old: Seal | None) -> Iterator[list[str]]:
+def _listed(folder: RemoteFolder) -> dict[str, ListedFile]:
+    return folder.list_files() or {}
+
+
+def _check_not_foreign(seal: Seal, listed: Mapping[str, object], url: str) -> None:
+    """Refuse a folder of something else; what a dataset of the hub may have from its beginning is allowed."""
+    foreign = listed.keys() - seal.files.keys() - {CARD_PATH, ".gitattributes"}
+    if foreign and ROOT_PATH not in listed:
+        raise StoreFormatError(
+            f"{url} is not empty and holds no store, but {min(foreign)!r}; name another folder"
+        )
+
+
+def _check_listed(folder: RemoteFolder, path: str, listed: ListedFile, entry: SealedFile) -> None:
+    """Refuse a file that cannot be what was sealed, by what the listing says."""
+    is_sha256 = len(listed.digest or "") == 64
+    if listed.n_bytes != entry.n_bytes or (is_sha256 and listed.digest != entry.sha256):
+        raise _not_ours(folder, path)
+
+
+def _not_ours(folder: RemoteFolder, path: str) -> StoreMismatchError:
+    return StoreMismatchError(
+        f"{folder.url}/{path} is there and is not of this store: someone else may be publishing there; name "
+        "another place, or remove it"
+    )
+
+
+def _batches(seal: Seal, paths: Iterable[str]) -> Iterator[list[str]]:
     """Files that are to be sent, as many together as one commit may well have."""
     batch: list[str] = []
     n_bytes = 0
-    for path, entry in seal.files.items():
-        if path == ROOT_PATH or path in journal or (old is not None and path in old.files):
-            continue
-        if batch and (len(batch) == _MOST_TOGETHER or n_bytes + entry.n_bytes > _MOST_BYTES_TOGETHER):
+    for path in paths:
+        size = seal.files[path].n_bytes
+        if batch and (len(batch) == _MOST_TOGETHER or n_bytes + size > _MOST_BYTES_TOGETHER):
             yield batch
             batch, n_bytes = [], 0
         batch.append(path)
-        n_bytes += entry.n_bytes
+        n_bytes += size
     if batch:
         yield batch
-
-
-def _send_together(
-    store: ActivationStore,
-    folder: TakesMany,
-    batches: Iterable[list[str]],
-    moved: Moved,
-    journal: "_Journal",
-) -> set[str]:
-    """Send files in few commits; those that were sent. Where one is there already, its batch is not."""
-    seal = seal_of(store)
-    sent: set[str] = set()
-    for batch in batches:
-        with ExitStack() as open_files:
-            sources: dict[str, Path | bytes] = {}
-            for path in batch:
-                files = open_files.enter_context(_local(store, path))
-                for _ in checked_pieces(store, path, seal.files[path], nobody, files):
-                    pass
-                sources[path] = files.root / path
-            try:
-                folder.commit(sources, only_new=True)
-            except FileExistsError:
-                continue
-        for path in batch:
-            journal.add(path)
-            sent.add(path)
-            moved(seal.files[path].n_bytes)
-    return sent
 
 
 def _send(
     store: ActivationStore,
     folder: RemoteFolder,
-    path: str,
-    entry: SealedFile,
+    paths: list[str],
+    listed: Mapping[str, ListedFile],
     moved: Moved,
-    old: Seal | None,
-    journal: "_Journal",
-) -> bool:
-    """Send one file, unless it is there; whether it was sent."""
-    sent = False
-    if not (path in journal or (old is not None and path in old.files)):
-        with _local(store, path) as files:
-            for _ in checked_pieces(store, path, entry, nobody, files):
-                pass
-            try:
-                folder.write(path, files.root / path, only_new=True)
-                sent = True
-            except FileExistsError:
-                if not same(folder, path, files.root / path):
-                    raise StoreMismatchError(
-                        f"{folder.url}/{path} is there and is not of this store: someone else may be "
-                        "publishing there; name another place, or remove it"
-                    ) from None
-        journal.add(path)
-    moved(entry.n_bytes)
-    return sent
+) -> int:
+    """Send files, together where they are several, unless they are there; how many were sent."""
+    seal = seal_of(store)
+    missing: dict[str, Path | bytes] = {}
+    with ExitStack() as open_files:
+        for path in paths:
+            source = open_files.enter_context(_checked(store, path, seal.files[path]))
+            if path not in listed:
+                missing[path] = source
+                continue
+            _check_listed(folder, path, listed[path], seal.files[path])
+            if listed[path].digest not in folder.digests(source):
+                _check_read_back(folder, path, seal.files[path])
+        try:
+            if isinstance(folder, TakesMany) and missing:
+                folder.commit(missing, only_new=True)
+            elif missing:
+                folder.write(paths[0], missing[paths[0]], only_new=True)
+        except FileExistsError:
+            # Written since the listing: by a try whose answer was lost, or by somebody else.
+            now = _listed(folder)
+            if not missing.keys() & now.keys():
+                raise StoreRemoteError(f"{folder.url} does not list what is there; try again later") from None
+            return _send(store, folder, paths, now, moved)
+    for path in paths:
+        moved(seal.files[path].n_bytes)
+    return len(missing)
 
 
 @contextmanager
-def _local(store: ActivationStore, path: str) -> Generator[StoreFiles]:
+def _checked(store: ActivationStore, path: str, entry: SealedFile) -> Generator[Path]:
+    """A file of the source on this machine, the one that was sealed."""
     try:
         with store.files.local(path) as files:
-            yield files
+            for _ in checked_pieces(store, path, entry, nobody, files):
+                pass
+            yield files.root / path
     except FileNotFoundError:
         raise StoreDamagedError(f"the file is missing in {store.root}", array=path) from None
+
+
+def _check_read_back(folder: RemoteFolder, path: str, entry: SealedFile) -> None:
+    digest = hashlib.sha256()
+    for piece in folder.pieces(path, entry.n_bytes):
+        digest.update(piece)
+    if digest.hexdigest() != entry.sha256:
+        raise _not_ours(folder, path)
+
+
+def _check_arrived(seal: Seal, folder: RemoteFolder) -> None:
+    listed = _listed(folder)
+    for path, entry in seal.files.items():
+        if path not in listed:
+            raise StoreRemoteError(f"{folder.url}/{path} was written and is gone; run the same command again")
+        _check_listed(folder, path, listed[path], entry)
 
 
 def _send_seal(store: ActivationStore, folder: RemoteFolder, old: Seal | None) -> None:
@@ -170,68 +207,30 @@ def _send_card(store: ActivationStore, folder: RemoteFolder) -> None:
     try:
         folder.write(CARD_PATH, data, only_new=True)
     except FileExistsError:
-        there = folder.read_small(CARD_PATH, MAX_CARD_BYTES)
-        if there != data and is_ours(there):
+        present = folder.read_small(CARD_PATH, MAX_CARD_BYTES)
+        if present != data and is_ours(present):
             folder.write(CARD_PATH, data)
 
 
 def _check_limits(seal: Seal, url: str) -> None:
-    """Say before anything is sent what the place cannot take.
+    """Refuse before anything is sent what the hub cannot take.
 
     Raises:
         StoreWriteError: too many files, or too large ones.
     """
+    if not url.startswith("hf:"):
+        return
     folders = Counter(path.rpartition("/")[0] for path in seal.files)
     name, most = folders.most_common(1)[0]
+    largest = max(entry.n_bytes for entry in seal.files.values())
     problem = ""
     if most > _MOST_IN_A_FOLDER:
         problem = f"{name} would have {most:,} files, and a folder there may have {_MOST_IN_A_FOLDER:,}"
-    if url.startswith("hf:"):
-        if len(seal.files) > _MOST_ON_THE_HUB:
-            problem = (
-                f"the store has {len(seal.files):,} files, and a repository may have {_MOST_ON_THE_HUB:,}"
-            )
-        largest = max(entry.n_bytes for entry in seal.files.values())
-        if largest > _LARGEST_ON_THE_HUB:
-            problem = f"a file of {largest:,} bytes, and the Hub takes {_LARGEST_ON_THE_HUB:,}"
+    elif len(seal.files) > _MOST_ON_THE_HUB:
+        problem = f"the store has {len(seal.files):,} files, and a repository may have {_MOST_ON_THE_HUB:,}"
+    elif largest > _LARGEST_ON_THE_HUB:
+        problem = f"a file of {largest:,} bytes, and the Hub takes {_LARGEST_ON_THE_HUB:,}"
     if problem:
         raise StoreWriteError(
             f"{url} cannot take this store: {problem}; publish fewer --layers or --contexts"
         )
-
-
-class _Journal:
-    """Which files of a store this machine has sent to a place: they need not be read back to go on.
-
-    A line for each file, in the cache; a line cut short by a kill counts for nothing.
-    """
-
-    def __init__(self, identity: str, url: str) -> None:
-        """Read what an earlier process wrote."""
-        place = hashlib.sha256(url.encode()).hexdigest()
-        self._path = default_folder() / "published" / f"{identity[:16]}-{place[:16]}.txt"
-        self._lock = Lock()
-        try:
-            self._sent = set(self._path.read_text().split("\n")[:-1])
-        except (OSError, UnicodeDecodeError):
-            self._sent = set[str]()
-
-    def __contains__(self, path: str) -> bool:
-        """Whether it was sent."""
-        return path in self._sent
-
-    def add(self, path: str) -> None:
-        """Note a file that has arrived."""
-        with self._lock:
-            self._sent.add(path)
-            try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("a") as file:
-                    file.write(f"{path}\n")
-            except OSError:
-                pass  # then it is read back the next time
-
-    def remove(self) -> None:
-        """Forget it all, at the end."""
-        with self._lock:
-            self._path.unlink(missing_ok=True)

@@ -157,7 +157,8 @@ def test_a_store_of_few_things_is_told_without_plurals_and_gaps(
     text = re.sub(r'("special_tokens": )\{.*?\}', r"\1{}", corpus.read_text(), flags=re.DOTALL)
     corpus.write_text(text.replace('"documents": 9', '"documents": 1'))
     told = " ".join(posae("inspect-store", made.root).out.split())
-    assert "1 document (0 left out), contexts that repeat another: 0, special tokens: none" in told
+    assert "documents 1, 0 of them left out; 0 contexts repeat another " in told
+    assert "; training leaves them out by default documents " in told
     refused = posae("inspect-store", made.root, "--context", 300)
     assert the_error(refused.err) == "context 300 was asked for, and 9 are there"
 

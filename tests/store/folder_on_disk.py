@@ -3,12 +3,14 @@
 For what a real server would not do on demand; real servers are tried in ``test_servers.py``.
 """
 
+import hashlib
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from posae.store.errors import StoreDamagedError, StoreRemoteError
+from posae.store.remote.folder import ListedFile
 
 
 class FolderOnDisk:
@@ -18,7 +20,7 @@ class FolderOnDisk:
         asked: path, first and last byte of each read.
         spoilt: paths whose next so many reads give wrong bytes.
         refuse_after: so many writes are taken, then the server refuses.
-        before_write: called with the path before a write.
+        digests_listed: whether the listing has digests.
     """
 
     def __init__(self, root: Path, url: str = "s3://bucket/made.zarr") -> None:
@@ -27,6 +29,7 @@ class FolderOnDisk:
         self.spoilt: dict[str, int] = {}
         self.refuse_after: int | None = None
         self.written: list[str] = []
+        self.digests_listed = False
         self._lock = threading.Lock()
 
     def read(self, path: str, start: int, stop: int, of: int) -> bytes:
@@ -53,8 +56,21 @@ class FolderOnDisk:
         except FileNotFoundError:
             return None
 
-    def walk(self) -> Iterator[str] | None:
-        return (p.relative_to(self.root).as_posix() for p in sorted(self.root.rglob("*")) if p.is_file())
+    def pieces(self, path: str, of: int) -> Iterator[bytes]:
+        for start in range(0, of, 2**22):
+            yield self.read(path, start, min(of, start + 2**22), of)
+
+    def list_files(self) -> dict[str, ListedFile] | None:
+        return {
+            p.relative_to(self.root).as_posix(): ListedFile(
+                p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest() if self.digests_listed else None
+            )
+            for p in sorted(self.root.rglob("*"))
+            if p.is_file()
+        }
+
+    def digests(self, source: Path) -> set[str]:
+        return {hashlib.sha256(source.read_bytes()).hexdigest()}
 
     def write(self, path: str, source: Path | bytes, *, only_new: bool = False) -> None:
         with self._lock:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 from numpy.typing import NDArray
 
-from posae.store.codecs import CODECS, ChunkError, Codec, codec_name
+from posae.store.codecs import CODECS, ChunkError, Codec
 
 NBYTES, BLOCK, ENCODED = 4, 8, 12
 LIES: dict[str, Callable[[int], int]] = {
@@ -115,12 +115,11 @@ def test_no_payload_with_a_right_checksum_writes_outside_the_chunk(name: str) ->
 
 
 def test_a_chunk_of_another_size_is_refused() -> None:
-    for name, codec in CODECS.items():
+    for codec in CODECS.values():
         encoded = memoryview(codec.encode(small_chunk()))
         for size in (59, 61):
             with pytest.raises(ChunkError):
                 decode(codec, encoded, np.empty(size, np.uint16))
-        assert codec_name(codec) == name
 
 
 def test_a_preset_is_known_by_its_json_and_nothing_else_is() -> None:

@@ -1,12 +1,14 @@
 """Files: what a writer finds in its way is never followed, and never waited for."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import pytest
 
+from posae.store import ActivationStore
 from posae.store.errors import StoreDamagedError, StoreWriteError
 from posae.store.files import StoreFiles
 from posae.store.manifest import layer_spec
@@ -134,3 +136,17 @@ def test_a_file_may_be_as_large_as_its_limit(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         StoreFiles(tmp_path).read("b", 5)
     assert StoreFiles(tmp_path).size_bytes("b") is None
+
+
+def test_a_store_whose_files_are_links_as_hf_download_leaves_them_says_what_to_do(
+    good_store: "Made", tmp_path: Path
+) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    for number, file in enumerate(path for path in good_store.root.rglob("*") if path.is_file()):
+        link = snapshot / file.relative_to(good_store.root)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blobs / str(number))
+        link.symlink_to(blobs / str(number))
+    with pytest.raises(StoreDamagedError, match=r"a link; .*: hf download --local-dir FOLDER, or posae copy"):
+        ActivationStore.open(snapshot)

@@ -1,13 +1,17 @@
 """Reading: what is committed and nothing else, statistics that are numpy's, any number of threads."""
 
+import errno
+import gc
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -279,6 +283,29 @@ def test_threads_read_side_by_side_with_few_maps_open(
         store.array("layer_1").will_need(range(25))
         np.testing.assert_array_equal(store.array("layer_1").read_rows(rows, pool), made.activations[1][rows])
     assert n_maps(made.root) <= 3
+
+
+@pytest.mark.parametrize("error", [errno.ENODEV, errno.EINVAL])
+@pytest.mark.parametrize("codec", ["small", "raw"])
+def test_a_file_system_without_maps_is_read(
+    make_store: "MakeStore", tmp_path: Path, codec: str, error: int
+) -> None:
+    made = make_store(tmp_path / "a.zarr", n_contexts=40, shard_contexts=16, codec=codec)
+    with patch("mmap.mmap", side_effect=OSError(error, os.strerror(error))):
+        store = ActivationStore.open(made.root)
+        store.check_layer(1)
+        np.testing.assert_array_equal(store.read(1), made.activations[1])
+        np.testing.assert_array_equal(store.read(1, [33, 2], [4, 0]), made.activations[1][[33, 2]][:, [4, 0]])
+        assert verify(store).damaged == []
+        with (made.root / "layer_1/c.1.0.0").open("r+b") as file:
+            file.truncate(10)
+        with pytest.raises(StoreDamagedError, match=r"layer_1, shard 1, chunk 0: (shorter|6 bytes where)"):
+            store.read(1)
+        np.testing.assert_array_equal(store.read(1, slice(0, 16)), made.activations[1][:16])
+    n_open = len([*Path("/proc/self/fd").iterdir()])
+    del store
+    gc.collect()
+    assert len([*Path("/proc/self/fd").iterdir()]) < n_open
 
 
 def test_a_replaced_file_is_not_seen_by_an_open_reader(make_store: "MakeStore", tmp_path: Path) -> None:

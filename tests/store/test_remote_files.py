@@ -1,6 +1,9 @@
 """A store read from a server: the same values as from a folder, few requests, and a cache that is bounded."""
 
+import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,12 +27,13 @@ from posae.store.verify import verify
 from ..conftest import Made, MakeStore
 from .folder_on_disk import FolderOnDisk
 
+STORE = "0123456789abcdef" * 2
 WIDE: dict[str, Any] = {"d_model": 512, "context_length": 32, "n_contexts": 136, "shard_contexts": 128}
 """Shards above 2 MiB, of which only parts are fetched."""
 
 
 def opened(folder: FolderOnDisk, cache: PartCache, check: bool = True) -> ActivationStore:
-    with patch("posae.store.reader.open_remote", return_value=folder):
+    with patch("posae.store.opening.open_remote", return_value=folder):
         return ActivationStore.open(folder.url, cache) if check else ActivationStore(folder.url, cache)
 
 
@@ -131,6 +135,78 @@ def test_a_server_that_does_not_answer_is_no_damage(wide: Made, cache: PartCache
         verify(store)
 
 
+def test_checking_a_layer_asks_the_server_for_nothing(wide: Made, cache: PartCache) -> None:
+    folder = FolderOnDisk(wide.root)
+    store = opened(folder, cache)
+    folder.asked.clear()
+    store.check_layer(3)
+    assert not folder.asked
+    # The index is checked when its shard is first read.
+    path = wide.root / "layer_3/c.0.0.0"
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreDamagedError, match="layer_3, shard 0: the checksum of its index does not hold"):
+        store.read(3)
+
+
+def test_a_seal_that_leaves_out_a_shard_is_refused_before_a_training(wide: Made, cache: PartCache) -> None:
+    seal = json.loads((wide.root / "seal.json").read_text())
+    del seal["files"]["layer_3/c.1.0.0"]
+    (wide.root / "seal.json").write_text(json.dumps(seal, sort_keys=True, separators=(",", ":")))
+    with pytest.raises(StoreDamagedError, match="layer_3, shard 1: the seal does not name its file"):
+        opened(FolderOnDisk(wide.root), cache).check_layer(3)
+
+
+def test_shards_are_opened_side_by_side_and_each_once(
+    make_store: MakeStore, tmp_path: Path, cache: PartCache
+) -> None:
+    made = make_store(tmp_path / "a.zarr", n_contexts=136, d_model=512, context_length=32, shard_contexts=8)
+    folder = FolderOnDisk(made.root)
+    store = opened(folder, cache)
+    folder.asked.clear()
+    together = threading.Barrier(17, timeout=20)  # where one waits for another, this breaks
+    read = folder.read
+
+    def wait_for_all(path: str, start: int, stop: int, of: int) -> bytes:
+        together.wait()
+        return read(path, start, stop, of)
+
+    with patch.object(folder, "read", wait_for_all), ThreadPoolExecutor(4) as pool:
+        found = [reading.result() for reading in [pool.submit(store.read, 1) for _ in range(4)]]
+    assert all((values == made.activations[1]).all() for values in found)
+    assert sorted(path for path, _, _ in folder.asked) == sorted(f"layer_1/c.{n}.0.0" for n in range(17))
+
+
+def test_neighbours_come_with_one_request_and_what_lies_between_is_kept(wide: Made, cache: PartCache) -> None:
+    folder = FolderOnDisk(wide.root)
+    store = opened(folder, cache)
+    store.array("layer_3").check_index(0)
+    folder.asked.clear()
+    rows = np.concatenate([np.arange(8 * chunk, 8 * chunk + 8) for chunk in (2, 3, 5, 12)])
+    assert (store.read(3, rows) == wide.activations[3][rows]).all()
+    size = (wide.root / "layer_3/c.0.0.0").stat().st_size / 16
+    assert sorted(round((stop - start) / size) for _, start, stop in folder.asked) == [1, 4]
+    folder.asked.clear()
+    assert (store.read(3, slice(32, 40)) == wide.activations[3][32:40]).all()
+    assert not folder.asked
+    assert (store.read(3) == wide.activations[3]).all()
+
+
+def test_verifying_leaves_nothing_on_this_machine(wide: Made, cache: PartCache) -> None:
+    folder = FolderOnDisk(wide.root)
+    store = opened(folder, cache)
+    kept = [path for path in cache.folder.rglob("*/c.*") if path.is_dir()]
+    folder.asked.clear()
+    with patch("tempfile.mkdtemp", side_effect=AssertionError):
+        found = verify(store)
+    assert not found.damaged
+    assert [path for path in cache.folder.rglob("*/c.*") if path.is_dir()] == kept
+    # Each byte once, of the long shards the index before, and metadata as it is parsed.
+    asked = sum(stop - start for _, start, stop in folder.asked)
+    assert found.n_bytes <= asked < 1.02 * found.n_bytes
+
+
 @given(
     sizes=st.lists(st.integers(0, 400_000), min_size=1, max_size=30),
     limit=st.integers(1_000_000, 3_000_000),
@@ -142,33 +218,88 @@ def test_the_cache_stays_below_its_limit(
     two = [PartCache(folder, limit), PartCache(folder, limit)]
     for number, size in enumerate(sizes):
         data = number.to_bytes(1, "little") * size
-        two[number % 2].put(f"store/{number}", data)
-        kept = two[0].get(f"store/{number}")
+        name = f"{STORE}/layer_1/c.0/0-{number}"
+        two[number % 2].put(name, data)
+        kept = two[0].get(name)
         assert kept == data
-        total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        total = sum(file.stat().st_size for file in folder.rglob("0-*") if file.is_file())
         # Each of the two may have written its sixteenth since it looked.
         assert total <= limit * (1 + 1 / 16)
-    assert two[0].get("store/never") is None
+    assert two[0].get(f"{STORE}/never/0-1") is None
 
 
 def test_what_was_used_last_is_kept(tmp_path: Path) -> None:
     cache = PartCache(tmp_path, 1_000_000)
-    cache.put("old", bytes(300_000))
-    cache.put("used", bytes(300_000))
-    for name, seconds in (("old", 1), ("used", 2)):
-        os.utime(tmp_path / name, (seconds, seconds))
-    assert cache.get("old") is not None  # and so is used again
-    cache.put("new", bytes(400_000))
-    assert [cache.get(name) is not None for name in ("old", "used", "new")] == [True, False, True]
+    old, used, new = (f"{STORE}/tokens/c.0.0/0-{number}" for number in (1, 2, 3))
+    cache.put(old, bytes(300_000))
+    cache.put(used, bytes(300_000))
+    for name, seconds in ((old, 1), (used, 2)):
+        os.utime(cache.folder / name, (seconds, seconds))
+    assert cache.get(old) is not None  # and so is used again
+    cache.put(new, bytes(400_000))
+    assert [cache.get(name) is not None for name in (old, used, new)] == [True, False, True]
+
+
+def test_a_cache_removes_nothing_but_its_own(tmp_path: Path) -> None:
+    """The user's files stay, whatever the limit, and also where their names are as ours."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    scratch = tmp_path / "scratch"
+    own = scratch / "parts-v1"
+    PartCache(scratch).put(f"{STORE}/tokens/0-10", bytes(10))
+    other = "f" * 32
+    files = ["thesis", "deep/er/0-100", f"{STORE}/tokens/0-100", f"parts-v1/{STORE}/tokens/notes.txt"]
+    files += ["parts-v1/0-100", "parts-v1/thesis/0-100", "parts-v1/README"]
+    for path in files:
+        (scratch / path).parent.mkdir(parents=True, exist_ok=True)
+        (scratch / path).write_bytes(bytes(900_000))
+        os.utime(scratch / path, (1, 1))
+    for path in ("0-100", "sub/0-100"):
+        (mine / path).parent.mkdir(exist_ok=True)
+        (mine / path).write_bytes(bytes(900_000))
+        os.utime(mine / path, (1, 1))
+    (own / STORE / "tokens/0-200").symlink_to(mine / "0-100")
+    (own / STORE / "linked").symlink_to(mine)
+    (own / other).symlink_to(mine)
+    before = {path: path.stat().st_mtime for path in [*(scratch / p for p in files), *mine.rglob("0-*")]}
+    cache = PartCache(scratch, 1_000_000)
+    for number in range(20):
+        cache.put(f"{STORE}/layer_1/0-{number + 1}", bytes(300_000))
+    for name in (f"{STORE}/tokens/0-200", f"{STORE}/linked/0-100", f"{other}/sub/0-100"):
+        cache.put(name, b"a part")
+        cache.forget(name)
+        assert cache.get(name) in (None, b"a part")
+    assert {path: path.stat().st_mtime for path in before} == before
+    assert all(path.stat().st_size == 900_000 for path in before)
+    assert (own / STORE / "linked").is_symlink()
+    kept = [path for path in (own / STORE / "layer_1").iterdir()]
+    assert 1 <= len(kept) <= 3
+    assert (own / "CACHEDIR.TAG").read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55")
+
+
+@pytest.mark.parametrize("kind", ["unmarked", "link"])
+def test_a_folder_that_only_has_the_name_of_a_cache_is_left_alone(kind: str, tmp_path: Path) -> None:
+    scratch, mine = tmp_path / "scratch", tmp_path / "mine"
+    mine.mkdir()
+    scratch.mkdir()
+    if kind == "link":
+        (scratch / "parts-v1").symlink_to(mine)
+    else:
+        mine = scratch / "parts-v1"
+    (mine / STORE).mkdir(parents=True)
+    (mine / STORE / "0-100").write_bytes(bytes(900_000))
+    cache = PartCache(scratch, 1_000_000)
+    cache.put(f"{STORE}/0-200", bytes(400_000))
+    assert [path.name for path in mine.rglob("*")] == [STORE, "0-100"]
 
 
 def test_a_cache_that_cannot_be_written_only_keeps_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     cache = PartCache(tmp_path / "file" / "cache")
-    cache.put("a", b"1")
-    assert cache.get("a") is None
-    cache.put("huge", bytes(10))
-    cache.forget("huge")
+    name = f"{STORE}/tokens/0-1"
+    cache.put(name, b"1")
+    assert cache.get(name) is None
+    cache.forget(name)
 
 
 @pytest.mark.parametrize("text", ["", "much", "5XB", "-1GB", "1kb", "1e9"])

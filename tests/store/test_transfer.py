@@ -3,8 +3,8 @@
 import os
 import shutil
 import signal
-from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 from unittest.mock import patch
@@ -54,7 +54,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def remote(folder: FolderOnDisk) -> ActivationStore:
-    with patch("posae.store.reader.open_remote", return_value=folder):
+    with patch("posae.store.opening.open_remote", return_value=folder):
         return ActivationStore.open(folder.url, PartCache())
 
 
@@ -79,7 +79,6 @@ def test_what_is_published_is_the_store_byte_for_byte(where: str, made: Made, tm
     assert (target.written[0], target.written[-2:]) == ("zarr.json", ["seal.json", CARD_PATH])
     assert moved.total == bytes_to_move(source)
     assert publish(source, target, Moved()) == 0
-    assert not (tmp_path / "cache" / "published").exists() or not tree(tmp_path / "cache" / "published")
 
 
 def copy_and_die(source: ActivationStore, target: Path, after: int) -> NoReturn:
@@ -121,30 +120,103 @@ def test_a_killed_copy_goes_on_and_moves_nothing_twice(made: Made, tmp_path: Pat
     assert not verify(ActivationStore.open(target)).damaged
 
 
-def test_a_publisher_that_was_stopped_goes_on_and_sends_nothing_twice(made: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", ["all", "half", "none"])
+def test_a_publisher_that_was_stopped_at_any_step_goes_on_from_what_is_there(
+    left: str, made: Made, tmp_path: Path
+) -> None:
+    """Whatever became of the files meanwhile, what is sealed in the end is the whole store."""
     source = ActivationStore.open(made.root)
-    target = FolderOnDisk(tmp_path / "target")
-    n_files = len(tree(made.root))
-    for limit in range(4, n_files, 7):
+    whole = tree(made.root)
+    for limit in range(1, len(whole) + 1, 4):
+        target = FolderOnDisk(tmp_path / f"target-{limit}")
+        target.digests_listed = True
         target.refuse_after = limit
-        with pytest.raises(StoreRemoteError, match="no more room"):
+        with suppress(StoreRemoteError):
             publish(source, target, Moved())
-        assert not (target.root / "seal.json").exists()
-    target.refuse_after = None
-    publish(source, target, Moved())
-    assert tree(target.root) == tree(made.root)
-    assert Counter(target.written).most_common(1)[0][1] == 1
-    assert not target.asked, "nothing that this machine sent is read back"
+        assert (target.root / "seal.json").exists() == (limit >= len(whole) - 1)
+        for number, path in enumerate(sorted(tree(target.root))):
+            if left == "none" or (left == "half" and number % 2):
+                (target.root / path).unlink()
+        target.refuse_after, target.written = None, []
+        kept = tree(target.root)
+        publish(source, target, Moved())
+        assert tree(target.root) == whole
+        assert not verify(remote(target)).damaged
+        assert sorted(target.written) == sorted(whole.keys() - kept.keys()), "nothing is sent twice"
 
 
-def test_what_others_sent_is_read_back_and_used_if_it_is_the_same(made: Made, tmp_path: Path) -> None:
+def test_a_seal_whose_files_are_missing_is_repaired(made: Made, tmp_path: Path) -> None:
     source = ActivationStore.open(made.root)
     target = FolderOnDisk(tmp_path / "target")
+    publish(source, target, Moved())
+    for path in ("zarr.json", "layer_3/c.1.0.0", "layer_3/zarr.json"):
+        (target.root / path).unlink()
+    moved = Moved()
+    assert publish(source, target, moved) == 3
+    assert moved.total == bytes_to_move(source)
+    assert tree(target.root) == tree(made.root)
+    changed = target.root / "layer_1/c.1.0.0"
+    changed.write_bytes(changed.read_bytes()[:-1])
+    with pytest.raises(StoreMismatchError, match=r"layer_1/c\.1\.0\.0 is there and is not of this store"):
+        publish(source, target, Moved())
+
+
+def test_what_is_gone_before_the_seal_is_no_sealed_store(made: Made, tmp_path: Path) -> None:
+    source = ActivationStore.open(made.root)
+    target = FolderOnDisk(tmp_path / "target")
+    write = target.write
+
+    def lose(path: str, data: Path | bytes, *, only_new: bool = False) -> None:
+        write(path, data, only_new=only_new)
+        if path == "layer_3/c.1.0.0":
+            (target.root / path).unlink()
+
+    with (
+        patch.object(target, "write", lose),
+        pytest.raises(StoreRemoteError, match=r"layer_3/c\.1\.0\.0 was written and is gone"),
+    ):
+        publish(source, target, Moved())
+    assert not (target.root / "seal.json").exists()
+
+
+def test_a_file_whose_answer_was_lost_is_seen_to_have_arrived(made: Made, tmp_path: Path) -> None:
+    source = ActivationStore.open(made.root)
+    target = FolderOnDisk(tmp_path / "target")
+    write = target.write
+
+    def lose(path: str, data: Path | bytes, *, only_new: bool = False) -> None:
+        write(path, data, only_new=only_new)
+        if path != CARD_PATH:
+            raise FileExistsError(path)
+
+    with patch.object(target, "write", lose):
+        publish(source, target, Moved())
+    assert tree(target.root) == tree(made.root)
+
+
+@pytest.mark.parametrize("digests", [True, False])
+def test_what_others_sent_is_compared_and_used_if_it_is_the_same(
+    digests: bool, made: Made, tmp_path: Path
+) -> None:
+    source = ActivationStore.open(made.root)
+    target = FolderOnDisk(tmp_path / "target")
+    target.digests_listed = digests
     shutil.copytree(made.root, target.root)
     (target.root / "seal.json").unlink()
     publish(source, target, Moved())
     assert target.written == ["seal.json"]
-    assert {path for path, _, _ in target.asked} == tree(made.root).keys() - {"seal.json", CARD_PATH}
+    read = {path for path, _, _ in target.asked}
+    assert read == (set() if digests else tree(made.root).keys() - {"seal.json", CARD_PATH})
+
+
+def test_a_folder_of_something_else_is_left_alone(made: Made, tmp_path: Path) -> None:
+    source = ActivationStore.open(made.root)
+    target = FolderOnDisk(tmp_path / "target")
+    (target.root / "thesis").mkdir(parents=True)
+    (target.root / "thesis/draft.tex").write_text("mine")
+    with pytest.raises(StoreFormatError, match=r"is not empty and holds no store, but 'thesis/draft\.tex'"):
+        publish(source, target, Moved())
+    assert tree(target.root) == {"thesis/draft.tex": b"mine"}
 
 
 @pytest.mark.parametrize("path", ["zarr.json", "layer_3/c.1.0.0", "tokens/c.0.0"])

@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from posae.store.errors import StoreDamagedError, StoreError
 from posae.store.files import StoreFiles
 from posae.store.layout import ArraySpec
 from posae.store.manifest import Manifest, layer_spec, token_specs
-from posae.store.seal import SealedFile, sha256_of
 from posae.store.shards import index_bytes, parse_index
 from posae.store.stats import stats_specs
 from posae.store.verify import Damage, Verification, verify
@@ -317,14 +316,16 @@ def test_verifying_while_others_write_finds_no_damage(make_store: "MakeStore", t
 def test_a_file_that_vanishes_or_fails_while_it_is_verified_is_damage(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(files: StoreFiles, path: str) -> SealedFile:
+    pieces = StoreFiles.pieces
+
+    def fail(files: StoreFiles, path: str, start: int = 0) -> Iterator[bytes]:
         if path == "layer_3/c.1.0.0":
             (files.root / path).unlink()
         if path in ("layer_0/c.0.0.0", "stats/layer_0/zarr.json"):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return sha256_of(files, path)
+        return pieces(files, path, start)
 
-    monkeypatch.setattr("posae.store.verify.sha256_of", fail)
+    monkeypatch.setattr(StoreFiles, "pieces", fail)
     assert set(verified(copied).damaged) == {
         Damage("layer_3", 1, None, "the file is missing"),
         Damage("layer_0", 0, None, "it cannot be read (Input/output error)"),
@@ -333,10 +334,10 @@ def test_a_file_that_vanishes_or_fails_while_it_is_verified_is_damage(
 
 
 def test_that_no_more_files_may_be_opened_is_no_damage(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(files: StoreFiles, path: str) -> SealedFile:
+    def fail(files: StoreFiles, path: str, start: int = 0) -> Iterator[bytes]:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr("posae.store.verify.sha256_of", fail)
+    monkeypatch.setattr(StoreFiles, "pieces", fail)
     with pytest.raises(OSError, match="Too many open files"):
         verified(copied)
 
