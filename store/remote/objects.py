@@ -60,6 +60,7 @@ _LOOKED_IN = {
     "az": "AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN, AZURE_USE_AZURE_CLI",
     "web": "the URL (https://user:password@host/) and ~/.netrc (or the file in NETRC)",
 }
+_AZURE_ACCOUNT = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_USE_EMULATOR")
 _GOOGLE_LOGIN = "~/.config/gcloud/application_default_credentials.json"
 
 _FATAL = {
@@ -310,6 +311,8 @@ class BucketFolder(ObjectFolder):
         if not parts.netloc or "@" in parts.netloc:
             named = "container" if scheme == "az" else "bucket"
             raise SettingsError(f"{shown(url)} names no {named}; write {scheme}://{named}/folder")
+        if scheme == "az" and not any(map(os.environ.get, _AZURE_ACCOUNT)):
+            raise SettingsError(f"{shown(url)}: set AZURE_STORAGE_ACCOUNT_NAME to the account that has it")
         config: dict[str, Any] = _aws_files() if scheme == "s3" else {}
         is_known = "access_key_id" in config or any(
             value and re.fullmatch(_CREDENTIALS[scheme], name) for name, value in os.environ.items()
