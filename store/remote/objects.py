@@ -39,12 +39,12 @@ _FILE_TIMES: Any = {
     "read_timeout": timedelta(seconds=30),
     "timeout": timedelta(days=1),
 }
-# Reads are retried by ``retry``; obstore retries each piece of a large file that is written.
+# ``retry`` and ``resume`` try again; of a large file obstore does so for each piece too, a few seconds long.
 _NO_RETRIES: Any = {"max_retries": 0}
 _RETRIES: Any = {
-    "max_retries": 7,
-    "retry_timeout": timedelta(minutes=2),
-    "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=15), "base": 4},
+    "max_retries": 3,
+    "retry_timeout": timedelta(seconds=30),
+    "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=4), "base": 4},
 }
 
 _CREDENTIALS = {
@@ -282,7 +282,7 @@ class WebFolder(ObjectFolder):
         """None: the web lists no folders."""
 
     def digests(self, source: Path) -> set[str]:
-        """None: the web lists no folders."""
+        """None."""
         return set()
 
     def write(self, path: str, source: Path | bytes, *, only_new: bool = False) -> None:

@@ -117,12 +117,12 @@ def test_a_part_goes_to_a_server(
 def test_a_store_is_copied_from_a_server_that_sends_whole_files_only(
     posae: Posae, make_store: MakeStore, start_server: StartServer, tmp_path: Path
 ) -> None:
-    wide = {"d_model": 512, "context_length": 32, "n_contexts": 136, "shard_contexts": 128}
-    made = make_store(tmp_path / "wide.zarr", layers=(1,), **wide)
-    root, _, name = (
+    root = tmp_path / "wide.zarr"
+    made = make_store(root, d_model=512, context_length=32, n_contexts=136, shard_contexts=128)
+    base, _, name = (
         start_server("http").fill(made.root, "wide.zarr").removesuffix("/wide.zarr").rpartition("/")
     )
-    url = f"{root}/whole/{name}/wide.zarr"
+    url = f"{base}/whole/{name}/wide.zarr"
     copied = posae("copy", url, tmp_path / "copy.zarr")
     assert copied.code == 0, copied.err
     assert {path: data for path, data in tree(tmp_path / "copy.zarr").items() if path != CARD} == tree(
