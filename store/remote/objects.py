@@ -63,6 +63,7 @@ _LOOKED_IN = {
 _AZURE_ACCOUNT = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_USE_EMULATOR")
 _GOOGLE_LOGIN = "~/.config/gcloud/application_default_credentials.json"
 
+_NO_BUCKET = "there is no such bucket; make it first, or check the URL"
 _FATAL = {
     "RangeNotSupported": "the server sends whole files only; copy the store from it: posae copy",
     "ontentRange": "the server sends another range than was asked for; use another server",
@@ -218,13 +219,14 @@ class ObjectFolder:
         status = re.search(r"status code: (\d{3}) ?([A-Za-z ]*)", text)
         code = int(status[1]) if status else 0
         answers = f"the server answers {status[1]} ({status[2].strip()})" if status else ""
-        if re.search("NoSuchBucket|ContainerNotFound|bucket does not exist", text):
-            raise self._error(None, "there is no such bucket; make it first, or check the URL") from None
+        is_missing = isinstance(error, FileNotFoundError) or code in (404, 410)
+        if re.search("NoSuchBucket|ContainerNotFound", text) or (is_missing and path is None):
+            raise self._error(None, _NO_BUCKET) from None
         if code == 416 or "UnexpectedRange" in text:
             raise _OtherRangeError from None
         if code in (408, 425, 429, 500, 502, 503, 504):
             raise RetryableError(answers, self._wait_seconds(path) if code == 429 else None) from None
-        if isinstance(error, FileNotFoundError) or code in (404, 410):
+        if is_missing:
             raise FileNotFoundError(f"{self._place(path)}: no such file") from None
         if isinstance(error, exceptions.AlreadyExistsError | exceptions.PreconditionError):
             raise FileExistsError(f"{self._place(path)} is there already") from None
@@ -378,7 +380,10 @@ class BucketFolder(ObjectFolder):
                     max_concurrency=2,
                 )
 
-        retry(once, self._place(path))
+        try:
+            retry(once, self._place(path))
+        except FileNotFoundError:
+            raise self._error(None, _NO_BUCKET) from None
 
 
 def _piece_bytes(n_bytes: int) -> int:
