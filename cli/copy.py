@@ -38,10 +38,9 @@ def copy(
         done = copy_to(ActivationStore.open(source), destination, settings, progress)
     store = done.store
     before = "there before, " if done.was_there else ""
-    stored = sum(map(store.stored_bytes, store.layers))
     console.print(
         f"{done.place}: {before}{store.manifest.model}, layers {', '.join(map(str, store.layers))}, "
-        f"{store.n_contexts:,} contexts, {quantity(stored)}, sealed as {str(store.identity)[:16]}",
+        f"{store.n_contexts:,} contexts, {quantity(done.n_bytes)}, sealed as {str(store.identity)[:16]}",
         soft_wrap=True,
         markup=False,
     )

@@ -34,6 +34,9 @@ class Copied(NamedTuple):
     was_there: bool
     """Whether all of it was there before."""
 
+    n_bytes: int
+    """What its layers take."""
+
 
 def copy(
     source: ActivationStore, destination: str, settings: CopySettings, progress: Progress | None = None
@@ -74,7 +77,7 @@ def copy(
             return _published(source, server, progress)
         return _moved(source, Path(destination), progress)
     if not server:
-        return Copied(*_part(source, Path(destination), settings, progress))
+        return _copied(*_part(source, Path(destination), settings, progress))
     # Of each destination its own: the first of two copies to be done removes it.
     words = f"{source.identity} {settings.model_dump_json()} {place}"
     folder = default_folder() / "staging" / hashlib.sha256(words.encode()).hexdigest()[:16]
@@ -126,11 +129,15 @@ def _moved(source: ActivationStore, folder: Path, progress: Progress) -> Copied:
     progress.begin("copying", bytes_to_move(source), "bytes")
     n_files = copy_store(source, folder, progress.advance)
     progress.end()
-    return Copied(ActivationStore.open(folder), str(folder), not n_files)
+    return _copied(ActivationStore.open(folder), str(folder), not n_files)
 
 
 def _published(source: ActivationStore, folder: RemoteFolder, progress: Progress) -> Copied:
     progress.begin("sending", bytes_to_move(source), "bytes")
     n_files = publish(source, folder, progress.advance)
     progress.end()
-    return Copied(source, folder.url, not n_files)
+    return _copied(source, folder.url, not n_files)
+
+
+def _copied(store: ActivationStore, place: str, was_there: bool) -> Copied:
+    return Copied(store, place, was_there, sum(map(store.stored_bytes, store.layers)))

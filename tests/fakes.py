@@ -128,7 +128,7 @@ class HubHandler(Handler):
 
     def is_busy(self) -> bool:
         if self.hub.busy:
-            self.answer(429, **self.hub.busy.pop())
+            self.answer(429, b"", **self.hub.busy.pop())
             return True
         return False
 

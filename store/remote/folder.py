@@ -58,14 +58,7 @@ class RemoteFolder(Protocol):
     def pieces(self, path: str, of: int) -> Iterator[bytes]:
         """The whole of a file of any size, in pieces. One request, and one more each time it is cut.
 
-        Args:
-            path: the file.
-            of: how many bytes it must have; no more are received.
-
-        Raises:
-            FileNotFoundError: no such file.
-            StoreDamagedError: the file has another size.
-            StoreRemoteError: as for ``read``.
+        Arguments and errors are those of ``read``, but for WholeFilesOnlyError.
         """
         ...
 
@@ -80,11 +73,7 @@ class RemoteFolder(Protocol):
         ...
 
     def size_bytes(self, path: str) -> int | None:
-        """The size of a file, or None where there is none.
-
-        Raises:
-            StoreRemoteError: as for ``read``.
-        """
+        """The size of a file, or None where there is none."""
         ...
 
     def list_files(self) -> dict[str, ListedFile] | None:

@@ -145,8 +145,12 @@ class HubFolder(ObjectFolder):
             StoreRemoteError: as for ``write``.
         """
         sources = {f"{self._folder}{inside(path, self.url)}": source for path, source in files.items()}
-        with self._committing:
-            retry(lambda: self._commit(sources, only_new), self.url)
+        try:
+            with self._committing:
+                retry(lambda: self._commit(sources, only_new), self.url)
+        except FileNotFoundError:
+            problem = f"the hub answers 404: not there, or not for you; looked for a token in {_CREDENTIALS}"
+            raise self._error(None, problem) from None
 
     def _commit(self, sources: Mapping[str, Path | bytes], only_new: bool) -> None:
         more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""

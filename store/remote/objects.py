@@ -39,12 +39,12 @@ _FILE_TIMES: Any = {
     "read_timeout": timedelta(seconds=30),
     "timeout": timedelta(days=1),
 }
-# Reads are retried by ``retry``; obstore retries each piece of a large file that is written.
+# ``retry`` and ``resume`` try again; of a large file obstore does so for each piece too, a few seconds long.
 _NO_RETRIES: Any = {"max_retries": 0}
 _RETRIES: Any = {
-    "max_retries": 7,
-    "retry_timeout": timedelta(minutes=2),
-    "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=15), "base": 4},
+    "max_retries": 3,
+    "retry_timeout": timedelta(seconds=30),
+    "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=4), "base": 4},
 }
 
 _CREDENTIALS = {
@@ -60,8 +60,10 @@ _LOOKED_IN = {
     "az": "AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN, AZURE_USE_AZURE_CLI",
     "web": "the URL (https://user:password@host/) and ~/.netrc (or the file in NETRC)",
 }
+_AZURE_ACCOUNT = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_USE_EMULATOR")
 _GOOGLE_LOGIN = "~/.config/gcloud/application_default_credentials.json"
 
+_NO_BUCKET = "there is no such bucket; make it first, or check the URL"
 _FATAL = {
     "RangeNotSupported": "the server sends whole files only; copy the store from it: posae copy",
     "ontentRange": "the server sends another range than was asked for; use another server",
@@ -217,13 +219,14 @@ class ObjectFolder:
         status = re.search(r"status code: (\d{3}) ?([A-Za-z ]*)", text)
         code = int(status[1]) if status else 0
         answers = f"the server answers {status[1]} ({status[2].strip()})" if status else ""
-        if re.search("NoSuchBucket|ContainerNotFound|bucket does not exist", text):
-            raise self._error(None, "there is no such bucket; make it first, or check the URL") from None
+        is_missing = isinstance(error, FileNotFoundError) or code in (404, 410)
+        if re.search("NoSuchBucket|ContainerNotFound", text) or (is_missing and path is None):
+            raise self._error(None, _NO_BUCKET) from None
         if code == 416 or "UnexpectedRange" in text:
             raise _OtherRangeError from None
         if code in (408, 425, 429, 500, 502, 503, 504):
             raise RetryableError(answers, self._wait_seconds(path) if code == 429 else None) from None
-        if isinstance(error, FileNotFoundError) or code in (404, 410):
+        if is_missing:
             raise FileNotFoundError(f"{self._place(path)}: no such file") from None
         if isinstance(error, exceptions.AlreadyExistsError | exceptions.PreconditionError):
             raise FileExistsError(f"{self._place(path)} is there already") from None
@@ -281,7 +284,7 @@ class WebFolder(ObjectFolder):
         """None: the web lists no folders."""
 
     def digests(self, source: Path) -> set[str]:
-        """None: the web lists no folders."""
+        """None."""
         return set()
 
     def write(self, path: str, source: Path | bytes, *, only_new: bool = False) -> None:
@@ -310,6 +313,8 @@ class BucketFolder(ObjectFolder):
         if not parts.netloc or "@" in parts.netloc:
             named = "container" if scheme == "az" else "bucket"
             raise SettingsError(f"{shown(url)} names no {named}; write {scheme}://{named}/folder")
+        if scheme == "az" and not any(map(os.environ.get, _AZURE_ACCOUNT)):
+            raise SettingsError(f"{shown(url)}: set AZURE_STORAGE_ACCOUNT_NAME to the account that has it")
         config: dict[str, Any] = _aws_files() if scheme == "s3" else {}
         is_known = "access_key_id" in config or any(
             value and re.fullmatch(_CREDENTIALS[scheme], name) for name, value in os.environ.items()
@@ -375,7 +380,10 @@ class BucketFolder(ObjectFolder):
                     max_concurrency=2,
                 )
 
-        retry(once, self._place(path))
+        try:
+            retry(once, self._place(path))
+        except FileNotFoundError:
+            raise self._error(None, _NO_BUCKET) from None
 
 
 def _piece_bytes(n_bytes: int) -> int:

@@ -176,8 +176,11 @@ def _checked(store: ActivationStore, path: str, entry: SealedFile) -> Generator[
 
 def _check_read_back(folder: RemoteFolder, path: str, entry: SealedFile) -> None:
     digest = hashlib.sha256()
-    for piece in folder.pieces(path, entry.n_bytes):
-        digest.update(piece)
+    try:
+        for piece in folder.pieces(path, entry.n_bytes):
+            digest.update(piece)
+    except FileNotFoundError:
+        raise _gone(folder, path) from None
     if digest.hexdigest() != entry.sha256:
         raise _not_ours(folder, path)
 
@@ -186,15 +189,23 @@ def _check_arrived(seal: Seal, folder: RemoteFolder) -> None:
     listed = _listed(folder)
     for path, entry in seal.files.items():
         if path not in listed:
-            raise StoreRemoteError(f"{folder.url}/{path} was written and is gone; run the same command again")
+            raise _gone(folder, path)
         _check_listed(folder, path, listed[path], entry)
+
+
+def _gone(folder: RemoteFolder, path: str) -> StoreRemoteError:
+    return StoreRemoteError(f"{folder.url}/{path} was written and is gone; run the same command again")
 
 
 def _send_seal(store: ActivationStore, folder: RemoteFolder, old: Seal | None) -> None:
     data = store.files.read(SEAL_PATH, MAX_SEAL_BYTES)
     with suppress(FileExistsError):  # whose it is, is seen below
         folder.write(SEAL_PATH, data, only_new=old is None)
-    if folder.read_small(SEAL_PATH, MAX_SEAL_BYTES) != data:
+    try:
+        present = folder.read_small(SEAL_PATH, MAX_SEAL_BYTES)
+    except FileNotFoundError:
+        raise _gone(folder, SEAL_PATH) from None
+    if present != data:
         raise StoreMismatchError(
             f"someone else published another store at {folder.url} at the same time; theirs is there now: "
             "name another place"

@@ -110,7 +110,40 @@ def test_a_part_goes_to_a_server(
     assert ended.code == 0, ended.err
     found = ActivationStore.open(url)
     assert found.manifest.codec == "raw"
-    assert not list((own_cache / "parts").iterdir())
+    assert " 0 B" not in ended.out
+    assert not list((own_cache / "staging").iterdir())
+
+
+def test_a_store_is_copied_from_a_server_that_sends_whole_files_only(
+    posae: Posae, make_store: MakeStore, start_server: StartServer, tmp_path: Path
+) -> None:
+    root = tmp_path / "wide.zarr"
+    made = make_store(root, d_model=512, context_length=32, n_contexts=136, shard_contexts=128)
+    base, _, name = (
+        start_server("http").fill(made.root, "wide.zarr").removesuffix("/wide.zarr").rpartition("/")
+    )
+    url = f"{base}/whole/{name}/wide.zarr"
+    copied = posae("copy", url, tmp_path / "copy.zarr")
+    assert copied.code == 0, copied.err
+    assert {path: data for path, data in tree(tmp_path / "copy.zarr").items() if path != CARD} == tree(
+        made.root
+    )
+    trained = posae("train", url, tmp_path / "run", *QUICK)
+    assert trained.code == 1
+    assert "sends whole files only; copy the store from it: posae copy" in trained.err
+
+
+def test_a_cache_in_a_folder_of_the_users_keeps_what_was_there(
+    posae: Posae, store: Path, start_server: StartServer, tmp_path: Path
+) -> None:
+    url = start_server("http").fill(store, "demo.zarr")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with (scratch / "activations.bin").open("wb") as file:
+        file.truncate(60 * 10**9)
+    ended = posae("train", url, tmp_path / "run", *QUICK, "--cache", scratch, "--cache-size", "1MB")
+    assert ended.code == 0, ended.err
+    assert (scratch / "activations.bin").stat().st_size == 60 * 10**9
 
 
 def test_a_copy_that_was_killed_goes_on(store: Path, start_server: StartServer, tmp_path: Path) -> None:
@@ -147,6 +180,7 @@ def test_a_copy_that_was_killed_goes_on(store: Path, start_server: StartServer, 
         (("report", "OUT", "--out", "gs://bucket/x.html"), "gs://bucket/x.html is a URL"),
         (("train", "STORE", "WITHIN"), "demo.zarr, which is a store; name a place beside it"),
         (("copy", "STORE", "WITHIN"), "demo.zarr, which is a store; name a place beside it"),
+        (("copy", "STORE", "sftp://host/x"), "copy the folder with rsync -a, or mount it with sshfs"),
         (("copy", "STORE", "nope://b/x", "--fraction", "0.5"), "nope://b/x is no URL of http://"),
     ],
     ids=str,

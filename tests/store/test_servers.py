@@ -231,7 +231,7 @@ class TestPublishing:
     def test_interrupted_and_begun_again(
         self, writable_server: "Server", empty: RemoteFolder, made: ActivationStore, left: str, tmp_path: Path
     ) -> None:
-        whole = files_of(made.files.root)
+        whole = files_of(Path(made.files.root))
         method = "commit" if writable_server.kind == "hf" else "write"
         write = getattr(empty, method)
         for limit in (1, len(whole) // 2):
@@ -260,7 +260,7 @@ class TestPublishing:
     def test_what_is_there_is_compared_with_what_was_sealed(
         self, writable_server: "Server", empty: RemoteFolder, made: ActivationStore
     ) -> None:
-        whole = files_of(made.files.root)
+        whole = files_of(Path(made.files.root))
         for path, data in whole.items():
             if path != "seal.json":
                 writable_server.put(f"pile.zarr/{path}", data)
@@ -467,6 +467,7 @@ class TestUrls:
             ("s3://key:secret@bucket/a", "names no bucket"),
             ("gs://token:secret@bucket/a", "names no bucket"),
             ("az://key:secret@bucket/a", "names no container"),
+            ("az://container/a", "set AZURE_STORAGE_ACCOUNT_NAME"),
             ("sftp://me:secret@host/a", "does not use SSH; .* rsync -a, or mount it with sshfs"),
             ("hf://team/name", "is no dataset"),
             ("hf://datasets/name", "is no dataset"),
