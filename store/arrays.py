@@ -17,7 +17,15 @@ import numpy as np
 
 from .errors import StoreDamagedError, StoreFormatError, StoreIncompleteError, StoreMismatchError
 from .layout import ArraySpec, Json
-from .manifest import Manifest, layer_path, layer_spec, parse_corpus, parse_manifest, token_specs
+from .manifest import (
+    Manifest,
+    layer_path,
+    layer_spec,
+    parse_corpus,
+    parse_layer_versions,
+    parse_manifest,
+    token_specs,
+)
 from .opening import files_at, seal_of
 from .readable import ReadableFiles
 from .remote.cache import PartCache
@@ -284,6 +292,10 @@ class StoreArrays(Renewed):
             is_there = self.files.exists(CORPUS_PATH)
             self._corpus = parse_corpus(self.metadata(CORPUS_PATH)) if is_there else {}
         return self._corpus
+
+    def layer_versions(self, layer: int) -> dict[str, str]:
+        """Versions of libraries that wrote ``layer`` where they are not the manifest's, by library."""
+        return parse_layer_versions(self.metadata(f"stats/{layer_path(layer)}/zarr.json"))
 
     def stored_bytes(self, layer: int) -> int:
         """Bytes on disk of the committed shards of ``layer``."""

@@ -75,6 +75,12 @@ def _facts(store: StoreArrays, shown: Shown, linked: bool) -> Iterator[tuple[str
         pieces = zip(manifest.origin.contexts, manifest.origin.stores, strict=False)
         yield "made of", ", ".join(f"{shown(some)} of {shown(whole[:16])}" for some, whole in pieces)
     yield "type", _type(manifest, shown)
+    for layer in store.layers:
+        if versions := store.layer_versions(layer):
+            listed = ", ".join(
+                f"{shown(name)} {shown(version)}" for name, version in sorted(versions.items())
+            )
+            yield f"layer {layer}", f"written by other versions than the rest: {listed}"
     chunk = counted(manifest.chunk_contexts, "context")
     yield "chunks", f"{chunk} to a chunk, {manifest.shard_contexts:,} to a shard"
     raw, stored = (sum(map(size, store.layers)) for size in (store.raw_bytes, store.stored_bytes))

@@ -8,7 +8,7 @@ is normative in docs/format.md; a test compares the two.
 
 from typing import Annotated, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from .codecs import CODECS
 from .errors import StoreFormatError
@@ -26,7 +26,11 @@ MAX_PIECES = 8192
 Text = Annotated[str, Field(max_length=MAX_TEXT, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 Count = Annotated[int, Field(ge=0, lt=2**48, strict=True)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Versions = Annotated[dict[Annotated[str, Field(max_length=MAX_TEXT)], Text], Field(max_length=64)]
 Interval = Annotated[str, Field(pattern=r"^[0-9]{1,14}:[0-9]{1,14}$")]
+
+
+_VERSIONS = TypeAdapter[dict[str, str]](Versions)
 
 
 class Origin(BaseModel):
@@ -171,7 +175,7 @@ class Manifest(BaseModel):
     shard_contexts: Annotated[int, Field(ge=1, lt=2**30, strict=True)]
     """Contexts to a shard."""
 
-    versions: Annotated[dict[Annotated[str, Field(max_length=MAX_TEXT)], Text], Field(max_length=64)]
+    versions: Versions
     """Versions of the libraries that bytes depend on."""
 
     @model_validator(mode="after")
@@ -273,6 +277,20 @@ def parse_corpus(group: Json) -> Json:
             "stats/zarr.json does not hold the counts of a corpus; restore it from a copy of the store"
         ) from None
     return corpus
+
+
+def parse_layer_versions(group: Json) -> dict[str, str]:
+    """Versions that wrote a layer where they are not the manifest's, from ``stats/layer_N/zarr.json``.
+
+    Raises:
+        StoreFormatError: not versions.
+    """
+    try:
+        return _VERSIONS.validate_python(group["attributes"].get("posae", {}).get("versions", {}))
+    except (KeyError, AttributeError, ValidationError):
+        raise StoreFormatError(
+            "the zarr.json of a layer's statistics names no versions; restore it from a copy of the store"
+        ) from None
 
 
 def root_json(manifest: Manifest) -> Json:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -22,16 +23,19 @@ import pytest
 from posae.store import ActivationStore
 from posae.store.card import write_card
 from posae.store.errors import (
+    SettingsError,
     StoreDamagedError,
     StoreError,
     StoreFormatError,
     StoreIncompleteError,
     StoreMismatchError,
     StoreNotFoundError,
+    StoreReadError,
     StoreWriteError,
 )
 from posae.store.files import LOCK_PATH, exclusive
 from posae.store.seal import CARD_PATH
+from posae.store.transfer import copy_store
 from posae.store.verify import verify
 from posae.store.writer import StoreWriter
 
@@ -84,10 +88,10 @@ def tiny(make_store: "MakeStore", tmp_path_factory: pytest.TempPathFactory) -> "
     )
 
 
-def harvest(root: Path, made: "Made", layers: Sequence[int] = ()) -> None:
+def harvest(root: Path, made: "Made", layers: Sequence[int] = (), *, allow_versions: bool = False) -> None:
     """What ``posae harvest`` does, with activations from ``made`` in place of a model."""
     layers = layers or tuple(made.activations)
-    writer = StoreWriter.begin(root, made.manifest)
+    writer = StoreWriter.begin(root, made.manifest, layers, allow_versions=allow_versions)
     with writer.lock():
         if not writer.has_tokens:
             writer.write_tokens(made.tokens, made.documents, made.corpus)
@@ -699,3 +703,131 @@ def test_a_batch_that_ends_within_a_chunk_is_refused(whole: "Made", tmp_path: Pa
         with locked, ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="whole chunks"):
             locked.append(0, whole.activations[0][np.array(rows)], whole.ordinary[np.array(rows)], pool)
     assert list((tmp_path / "a.zarr").rglob("*.partial")) == []
+
+
+def other_seed(made: "Made", make_store: "MakeStore", root: Path) -> "Made":
+    """Other tokens and activations of the same shape."""
+    return make_store(
+        root, n_contexts=9, context_length=2, d_model=3, layers=(0,), shard_contexts=8, model_layers=1, seed=1
+    )
+
+
+def test_a_copy_killed_at_any_durable_call_is_not_taken_for_a_harvest_of_other_settings(
+    tiny: "Made", make_store: "MakeStore", tmp_path: Path
+) -> None:
+    other = other_seed(tiny, make_store, tmp_path / "other.zarr")
+    source = ActivationStore.open(tiny.root)
+
+    def copy(root: Path) -> None:
+        copy_store(source, root, lambda _: None)
+
+    with at_call(0, lambda: None) as calls:
+        copy(tmp_path / "counted.zarr")
+    refused = 0
+    for number in range(1, calls[0] + 1):
+        root = tmp_path / f"{number}.zarr"
+        with suppress(KeyboardInterrupt), patch("os.unlink"), at_call(number, interrupt):
+            copy(root)
+        left = tree(root)
+        try:
+            with patch("os.fsync"):
+                harvest(root, other)
+        except (StoreFormatError, StoreMismatchError):
+            refused += 1
+            assert tree(root) == left
+            with patch("os.fsync"):
+                copy(root)
+            assert tree(root) == tree(tiny.root)
+        else:
+            np.testing.assert_array_equal(ActivationStore.open(root).read(0), other.activations[0])
+            np.testing.assert_array_equal(ActivationStore.open(root).tokens(), other.tokens)
+    assert refused > 10
+
+
+def test_layers_without_committed_tokens_are_not_taken_for_ones_own(whole: "Made", tmp_path: Path) -> None:
+    root = tmp_path / "a.zarr"
+    harvest(root, whole)
+    for path in ("seal.json", "stats/zarr.json"):
+        (root / path).unlink()
+    left = tree(root)
+    with pytest.raises(StoreFormatError, match="no committed tokens, so it is not this store's beginning"):
+        harvest(root, whole)
+    assert tree(root) == left
+
+
+@pytest.mark.parametrize("error", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_disk_that_cannot_read_a_shard_is_an_error_and_not_a_layer_less(
+    whole: "Made", tmp_path: Path, error: int
+) -> None:
+    root = tmp_path / "a.zarr"
+    harvest(root, whole)
+    (root / "seal.json").unlink()
+    real = os.open
+
+    def failing(path: Any, *args: Any, **keywords: Any) -> int:
+        if path == "c.2.0.0" and keywords.get("dir_fd") is not None:
+            raise OSError(error, os.strerror(error))
+        return real(path, *args, **keywords)
+
+    with patch("os.open", failing), pytest.raises(StoreReadError, match=r"cannot be read .*check the disk"):
+        harvest(root, whole)
+    assert not (root / "seal.json").exists()
+    check_finishes(root, whole)
+
+
+def test_a_layer_that_is_not_complete_is_not_sealed_and_not_passed_over(
+    whole: "Made", tmp_path: Path
+) -> None:
+    root = tmp_path / "a.zarr"
+    writer = StoreWriter.begin(root, whole.manifest, LAYERS)
+    with writer.lock():
+        writer.write_tokens(whole.tokens, whole.documents, whole.corpus)
+        writer.begin_layers(LAYERS)
+        with pytest.raises(StoreIncompleteError, match="lacks shards of layers 0, 3, so it is not sealed"):
+            writer.finish(LAYERS)
+    harvest(root, whole, LAYERS[:1])
+    store = ActivationStore.open(root)
+    assert (store.layers, store.is_sealed) == (LAYERS[:1], True)
+    harvest(root, whole)
+    assert tree(root) == tree(whole.root)
+
+
+def test_what_could_not_be_opened_is_refused_before_anything_is_written(
+    whole: "Made", tmp_path: Path
+) -> None:
+    long = whole.manifest.model_copy(update={"context_length": 131_072, "d_model": 1024, "chunk_contexts": 8})
+    with pytest.raises(SettingsError, match=r"make chunks of 2\.15 GB in layer_0.*take shorter contexts"):
+        StoreWriter.begin(tmp_path / "a.zarr", long, LAYERS)
+    assert not (tmp_path / "a.zarr").exists()
+
+
+def test_a_layer_of_other_versions_is_added_if_that_is_allowed_and_recorded(
+    whole: "Made", tmp_path: Path
+) -> None:
+    root = tmp_path / "a.zarr"
+    harvest(root, whole, LAYERS[:1])
+    newer = whole.manifest.model_copy(update={"versions": {"numpy": "9.9", "posae": "later"}})
+    with pytest.raises(StoreMismatchError, match="install those versions, or record the difference: --allow"):
+        StoreWriter.begin(root, newer, LAYERS[1:])
+    made = replace(whole, manifest=newer)
+    harvest(root, made, LAYERS[1:], allow_versions=True)
+    store = ActivationStore.open(root)
+    assert store.manifest == whole.manifest
+    assert [store.layer_versions(layer) for layer in LAYERS] == [{}, {"numpy": "9.9"}]
+    assert verify(store).damaged == []
+    np.testing.assert_array_equal(store.read(3), whole.activations[3])
+    assert "written by other versions than the rest: `numpy` `9.9`" in (root / CARD_PATH).read_text()
+
+
+def test_a_layer_begun_by_other_versions_is_finished_by_these_alone(whole: "Made", tmp_path: Path) -> None:
+    root = tmp_path / "a.zarr"
+    harvest(root, whole, LAYERS[:1])
+    for version in ("9.9", "9.10"):
+        newer = whole.manifest.model_copy(update={"versions": {"numpy": version}})
+        writer = StoreWriter.begin(root, newer, LAYERS[1:], allow_versions=True)
+        with writer.lock():
+            if version == "9.9":
+                writer.begin_layers(LAYERS[1:])
+                continue
+            with pytest.raises(StoreMismatchError, match="begun with other versions of libraries"):
+                writer.begin_layers(LAYERS[1:])
