@@ -69,11 +69,11 @@ class StartServer(Protocol):
 
 
 def files_of(root: Path) -> dict[str, bytes]:
-    """All files of a local folder."""
+    """All files of a local folder, a store's lock aside."""
     return {
         file.relative_to(root).as_posix(): file.read_bytes()
         for file in sorted(root.rglob("*"))
-        if file.is_file()
+        if file.is_file() and file.name != ".lock"
     }
 
 

@@ -16,6 +16,8 @@ from posae.pipeline.train import Training
 from posae.store import ActivationStore
 from posae.store.errors import RunMismatchError
 
+from ..conftest import tree
+
 if TYPE_CHECKING:
     from ..conftest import Made, MakeStore
 
@@ -78,10 +80,6 @@ def put(made: "Made", root: Path) -> None:
     made.root.rename(root)
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_digests_are_kept_from_the_first_step_on(trained: Trained) -> None:
     store = ActivationStore.open(trained.store.root)
     config = json.loads((trained.run / "config.json").read_text())
@@ -120,13 +118,13 @@ def test_other_bytes_in_the_stores_place_are_refused_and_it_is_said_which(
 ) -> None:
     differ, changed = OTHERS[name]
     put(trained.another(tmp_path / "other.zarr", **changed), trained.store.root)
-    before = files(trained.run)
+    before = tree(trained.run)
     said = f"is not the store that .*run was trained from: other {differ}; "
     with pytest.raises(RunMismatchError, match=said + "give that one to go on"):
         train(trained.store.root, trained.run)
     with pytest.raises(RunMismatchError, match=said + "name the right one with --store"):
         evaluate(trained.run, EvaluateSettings())
-    assert files(trained.run) == before
+    assert tree(trained.run) == before
 
 
 def test_a_training_that_was_cut_short_does_not_go_on_from_other_bytes(
@@ -214,11 +212,11 @@ def test_a_run_of_an_unfinished_harvest_does_not_go_on_from_another_of_the_same_
     train(made.root, tmp_path / "run")
     for seal in (False, True):
         other = made_store(make_store, tmp_path / f"{seal}.zarr", seal=seal, dataset_revision="sha256:0")
-        before = files(tmp_path / "run")
+        before = tree(tmp_path / "run")
         said = r"is not the store that .*run was trained from: other text, model or settings; give that one"
         with pytest.raises(RunMismatchError, match=said):
             train(other.root, tmp_path / "run")
-        assert files(tmp_path / "run") == before
+        assert tree(tmp_path / "run") == before
         scored = evaluate(tmp_path / "run", EvaluateSettings(store=str(other.root)))
         assert scored["store"]["trained_from"] is False
     put(other, made.root)

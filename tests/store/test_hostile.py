@@ -59,7 +59,7 @@ def seal_json(root: Path) -> dict[str, Any]:
     """What a truthful seal of the regular files below ``root`` says."""
     files: dict[str, Any] = {}
     for file in sorted(root.rglob("*")):
-        if stat.S_ISREG(file.lstat().st_mode) and file.name != "seal.json":
+        if stat.S_ISREG(file.lstat().st_mode) and file.name not in ("seal.json", ".lock"):
             data = file.read_bytes()
             digest = hashlib.sha256(data).hexdigest()
             files[file.relative_to(root).as_posix()] = {"bytes": len(data), "sha256": digest}

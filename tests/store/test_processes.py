@@ -111,7 +111,7 @@ def test_a_store_on_a_server_works_in_new_processes_and_a_forked_one_says_so(
         Contexts(store), batch_size=8, num_workers=2, multiprocessing_context=method, timeout=SECONDS
     )
     if method == "fork":
-        with pytest.raises(StoreRemoteError, match=r"forked process cannot read .* by spawn"):
+        with pytest.raises(StoreRemoteError, match=r"was forked cannot read .* by spawn"):
             list(loader)
     else:
         np.testing.assert_array_equal(torch.cat(list(loader)).numpy(), store.read(1, dtype="float32"))

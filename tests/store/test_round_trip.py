@@ -102,7 +102,7 @@ def test_every_array_comes_out_as_it_went_in(
                 np.testing.assert_array_equal(oracle(made.root, spec.path), values)
 
 
-@pytest.mark.filterwarnings("ignore:Object at seal.json")  # zarr-python, of what is not Zarr
+@pytest.mark.filterwarnings(r"ignore:Object at (seal\.json|\.lock)")  # zarr-python, of what is not Zarr
 @pytest.mark.parametrize("options", [{}, {"mask_and_scale": False}], ids=["plain", "bits"])
 def test_xarray_opens_the_group_with_named_axes(good_store: "Made", options: dict[str, bool]) -> None:
     dataset = open_group(good_store.root, consolidated=False, **options)
