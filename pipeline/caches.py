@@ -55,6 +55,7 @@ class Cache(ABC):
         kind: ``saelens``, ``safetensors``, ``npy`` or ``pt``.
         shape: of all of them together.
         has_tokens: whether token ids lie beside them.
+        tensor: name of the tensor or column of activations; empty in files that hold a single array.
         hook_name: where in the model they are from; None where the files do not say.
         files: all of them, by name.
     """
@@ -62,6 +63,7 @@ class Cache(ABC):
     kind: str
     shape: Shape
     has_tokens: bool
+    tensor: str
     hook_name: str | None = None
     files: Mapping[str, Path]
 
@@ -190,14 +192,14 @@ class _Pt(_Arrays):
         found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         named = cast("dict[Any, Any]", found) if isinstance(found, dict) else {"": found}
         tensors = {str(name): value for name, value in named.items() if isinstance(value, Tensor)}
-        self._tensors = {
+        self.tensors = {
             name: value.detach() for name, value in tensors.items() if value.layout == torch.strided
         }
-        self.shapes = {name: tuple(value.shape) for name, value in self._tensors.items()}
-        self.dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in self._tensors.items()}
+        self.shapes = {name: tuple(value.shape) for name, value in self.tensors.items()}
+        self.dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in self.tensors.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Any:
-        return self._tensors[name][start:stop]
+        return self.tensors[name][start:stop]
 
 
 _KINDS: dict[str, type[_Safetensors | _Npy | _Pt]] = {".safetensors": _Safetensors, ".npy": _Npy, ".pt": _Pt}
@@ -215,7 +217,7 @@ class _FileCache(Cache):
         self.kind = kind.kind
         self.files = {path.name: path for path in files}
         first = self._file(0)
-        self._tensor = _chosen(files[0], first.shapes, first.dtypes, tensor)
+        self.tensor = _chosen(files[0], first.shapes, first.dtypes, tensor)
         self._tokens = next((name for name in TOKEN_NAMES if name in first.shapes), None)
         shapes = [self._shape(number) for number in range(len(files))]
         for path, shape in zip(files, shapes, strict=True):
@@ -249,17 +251,17 @@ class _FileCache(Cache):
 
     def _shape(self, number: int) -> Shape:
         arrays, path = self._file(number), self._paths[number]
-        if self._tensor not in arrays.shapes:
+        if self.tensor not in arrays.shapes:
             raise ForeignFileError(
-                f"{path}: has no tensor {self._tensor!r}, and {self._paths[0].name} has; import each alone"
+                f"{path}: has no tensor {self.tensor!r}, and {self._paths[0].name} has; import each alone"
             )
-        shape = arrays.shapes[self._tensor]
+        shape = arrays.shapes[self.tensor]
         if self._tokens and arrays.shapes.get(self._tokens) != shape[:-1]:
             raise ForeignFileError(
                 f"{path}: {self._tokens} has the shape {arrays.shapes.get(self._tokens)}, and activations "
                 f"{shape}; save the ids of the same tokens"
             )
-        return _as_shape(path, shape, arrays.dtypes[self._tensor])
+        return _as_shape(path, shape, arrays.dtypes[self.tensor])
 
     def _rows(self, name: str, start: int, stop: int) -> list[Any]:
         parts: list[Any] = []
@@ -272,7 +274,7 @@ class _FileCache(Cache):
         return parts
 
     def read(self, start: int, stop: int) -> NDArray[np.uint16]:
-        return np.concatenate([bits_of(part) for part in self._rows(self._tensor, start, stop)])
+        return np.concatenate([bits_of(part) for part in self._rows(self.tensor, start, stop)])
 
     def read_tokens(self, start: int, stop: int) -> NDArray[np.int64]:
         assert self._tokens is not None
@@ -324,7 +326,7 @@ class _DatasetCache(Cache):
         fit = {name: found for name, found in features.items() if isinstance(found, datasets.Array2D)}
         shapes = {name: (len(loaded), *found.shape) for name, found in fit.items()}
         dtypes = {name: str(found.dtype) for name, found in fit.items()}
-        self.hook_name = _chosen(folder, shapes, dtypes, column)
+        self.tensor = self.hook_name = _chosen(folder, shapes, dtypes, column)
         self.shape = _as_shape(folder, shapes[self.hook_name], dtypes[self.hook_name])
         self.has_tokens = "token_ids" in features
         # Not all that lies there: datasets keeps what it computes later beside them.

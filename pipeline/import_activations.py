@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..store.errors import ForeignFileError, SettingsError
 from ..store.layout import CHUNK_CONTEXTS, shard_contexts
-from ..store.manifest import MAX_LAYERS, Imported, Manifest
+from ..store.manifest import MAX_LAYERS, MAX_TEXT, Imported, Manifest
 from ..store.reader import ActivationStore
 from ..store.stats import ordinary_tokens
 from ..store.writer import ShardOfLayers, StoreWriter
@@ -186,11 +186,11 @@ class Import:
             skip_contexts=0,
             held_out=(self.n_contexts - held_out, self.n_contexts),
             packing="pack",
-            dataset="".join(c if c.isprintable() else "?" for c in self.source.absolute().name),
+            dataset=_printable(self.source.absolute().name),
             dataset_revision=self._digest(),
             dataset_config=None,
             dataset_split=None,
-            dataset_column=None,
+            dataset_column=_printable(cache.tensor) or None,
             tokenizer_hash="",
             first_token=None,
             separator_token=None,
@@ -261,3 +261,8 @@ class Import:
             for layer in shard.layers:
                 shard.append(layer, bits, ordinary_tokens(manifest, tokens, contexts), pool)
             progress.advance(tokens.size)
+
+
+def _printable(name: str) -> str:
+    """A name as a manifest may hold it."""
+    return "".join(char if char.isprintable() else "?" for char in name)[:MAX_TEXT]

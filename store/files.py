@@ -89,9 +89,8 @@ class StoreFiles:
         name = path.rpartition("/")[2]
         # O_NONBLOCK: opening a pipe returns at once and is refused below.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        root = os.open(self.root, _FOLDER)
         try:
-            folder = _descend(root, path)
+            folder = _descend(os.open(self.root, _FOLDER), path)
             try:
                 file = os.open(name, flags, dir_fd=folder)
             finally:
@@ -188,8 +187,18 @@ class StoreFiles:
             os.close(file)
 
     def exists(self, path: str) -> bool:
-        """Whether something stands at ``path``; links are not followed."""
-        return os.path.lexists(self.root / path)
+        """Whether something stands at ``path``; links are not followed.
+
+        Raises:
+            StoreReadError: the disk could not say.
+        """
+        try:
+            (self.root / path).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise StoreReadError(self.root / path, error) from None
+        return True
 
     def is_there(self) -> bool:
         """Whether the root itself is there: a disk may vanish while it is read."""
@@ -340,6 +349,8 @@ def writing(path: Path) -> Generator[None]:
             errno.EROFS: "the file system is read-only; choose another folder",
             errno.ENOENT: "the folder vanished; put it back",
             errno.EEXIST: "a file stands where a folder should be; choose another place",
+            errno.EISDIR: "a folder stands where a file should be; choose another place",
+            errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
             errno.ENOTDIR: "a file stands where a folder should be, or a link; choose another place",
             errno.ELOOP: "a link stands in its place; choose another place",
             errno.ENOSYS: "its file system has no locks (flock); choose another one",
@@ -384,12 +395,14 @@ def exclusive(folder: Path, *, wait: bool = True) -> Generator[bool]:
 def _open_lock(path: Path) -> int:
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
-    except PermissionError:
-        # Made by another user whose umask keeps us out: reading is enough to lock it on a local disk.
-        return os.open(path, os.O_RDONLY | flags)
-    with suppress(PermissionError):
-        os.fchmod(handle, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | flags, 0o666)
+    except FileExistsError:
+        try:
+            return os.open(path, os.O_RDWR | flags)
+        except PermissionError:
+            # Made by another user whose umask keeps us out: reading is enough to lock it on a local disk.
+            return os.open(path, os.O_RDONLY | flags)
+    os.fchmod(handle, 0o666)
     return handle
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .codecs import CHECKSUM_BYTES, HEADER_BYTES, checksum
-from .errors import StoreDamagedError
+from .errors import StoreDamagedError, StoreWriteError
 from .files import StoreFiles, lock, partial_name, sync_folder, writing
 from .layout import ArraySpec
 from .shards import ABSENT, ShardReader, index_bytes
@@ -169,12 +169,26 @@ class ShardWriter:
             StoreWriteError: the disk refused.
         """
         name, partial = self._path.rpartition("/")[2], partial_name(self._path)
+        self.check_is_held()
         with writing(self._target), self._files.folder_of(self._path) as folder:
             os.rename(self._linked or partial, name, src_dir_fd=folder, dst_dir_fd=folder)
             sync_folder(folder)
             if self._linked:
                 self._remove_temporary(folder)
         self._file.close()
+
+    def check_is_held(self) -> None:
+        """Refuse to go on where the temporary file, which is the lock, was replaced or removed.
+
+        Raises:
+            StoreWriteError: something other than a harvest, merge or the like writes here.
+        """
+        with writing(self._target), self._files.folder_of(self._path) as folder:
+            if not _is_at(folder, partial_name(self._path), self._file.fileno()):
+                raise StoreWriteError(
+                    f"{self._target}: its temporary file was removed by another program while it was written; "
+                    "run the same command again"
+                )
 
     def _remove_temporary(self, folder: int) -> None:
         # Of a linked file both may be there: renaming one name of a file to another does nothing.

@@ -145,7 +145,7 @@ class StoreWriter:
             writer.check(layers)
             if not writer.has_tokens:
                 writer.files.write(ROOT_PATH, pretty_json(root_json(manifest)))
-                writer.files.remove("", lambda name: name == COPY_PATH)
+                writer.files.remove("", lambda name: name == COPY_PATH)  # of a copy that wrote nothing else
         return writer
 
     def check(self, layers: Sequence[int]) -> None:
@@ -156,6 +156,10 @@ class StoreWriter:
             SettingsError: chunks larger than a store can have.
         """
         store = standing_store(self.root)
+        if store and self.files.exists(COPY_PATH):
+            raise StoreMismatchError(
+                f"a copy into {self.root} was stopped; run the same posae copy again to finish it first"
+            )
         if store and self.has_tokens:
             _check_same(self.root, store.manifest, self.manifest, allow_versions=self._allow_versions)
         elif store and store.is_sealed:
@@ -261,8 +265,8 @@ class StoreWriter:
             self.files.write(path, group)
         elif self.files.read(path, MAX_METADATA_BYTES) != group:
             raise StoreMismatchError(
-                f"layer {layer} of {self.root} was begun with other versions of libraries, which {path} "
-                "names; finish it with those"
+                f"layer {layer} of {self.root} was begun with other versions of libraries ({path}, or else the "
+                "manifest, names them); finish it with those"
             )
 
     def begin_layers(self, wanted: Sequence[int]) -> tuple[int, ...]:
@@ -568,6 +572,7 @@ class ShardOfLayers:
     def _commit(self, layer: int) -> None:
         writer = self._writers[layer]
         statistics = self._adopted.get(layer) or self._statistics(layer, writer.finish().sha256)
+        writer.check_is_held()
         for name, spec in stats_specs(self._store.manifest, layer).items():
             self._store.files.write(spec.shard_path(self.shard), statistics[name])
         writer.commit()
