@@ -35,13 +35,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posae.pipeline.batches import Order, ShuffledBatches
+from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.text.contexts import InOrder, held_out_contexts, order_of_contexts, take_contexts
 from posae.store import ActivationStore
 from posae.store.corpus import corpus_counts
 from posae.store.files import StoreFiles
 from posae.store.layout import CHUNK_CONTEXTS, ArraySpec, shard_contexts
 from posae.store.manifest import Manifest, group_json, layer_spec, token_specs
-from posae.store.ranges import equal_ranges
 from posae.store.seal import (
     CORPUS_PATH,
     MAX_SEAL_BYTES,

@@ -195,11 +195,6 @@ class StoreFiles:
         """Whether the root itself is there: a disk may vanish while it is read."""
         return self.root.exists()
 
-    @contextmanager
-    def local(self, path: str) -> Generator["StoreFiles"]:
-        """Files of this machine, among them the one at ``path``: these."""
-        yield self
-
     def walk(self) -> Iterator[str]:
         """Every file, link or device below the root, sorted; folders that are links are not entered.
 

@@ -149,7 +149,7 @@ class ShardWriter:
         with writing(self._target), self._files.folder_of(self._path) as folder:
             with suppress(FileNotFoundError):
                 os.unlink(linked, dir_fd=folder)
-            if source.files.link(path, folder, linked):
+            if isinstance(source.files, StoreFiles) and source.files.link(path, folder, linked):
                 self._linked = linked
                 return
         for piece in source.files.pieces(path):

@@ -474,7 +474,6 @@ class ShardOfLayers:
         bits: NDArray[np.uint16],
         ordinary: NDArray[np.bool_],
         pool: Executor,
-        encoded: Sequence[bytes | None] = (),
     ) -> "list[Encoding]":
         """Take the next contexts of one layer, a whole number of chunks unless the shard ends.
 
@@ -483,7 +482,6 @@ class ShardOfLayers:
             bits: bfloat16 bits [contexts, positions, d_model]; not to be changed until they are encoded.
             ordinary: bool [contexts, positions]: tokens that the position means are over.
             pool: threads to encode in.
-            encoded: of each chunk the bytes that encode it, where they are known; those are written.
 
         Returns:
             What encodes them, chunk by chunk: once all are done, nobody reads ``bits`` any more.
@@ -501,10 +499,9 @@ class ShardOfLayers:
         if left < 0 or (left and len(bits) % step):
             raise ValueError(f"{len(bits)} contexts are not whole chunks of {step} up to the shard's end")
         encodings: list[Encoding] = []
-        for number, start in enumerate(range(0, len(bits), step)):
+        for start in range(0, len(bits), step):
             part, mask = bits[start : start + step], ordinary[start : start + step]
-            known = encoded[number] if encoded else None
-            encoding = pool.submit(_encode_and_count, spec, part, mask, manifest.mantissa_bits, known)
+            encoding = pool.submit(_encode_and_count, spec, part, mask, manifest.mantissa_bits)
             self._waiting.append((encoding, self._threads[layer].submit(self._write, layer, encoding)))
             encodings.append(encoding)
         # Bounded: two batches of every layer may wait for the pool, no more.
@@ -590,10 +587,7 @@ def _encode_and_count(
     bits: NDArray[np.uint16],
     ordinary: NDArray[np.bool_],
     mantissa_bits: int | None,
-    encoded: bytes | None,
 ) -> tuple[list[bytes], ChunkStats]:
-    if encoded is not None:
-        return [encoded], ChunkStats.of(bits, ordinary)
     if mantissa_bits is None:
         return encode_chunks(spec, bits), ChunkStats.of(bits, ordinary)
     rounded = round_mantissas(bits, mantissa_bits)

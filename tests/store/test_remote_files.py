@@ -25,7 +25,7 @@ from posae.store.remote.cache import PartCache, parse_size
 from posae.store.verify import verify
 
 from ..conftest import Made, MakeStore
-from .folder_on_disk import FolderOnDisk
+from ..folder_on_disk import FolderOnDisk
 
 STORE = "0123456789abcdef" * 2
 WIDE: dict[str, Any] = {"d_model": 512, "context_length": 32, "n_contexts": 136, "shard_contexts": 128}
