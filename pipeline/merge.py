@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..store.corpus import digests_of
 from ..store.errors import SettingsError, StoreIncompleteError, StoreMismatchError
 from ..store.manifest import Manifest
 from ..store.reader import ActivationStore
+from .corpus import digests_of
 from .progress import Progress
 from .settings import MergeSettings
 from .stores.assembling import VERSIONS_OF_BYTES, Piece, assemble

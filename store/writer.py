@@ -9,12 +9,11 @@ lock.
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -186,11 +185,9 @@ class StoreWriter:
         """Whether the tokens are committed."""
         return self.files.exists(CORPUS_PATH)
 
-    @contextmanager
-    def lock(self) -> Generator[None]:
+    def lock(self) -> AbstractContextManager[bool]:
         """Hold the store's lock, under which tokens, layer metadata and the seal are written."""
-        with exclusive(self.root):
-            yield
+        return exclusive(self.root)
 
     def write_tokens(
         self,
@@ -224,18 +221,13 @@ class StoreWriter:
             write_array(self.files, spec, values[name], partial(existing, name))
         self.files.write(CORPUS_PATH, pretty_json(group_json({"posae": corpus})))
 
-    def _remove_leftovers(self, spec: ArraySpec) -> None:
-        """Remove temporary files that a kill left; nobody is to be writing ``spec``."""
-        self.files.remove(spec.path, lambda name: name.startswith(".") and name.endswith(PARTIAL))
-
     def _remove_shards_past(self, spec: ArraySpec) -> None:
         ours = {spec.shard_path(shard) for shard in range(spec.n_shards)}
         self.files.remove(spec.path, lambda name: name.startswith("c.") and f"{spec.path}/{name}" not in ours)
 
     def _write_metadata(self, spec: ArraySpec) -> None:
-        data = pretty_json(spec.to_json())
         if not self.files.exists(spec.metadata_path):
-            self.files.write(spec.metadata_path, data)
+            self.files.write(spec.metadata_path, pretty_json(spec.to_json()))
 
     def add_layers(self, layers: Sequence[int]) -> None:
         """Write the metadata of layers that the store does not have yet; call under ``lock``.
@@ -336,25 +328,21 @@ class StoreWriter:
             StoreWriteError: the disk refused.
         """
         writers: dict[int, ShardWriter] = {}
-        try:
+        with ExitStack() as abandoning:
             for layer in layers:
-                spec = layer_spec(self.manifest, layer)
-                if self.is_committed(layer, shard):
-                    continue
                 is_committed = partial(self.is_committed, layer, shard)
+                if is_committed():
+                    continue
+                spec = layer_spec(self.manifest, layer)
                 writer = ShardWriter.try_lock(self.files, spec, shard, wait=wait, is_committed=is_committed)
-                if writer is None and not self.is_committed(layer, shard):
-                    break
                 if writer is not None:
                     writers[layer] = writer
-            else:
-                if writers:
-                    return ShardOfLayers(self, shard, writers)
-        except BaseException:
-            _abandon(writers.values())
-            raise
-        _abandon(writers.values())
-        return None
+                    abandoning.callback(writer.abandon)
+                elif not is_committed():
+                    return None
+            locked = ShardOfLayers(self, shard, writers) if writers else None
+            abandoning.pop_all()
+            return locked
 
     def finish(self, layers: Sequence[int]) -> str:
         """Seal the store unless its seal names ``layers`` already, and see to its card; call under ``lock``.
@@ -398,8 +386,8 @@ class StoreWriter:
         for path in self._files_of(complete):
             if path not in sealed:
                 sealed[path] = self._digest(path)
-        for spec in self._specs_of(complete):
-            self._remove_leftovers(spec)
+        for spec in self._specs_of(complete):  # nobody writes them any more: what is left is of a kill
+            self.files.remove(spec.path, lambda name: name.startswith(".") and name.endswith(PARTIAL))
         data = seal_bytes(sealed)
         self.files.write(SEAL_PATH, data)
         return hashlib.sha256(data).hexdigest()
@@ -466,7 +454,8 @@ class ShardOfLayers:
             encoding.cancel()
         for thread in self._threads.values():
             thread.shutdown(cancel_futures=True)
-        _abandon(self._writers.values())
+        for writer in self._writers.values():
+            writer.abandon()
 
     def append(
         self,
@@ -569,9 +558,9 @@ class ShardOfLayers:
             self._store.files.write(spec.shard_path(self.shard), statistics[name])
         writer.commit()
 
-    def _statistics(self, layer: int, sha256: bytes) -> dict[str, bytes]:
+    def _statistics(self, layer: int, sha256: str) -> dict[str, bytes]:
         """The files of the shard's entries, by short name."""
-        entries = self._stats[layer].arrays(sha256)
+        entries = self._stats[layer].arrays(bytes.fromhex(sha256))
         if layer in self._rounding:
             entries["rounding"] = self._rounding[layer]
         specs = stats_specs(self._store.manifest, layer)
@@ -592,11 +581,6 @@ def _encode_and_count(
         return encode_chunks(spec, bits), ChunkStats.of(bits, ordinary)
     rounded = round_mantissas(bits, mantissa_bits)
     return encode_chunks(spec, rounded), ChunkStats.of(rounded, ordinary, exact=bits)
-
-
-def _abandon(writers: Any) -> None:
-    for writer in writers:
-        writer.abandon()
 
 
 def _follows_tokens(path: str) -> bool:

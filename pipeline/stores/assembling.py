@@ -19,17 +19,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...store.codecs import CODECS
-from ...store.corpus import corpus_counts
+from ...store.codecs import CHECKSUM_BYTES, CODECS, HEADER_BYTES
 from ...store.errors import SettingsError, StoreDamagedError, StoreIncompleteError
 from ...store.layout import MAX_SHARDS, ArraySpec, Json
 from ...store.manifest import Manifest, Origin, layer_path, layer_spec, token_specs
 from ...store.reader import ActivationStore
 from ...store.seal import check_sealed_bytes
-from ...store.shard_writer import most_bytes
-from ...store.shards import ShardReader
+from ...store.shards import ShardReader, index_bytes
 from ...store.stats import ordinary_tokens, stats_specs
 from ...store.writer import ShardOfLayers, StoreWriter
+from ..corpus import corpus_counts
 from ..progress import Progress, Silent
 
 VERSIONS_OF_BYTES = ("posae", "numpy", "numcodecs")
@@ -336,8 +335,9 @@ def _sealed_file(store: ActivationStore, spec: ArraySpec, shard: int) -> bytes:
     if spec.path.startswith("stats/"):
         _entry(store, spec, shard)
     path = spec.shard_path(shard)
+    most = spec.chunks_per_shard * (spec.chunk_bytes + HEADER_BYTES + CHECKSUM_BYTES) + index_bytes(spec)
     try:
-        data = store.files.read(path, most_bytes(spec))
+        data = store.files.read(path, most)
     except FileNotFoundError:
         raise StoreDamagedError("the file is missing", array=path) from None
     check_sealed_bytes(store.seal, path, data)

@@ -114,13 +114,7 @@ class RemoteFiles:
         return data
 
     def pieces(self, path: str, start: int = 0) -> Iterator[bytes]:
-        """The bytes of a file from ``start`` on, fetched anew.
-
-        Raises:
-            FileNotFoundError: the seal does not name it, or the server lacks it.
-            StoreDamagedError: of another size than was sealed.
-            StoreRemoteError: the server refused, or does not answer.
-        """
+        """The bytes of a file from ``start`` on, fetched anew; see ``ReadableFiles``."""
         size = self._size(path)
         return iter([self.folder.read(path, start, size, size)]) if start else self.folder.pieces(path, size)
 

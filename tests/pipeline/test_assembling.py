@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import posae.store
+from posae.pipeline.corpus import count_duplicates
 from posae.pipeline.stores.assembling import Assembly, Piece, assembled_manifest
 from posae.store import ActivationStore
-from posae.store.corpus import count_duplicates
 from posae.store.errors import (
     SettingsError,
     StoreDamagedError,
