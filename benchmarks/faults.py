@@ -30,9 +30,9 @@ import numpy as np
 from posae import __version__
 from posae.cli.app import main as posae_main
 from posae.pipeline.batches import ShuffledBatches
+from posae.pipeline.ranges import equal_ranges
 from posae.store.errors import StoreDamagedError, StoreError
 from posae.store.layout import ArraySpec
-from posae.store.ranges import equal_ranges
 from posae.store.reader import ActivationStore
 from posae.store.shards import index_bytes, parse_index
 from posae.store.verify import verify

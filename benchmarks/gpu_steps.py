@@ -3,7 +3,7 @@
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from posae.pipeline.batches import Batch, ShuffledBatches
 from posae.pipeline.evaluate import evaluate
 from posae.pipeline.harvest import Harvest
 from posae.pipeline.language_model import LanguageModel, model_facts
+from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.sae import sparse
 from posae.pipeline.settings import (
     TRAIN_PRESETS,
@@ -31,8 +32,8 @@ from posae.pipeline.settings import (
 )
 from posae.pipeline.train import LayerMemory, Ongoing, Team, Training, train_together
 from posae.pipeline.train.state import State
-from posae.store.ranges import equal_ranges
 from posae.store.reader import ActivationStore
+from posae.store.shards import index_bytes, parse_index
 
 CPU = torch.device("cpu")
 ACTIVATIONS_MAY_DIFFER = 0.02
@@ -421,9 +422,18 @@ def decoding(bench: Bench) -> None:
             there.copy_(out)
 
     bench.attempt("host, one thread, and copy: GB/s", lambda: n_bytes / bench.seconds(on_host) / 1e9)
-    chunks = [BloscChunk(reader.encoded(chunk)) for chunk in range(n_chunks)]
+    chunks = [BloscChunk(data) for data in _stored_chunks(store)]
     bench.note("frames to a chunk", len(chunks[0].frames))
     bench.attempt("nvCOMP: GB/s", _by_nvcomp, bench, chunks, reader.read_chunk, bits)
+
+
+def _stored_chunks(store: ActivationStore) -> Iterator[bytes]:
+    """The chunks of layer 0 as they lie in their files."""
+    spec = store.array("layer_0").spec
+    for shard in range(spec.n_shards):
+        data = b"".join(store.files.pieces(spec.shard_path(shard)))
+        for start, size in parse_index(spec, shard, data[-index_bytes(spec) :], len(data)).tolist():
+            yield data[start : start + size]
 
 
 class BloscChunk:

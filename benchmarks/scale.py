@@ -35,13 +35,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posae.pipeline.batches import Order, ShuffledBatches
+from posae.pipeline.corpus import corpus_counts
+from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.text.contexts import InOrder, held_out_contexts, order_of_contexts, take_contexts
 from posae.store import ActivationStore
-from posae.store.corpus import corpus_counts
 from posae.store.files import StoreFiles
 from posae.store.layout import CHUNK_CONTEXTS, ArraySpec, shard_contexts
 from posae.store.manifest import Manifest, group_json, layer_spec, token_specs
-from posae.store.ranges import equal_ranges
 from posae.store.seal import (
     CORPUS_PATH,
     MAX_SEAL_BYTES,
@@ -149,9 +149,8 @@ def fill(files: StoreFiles, spec: ArraySpec, rng: np.random.Generator, sealed: d
         assert writer
         for number in range(spec.chunks_in(shard)):
             writer.append(chunks[number % len(chunks)])
-        digest = writer.finish()
+        sealed[spec.shard_path(shard)] = writer.finish()
         writer.commit()
-        sealed[spec.shard_path(shard)] = SealedFile(digest.n_bytes, digest.sha256.hex())
     first = spec.shard_path(0)
     for shard in range(1, spec.n_shards - 1):
         os.link(files.root / first, files.root / spec.shard_path(shard))
@@ -403,7 +402,7 @@ def describe(manifest: Manifest, layers: Sequence[int], seal: int) -> None:
     indexes = sum(index_bytes(array) * array.n_shards for array in specs)
     say(
         f"\n{manifest.n_contexts * LENGTH:,} tokens: {manifest.n_contexts:,} contexts, "
-        f"{len(layers)} layers, {len(layers) * spec.raw_bytes / 1e12:.2f} TB raw\n"
+        f"{len(layers)} layers, {len(layers) * spec.n_chunks * spec.chunk_bytes / 1e12:.2f} TB raw\n"
         f"  {manifest.n_shards:,} shards a layer, of {manifest.shard_contexts:,} contexts; "
         f"{n_files:,} files\n"
         f"  an index of {index_bytes(spec):,} bytes a shard, {indexes / 1e6:.0f} MB in all; "

@@ -31,11 +31,11 @@ from numpy.typing import NDArray
 from written import written
 
 from posae.pipeline.batches import ShuffledBatches
+from posae.pipeline.ranges import equal_ranges
 from posae.store.bfloat16 import register_bfloat16
 from posae.store.codecs import CHECKSUM_BYTES
 from posae.store.layout import ArraySpec
 from posae.store.manifest import Manifest, layer_spec
-from posae.store.ranges import equal_ranges
 from posae.store.reader import ActivationStore
 from posae.store.rounding import round_mantissas
 from posae.store.shard_writer import encode_chunks

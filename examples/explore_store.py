@@ -49,7 +49,7 @@ print(f"{held_out.sum()} contexts are held out, of {len(np.unique(store.document
 import torch
 
 from posae.pipeline import as_torch, shuffled_batches
-from posae.store.ranges import equal_ranges
+from posae.pipeline.ranges import equal_ranges
 
 activations = as_torch(store.read(layer, slice(0, 8)))
 print("as a tensor:", tuple(activations.shape), activations.dtype)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..store.ranges import PositionRange
 from ..store.reader import ActivationStore
 from .batches import ShuffledBatches, as_torch
+from .ranges import PositionRange
 
 
 class Rows(NamedTuple):

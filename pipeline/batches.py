@@ -25,10 +25,10 @@ import torch
 from numpy.typing import NDArray
 
 from ..store.manifest import layer_path
-from ..store.ranges import PositionRange
 from ..store.reader import ActivationStore
 from ..store.threads import stop
 from .chunk_memory import ChunkMemory, DecodedLayer, HostBuffer, chunk_memory
+from .ranges import PositionRange
 
 _SCAN_CHUNKS = 512
 

@@ -14,12 +14,12 @@ from ..store.errors import SettingsError, StoreIncompleteError
 from ..store.reader import ActivationStore
 from ..store.remote.cache import default_folder
 from ..store.remote.folder import RemoteFolder, shown
-from ..store.remote.publish import publish
 from ..store.remote.servers import open_remote
-from ..store.transfer import bytes_to_move, copy_store
-from .assembling import copy_part, first_part
 from .progress import Progress, Silent
 from .settings import CopySettings
+from .stores.assembling import copy_part, first_part
+from .stores.copying import bytes_to_move, copy_store
+from .stores.publishing import publish
 
 
 class Copied(NamedTuple):

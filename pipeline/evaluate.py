@@ -28,7 +28,6 @@ from ..store.errors import (
     StoreMismatchError,
     StoreNotFoundError,
 )
-from ..store.ranges import PositionRange, equal_ranges, parse_ranges
 from ..store.reader import ActivationStore
 from .batches import Batch, ordered_batches
 from .device import choose_device, numbers_at_once
@@ -47,6 +46,7 @@ from .probing.offline import probe_store
 from .probing.results import ProbingResult
 from .processes import processes_here
 from .progress import Progress, Silent
+from .ranges import PositionRange, equal_ranges, parse_ranges
 from .runs import EVALUATION, Run
 from .sae.autoencoder import Autoencoder
 from .sae.saving import load_autoencoder

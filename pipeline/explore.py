@@ -26,13 +26,13 @@ from ..store.errors import (
     StoreIncompleteError,
     StoreNotFoundError,
 )
-from ..store.ranges import PositionRange, equal_ranges
 from ..store.reader import ActivationStore
 from .batches import as_torch
 from .device import choose_device, numbers_at_once
 from .language_model import is_hub_id, load_tokenizer
 from .metrics import ABOVE
 from .progress import Progress, Silent
+from .ranges import PositionRange, equal_ranges
 from .results.explored import Excerpt, Explored, ExploredFeature, Unexplored
 from .runs import Run
 from .sae.autoencoder import Autoencoder

@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from ..store.corpus import corpus_counts
 from ..store.errors import ModelError
 from ..store.layout import CHUNK_CONTEXTS, shard_contexts
 from ..store.manifest import Manifest, token_specs
@@ -31,6 +30,7 @@ from ..store.rounding import MANTISSA_BITS
 from ..store.shards import ShardReader
 from ..store.stats import ordinary_tokens
 from ..store.writer import NotFiniteError, ShardOfLayers, StoreWriter, committed_manifest, standing_store
+from .corpus import corpus_counts
 from .device import choose_device, n_cores
 from .host_copies import HostCopies, HostCopy
 from .language_model import (

@@ -13,9 +13,9 @@ import torch
 
 from .. import __version__
 from ..store.errors import RunMismatchError, SettingsError
-from ..store.ranges import PositionRange, parse_ranges
 from ..store.reader import ActivationStore
 from .hook_points import layer_of
+from .ranges import PositionRange, parse_ranges
 from .runs import WEIGHTS, Run
 from .sae.foreign import read_foreign, read_metadata
 from .sae.saving import load_autoencoder, save_autoencoder

@@ -3,7 +3,7 @@
 They must agree in all that activations depend on, and hold different contexts of the corpus, as harvests
 with ``--skip-contexts`` do. In the new store come first the training parts' whole shards, store after
 store, which are taken as they are; then what is left of the training parts; then all that is held out. The
-order does not matter to a training: it shuffles chunks. Costs: ``store/assembly.py``.
+order does not matter to a training: it shuffles chunks. Costs: ``stores/assembling.py``.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..store.assembly import VERSIONS_OF_BYTES, Piece
-from ..store.corpus import digests_of
 from ..store.errors import SettingsError, StoreIncompleteError, StoreMismatchError
 from ..store.manifest import Manifest
 from ..store.reader import ActivationStore
-from .assembling import assemble
+from .corpus import digests_of
 from .progress import Progress
 from .settings import MergeSettings
+from .stores.assembling import VERSIONS_OF_BYTES, Piece, assemble
 
 MAY_DIFFER = {
     *("n_contexts", "skip_contexts", "origin"),  # which contexts they hold: what a merge is about

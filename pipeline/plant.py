@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from ..store.errors import SettingsError, StoreIncompleteError
 from ..store.manifest import Manifest
-from ..store.ranges import PositionRange, parse_ranges
 from ..store.reader import ActivationStore
 from ..store.rounding import float32_to_bits
 from ..store.stats import LayerStats, bits_to_float32, ordinary_tokens
 from ..store.writer import ShardOfLayers, StoreWriter
 from .filling import fill_shards
 from .progress import Progress, Silent
+from .ranges import PositionRange, parse_ranges
 from .settings import PlantSettings
 
 _DEFAULTS = {"additive": (0.12, 8), "rotation": (1.0, 32), "none": (0.0, 0)}

@@ -27,12 +27,13 @@ from .manifest import (
     token_specs,
 )
 from .opening import files_at, seal_of
+from .plain_text import numbers
 from .readable import ReadableFiles
 from .remote.cache import PartCache
 from .remote.files import READING_THREADS, RemoteFiles
 from .seal import CORPUS_PATH, MAX_METADATA_BYTES, ROOT_PATH, Seal, check_sealed_bytes, parse_json
 from .shards import ShardReader
-from .stats import stats_specs
+from .stats import LayerStats, stats_specs
 from .threads import Renewed
 
 _THREADS = min(4, os.cpu_count() or 1)
@@ -42,15 +43,11 @@ Result = TypeVar("Result")
 
 
 class StoreArrays(Renewed):
-    """The arrays of an opened store.
+    """The arrays of an opened store; other attributes are those of ``ActivationStore``.
 
     Attributes:
         files: where they lie.
         seal: what the finished store consists of; None where it is not finished.
-        manifest: what was harvested from what.
-        layers: the layers that can be read, sorted.
-        n_contexts: contexts committed in every layer.
-        contexts_by_layer: contexts committed, by layer.
     """
 
     def __init__(self, place: str | Path, cache: PartCache | None = None) -> None:
@@ -63,6 +60,7 @@ class StoreArrays(Renewed):
         self._specs: dict[str, ArraySpec] = {}
         self._sound_layers: set[int] = set()
         self._digests: dict[int, dict[str, str]] = {}
+        self._samples: dict[int, LayerStats] = {}
         self._corpus: Json | None = None
         self.layers: tuple[int, ...] = self._find_layers()
         self.contexts_by_layer = {layer: self._committed(layer) for layer in self.layers}
@@ -218,7 +216,7 @@ class StoreArrays(Renewed):
         if not self.files.exists(CORPUS_PATH):
             return 0
         beside = [self.array(path) for path in ("tokens", "document")]
-        stats = [spec for spec in stats_specs(self.manifest, layer).values()]
+        stats = stats_specs(self.manifest, layer).values()
         shards = 0
         activations = self.array(layer_path(layer))
         while (
@@ -245,9 +243,8 @@ class StoreArrays(Renewed):
         if layer in self._sound_layers:
             return
         if layer not in self.layers:
-            has = ", ".join(map(str, self.layers)) or "none"
             raise StoreIncompleteError(
-                f"{self.root} has no layer {layer}; it has {has}. "
+                f"{self.root} has no layer {layer}; it has {numbers(self.layers) or 'none'}. "
                 f"Add it: posae harvest {self.root} --layers {layer}"
             )
         if not self.contexts_by_layer[layer]:
@@ -316,10 +313,9 @@ class StoreArrays(Renewed):
             return {}
         if layer in self._digests:
             return dict(self._digests[layer])
-        prefixes = {name: f"{name}/" for name in ("tokens", layer_path(layer))}
-        prefixes["stats"] = f"stats/{layer_path(layer)}/"
         found: dict[str, str] = {}
-        for name, prefix in prefixes.items():
+        for name in ("tokens", layer_path(layer), "stats"):
+            prefix = f"stats/{layer_path(layer)}/" if name == "stats" else f"{name}/"
             lines = sorted(
                 f"{path} {file.sha256}\n" for path, file in self.seal.files.items() if path.startswith(prefix)
             )

@@ -15,6 +15,8 @@ import zarr.errors
 from zarr.core.dtype.common import HasEndianness, HasItemSize
 from zarr.dtype import ZDType, data_type_registry
 
+from .rounding import float32_to_bits
+
 # Newer versions, which Python 3.12 and later get, have it among their errors, and warn where it was.
 DataTypeValidationError: type[ValueError] = (
     getattr(zarr.errors, "DataTypeValidationError", None) or zarr.dtype.DataTypeValidationError
@@ -27,10 +29,7 @@ def bfloat16_bits(value: float) -> np.uint16:
     >>> hex(bfloat16_bits(1.0)), hex(bfloat16_bits(float("nan")))
     ('0x3f80', '0x7fc0')
     """
-    bits = int(np.float32(value).view(np.uint32))
-    if bits & 0x7FFFFFFF > 0x7F800000:
-        return np.uint16(bits >> 16 | 0x40)
-    return np.uint16(bits + 0x7FFF + (bits >> 16 & 1) >> 16)
+    return np.uint16(float32_to_bits(np.array([value], np.float32))[0])
 
 
 @dataclass(frozen=True, kw_only=True)

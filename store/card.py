@@ -104,8 +104,6 @@ _PLANTED = (
     "**This is no harvest.** An effect of position was planted into the activations on purpose, to see "
     "whether a method finds it."
 )
-
-
 _IMPORTED = "**This was imported** from files of another program."
 
 _LICENCES = """\
@@ -119,11 +117,13 @@ the licences of both bind whoever shares them.
 
 def _metadata(manifest: Manifest) -> str:
     """What the Hub reads: YAML, with every string of the store as a JSON string, which YAML is a form of."""
-    above = next((i for i, most in enumerate(_CATEGORIES) if manifest.n_contexts < _number(most)), None)
-    if above is None:
+    reached = [name for power, name in enumerate(_CATEGORIES, 3) if manifest.n_contexts >= 10**power]
+    if not reached:
+        size = f"n<{_CATEGORIES[0]}"
+    elif len(reached) == len(_CATEGORIES):
         size = f"n>{_CATEGORIES[-1]}"
     else:
-        size = f"{_CATEGORIES[above - 1]}<n<{_CATEGORIES[above]}" if above else f"n<{_CATEGORIES[0]}"
+        size = f"{reached[-1]}<n<{_CATEGORIES[len(reached)]}"
     name = f"Activations of {printable(manifest.model)} on {printable(manifest.dataset)}"
     lines = [
         "---",
@@ -136,10 +136,6 @@ def _metadata(manifest: Manifest) -> str:
         lines.append(f"source_datasets: [{json.dumps(manifest.dataset)}]")
     # The Hub would show zarr.json as a table.
     return "\n".join([*lines, "viewer: false", "---"])
-
-
-def _number(category: str) -> int:
-    return int(category[:-1]) * 1000 ** (1 + "KMBT".index(category[-1]))
 
 
 def _layers(store: ActivationStore, norms: Mapping[int, NormStats]) -> Iterator[str]:

@@ -68,14 +68,10 @@ class Codec:
         Raises:
             ValueError: none of the presets.
         """
-        blosc_json = [codec["configuration"] for codec in codecs if codec["name"] == "blosc"]
+        settings = [codec["configuration"] for codec in codecs if codec["name"] == "blosc"] or [{}]
+        found = (settings[0].get("cname"), settings[0].get("clevel", 0))
         for codec in CODECS.values():
-            if codec.compressor is None and not blosc_json:
-                return codec
-            if blosc_json and (blosc_json[0]["cname"], blosc_json[0]["clevel"]) == (
-                codec.compressor,
-                codec.level,
-            ):
+            if (codec.compressor, codec.level) == found:
                 return codec
         raise ValueError("no preset of posae")
 

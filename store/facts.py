@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from .arrays import StoreArrays
 from .manifest import Manifest
-from .plain_text import counted, quantity
+from .plain_text import counted, numbers, quantity
 
 _MOST_IDS = 16
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -55,7 +55,7 @@ def _facts(store: StoreArrays, shown: Shown, linked: bool) -> Iterator[tuple[str
         value: str | None = getattr(manifest, f"dataset_{part}")
         text += f", {part} {shown(value)}" if value is not None else ""
     yield "text", text
-    layers = ", ".join(map(str, store.layers)) or "none"
+    layers = numbers(store.layers) or "none"
     where = f"the residual stream after a block, {store.d_model:,} wide; layers {layers} of "
     yield "hook point", f"{shown(manifest.hook_point)}, {where}{manifest.model_layers}, counted from 0"
     planned = "" if store.is_sealed else f" and {manifest.n_contexts:,} planned"
@@ -112,7 +112,7 @@ def _special_tokens(manifest: Manifest) -> str:
     ids = manifest.special_token_ids
     if not ids:
         return "none"
-    told = f"ids {', '.join(map(str, ids[:_MOST_IDS]))}"
+    told = f"ids {numbers(ids[:_MOST_IDS])}"
     told += f" and {len(ids) - _MOST_IDS:,} more" if len(ids) > _MOST_IDS else ""
     if manifest.first_token is not None:
         told += f"; every context begins with {manifest.first_token}"

@@ -58,7 +58,7 @@ class StoreFiles:
     has_latency = False
 
     def __init__(self, root: Path) -> None:
-        """Speak of ``root``; nothing is opened yet."""
+        """Name the folder; nothing is opened yet."""
         self.root = root
 
     @contextmanager
@@ -123,12 +123,7 @@ class StoreFiles:
         return data
 
     def pieces(self, path: str, start: int = 0) -> Iterator[bytes]:
-        """The bytes of a file of any size from ``start`` on, a few megabytes at a time.
-
-        Raises:
-            FileNotFoundError: no such file.
-            StoreDamagedError: not a regular file.
-        """
+        """The bytes of a file from ``start`` on, a few megabytes at a time; see ``ReadableFiles``."""
         with open(self.open(path), "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor)
             file.seek(start)
             while piece := file.read(_PIECE_BYTES):
@@ -203,11 +198,6 @@ class StoreFiles:
     def is_there(self) -> bool:
         """Whether the root itself is there: a disk may vanish while it is read."""
         return self.root.exists()
-
-    @contextmanager
-    def local(self, path: str) -> Generator["StoreFiles"]:
-        """Files of this machine, among them the one at ``path``: these."""
-        yield self
 
     def walk(self) -> Iterator[str]:
         """Every file, link or device below the root, sorted; folders that are links are not entered.
@@ -311,22 +301,14 @@ def _descend(handle: int, path: str, *, make: bool = False) -> int:
     return handle
 
 
-def sync_folder(folder: Path | int) -> None:
-    """Make renames within ``folder``, and the folder's own entry, survive a power cut.
-
-    Args:
-        folder: its path, or a descriptor of it.
-    """
-    handle = os.open(folder, _FOLDER) if isinstance(folder, Path) else os.dup(folder)
+def sync_folder(folder: int) -> None:
+    """Make renames within ``folder``, by its descriptor, and its own entry survive a power cut."""
+    os.fsync(folder)
+    parent = os.open("..", _FOLDER, dir_fd=folder)
     try:
-        os.fsync(handle)
-        parent = os.open("..", _FOLDER, dir_fd=handle)
-        try:
-            os.fsync(parent)
-        finally:
-            os.close(parent)
+        os.fsync(parent)
     finally:
-        os.close(handle)
+        os.close(parent)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """The statistics of a store's layers, merged over their committed shards as they are asked for."""
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from .arrays import StoreArrays
 from .errors import StoreDamagedError
 from .layout import ArraySpec
 from .manifest import layer_path
-from .remote.cache import PartCache
 from .stats import LayerStats, NormStats, RoundingError, byte_plane_bound, norm_stats
 
 # What is told of a whole layer by its first shards: 8,192 contexts, and about 20 MB to read at d_model 2,304.
@@ -21,11 +19,6 @@ _BYTES_AT_ONCE = 2**26
 
 class StoreStatistics(StoreArrays):
     """A store's arrays, and what was counted and summed when they were written."""
-
-    def __init__(self, place: str | Path, cache: PartCache | None = None) -> None:
-        """Open the store by its root and seal alone; ``open`` checks more."""
-        super().__init__(place, cache)
-        self._samples: dict[int, LayerStats] = {}
 
     def impossible(self, spec: ArraySpec, entry: NDArray[Any]) -> str:
         """What is wrong with an entry of statistics that no harvest writes; empty where nothing is."""

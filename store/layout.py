@@ -134,11 +134,6 @@ class ArraySpec:
         """Chunks that hold at least one row."""
         return -(-self.shape[0] // self.chunk_rows)
 
-    @property
-    def raw_bytes(self) -> int:
-        """Bytes of the array's values, without padding."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
     def chunks_in(self, shard: int) -> int:
         """Chunks of ``shard`` that hold at least one row."""
         return min(self.chunks_per_shard, self.n_chunks - shard * self.chunks_per_shard)
@@ -202,7 +197,7 @@ class ArraySpec:
                 data_type=cast("str", found["data_type"]),
                 chunk_rows=_counts(sharding["chunk_shape"])[0],
                 shard_rows=_counts(found["chunk_grid"]["configuration"]["chunk_shape"])[0],
-                dimension_names=tuple(_text(name) for name in found["dimension_names"]),
+                dimension_names=tuple(found["dimension_names"]),
                 codec=Codec.from_json(sharding["codecs"]),
                 attributes={**found["attributes"]},
             )
@@ -223,20 +218,16 @@ class ArraySpec:
         Raises:
             ValueError: out of bounds.
         """
-        if self.data_type not in DATA_TYPES or len(self.dimension_names) != len(self.shape):
-            raise ValueError("data type or dimension names")
+        if self.data_type not in DATA_TYPES:
+            raise ValueError("data type")
+        if [type(name) for name in self.dimension_names] != [str] * len(self.shape):
+            raise ValueError("dimension names")
         if not 1 <= len(self.shape) <= 3 or min(self.shape) < 0 or self.shape[0] > MAX_ROWS:
             raise ValueError("shape")
         if self.chunk_rows < 1 or self.shard_rows < 1 or self.shard_rows % self.chunk_rows:
             raise ValueError("chunks do not fill shards")
         if self.chunks_per_shard > MAX_CHUNKS_PER_SHARD or not 0 < self.chunk_bytes <= MAX_CHUNK_BYTES:
             raise ValueError("chunk size")
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("not text")
-    return value
 
 
 def _counts(values: Any) -> tuple[int, ...]:

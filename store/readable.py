@@ -8,12 +8,9 @@ import mmap
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from .files import StoreFiles
+from typing import Protocol
 
 WHOLE_BYTES = 2**21
 """A file on a server that is no longer than this is fetched whole, whatever of it is wanted."""
@@ -150,17 +147,4 @@ class ReadableFiles(Protocol):
 
     def walk(self) -> Iterator[str]:
         """Every file below the root."""
-        ...
-
-    def link(self, path: str, folder: int, name: str) -> bool:
-        """Give a file one more name in a folder of this machine; whether that could be done."""
-        ...
-
-    def local(self, path: str) -> AbstractContextManager["StoreFiles"]:
-        """Files of this machine, among them the whole of the one at ``path``, for as long as it is needed.
-
-        Raises:
-            FileNotFoundError: no such file.
-            StoreDamagedError: of another size than was sealed.
-        """
         ...

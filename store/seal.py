@@ -120,19 +120,6 @@ def seal_bytes(sealed: Mapping[str, SealedFile]) -> bytes:
     return data
 
 
-def read_seal(files: ReadableFiles) -> Seal | None:
-    """The store's seal, or None where it is not finished.
-
-    Raises:
-        StoreFormatError: a seal of another form, or of a newer format.
-        StoreDamagedError: a link or device in its place, or larger than any seal.
-    """
-    try:
-        return parse_seal(files.read(SEAL_PATH, MAX_SEAL_BYTES))
-    except FileNotFoundError:
-        return None
-
-
 def parse_seal(data: bytes) -> Seal:
     """The seal in the bytes of a ``seal.json``.
 

@@ -9,23 +9,17 @@ import hashlib
 import os
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .codecs import CHECKSUM_BYTES, HEADER_BYTES, checksum
+from .codecs import checksum
 from .errors import StoreDamagedError, StoreWriteError
 from .files import StoreFiles, lock, partial_name, sync_folder, writing
 from .layout import ArraySpec
-from .shards import ABSENT, ShardReader, index_bytes
-
-
-class ShardDigest(NamedTuple):
-    """What the seal says of a file."""
-
-    n_bytes: int
-    sha256: bytes
+from .seal import SealedFile
+from .shards import ABSENT, ShardReader
 
 
 class ShardWriter:
@@ -72,8 +66,7 @@ class ShardWriter:
         """
         path = spec.shard_path(shard)
         partial = partial_name(path)
-        reader = ShardReader(files, spec)
-        is_done = is_committed or (lambda: reader.is_committed(shard))
+        is_done = is_committed or (lambda: ShardReader(files, spec).is_committed(shard))
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         while True:
             with writing(files.root / path), files.folder_of(path) as folder, ExitStack() as closing:
@@ -114,8 +107,8 @@ class ShardWriter:
             while len(view):
                 view = view[self._file.write(view) :]
 
-    def finish(self) -> ShardDigest:
-        """Write the index and make the file durable; it is not committed yet.
+    def finish(self) -> SealedFile:
+        """Write the index and make the file durable; it is not committed yet. What a seal says of it.
 
         Raises:
             StoreWriteError: the disk refused.
@@ -126,7 +119,7 @@ class ShardWriter:
         self._write(index + checksum(index))
         with writing(self._target):
             os.fsync(self._file.fileno())
-        return ShardDigest(self._n_bytes, self._digest.digest())
+        return SealedFile(self._n_bytes, self._digest.hexdigest())
 
     def adopt(self, source: ShardReader, shard: int) -> None:
         """Be a whole shard of a sealed store, in place of ``append`` and ``finish``; nothing is decoded.
@@ -149,14 +142,14 @@ class ShardWriter:
         with writing(self._target), self._files.folder_of(self._path) as folder:
             with suppress(FileNotFoundError):
                 os.unlink(linked, dir_fd=folder)
-            if source.files.link(path, folder, linked):
+            if isinstance(source.files, StoreFiles) and source.files.link(path, folder, linked):
                 self._linked = linked
                 return
         for piece in source.files.pieces(path):
             self._write(piece)
         with writing(self._target):
             os.fsync(self._file.fileno())
-        found = (self._n_bytes, self._digest.hexdigest())
+        found = SealedFile(self._n_bytes, self._digest.hexdigest())
         if source.sealed is None or source.sealed.get(path) != found:
             raise StoreDamagedError(
                 "its bytes are not those that were sealed", array=source.spec.path, shard=shard
@@ -186,7 +179,7 @@ class ShardWriter:
         with writing(self._target), self._files.folder_of(self._path) as folder:
             if not _is_at(folder, partial_name(self._path), self._file.fileno()):
                 raise StoreWriteError(
-                    f"{self._target}: its temporary file was removed by another program while it was written; "
+                    f"{self._target}: its temporary file was removed by another program as it was written; "
                     "run the same command again"
                 )
 
@@ -256,11 +249,6 @@ def write_array(
         else:
             start = shard * spec.shard_rows
             write_shard(files, spec, shard, rows[start : start + spec.shard_rows])
-
-
-def most_bytes(spec: ArraySpec) -> int:
-    """The most that a shard's file can be long."""
-    return spec.chunks_per_shard * (spec.chunk_bytes + HEADER_BYTES + CHECKSUM_BYTES) + index_bytes(spec)
 
 
 def write_shard(files: StoreFiles, spec: ArraySpec, shard: int, rows: NDArray[Any]) -> None:

@@ -281,16 +281,6 @@ class ShardReader(Renewed):
         """
         self._use([chunk], lambda _, payload: self.spec.codec.decode(payload, out))
 
-    def encoded(self, chunk: int) -> bytes:
-        """A chunk as it lies in its file, its checksum last; checked, not decoded.
-
-        Raises:
-            StoreDamagedError: the chunk is missing or not what was written.
-        """
-        found: list[bytes] = []
-        self._use([chunk], lambda _, payload: found.append(bytes(payload)))
-        return found[0] + checksum(found[0])
-
     def will_need(self, chunks: Iterable[int]) -> None:
         """Ask the operating system to read these chunks ahead, without waiting."""
         for chunk in chunks:

@@ -81,18 +81,12 @@ def verify(
     covered = {reader.spec.shard_path(shard) for reader, shard, _ in shards}
     plain = sorted({*expected, *_plain_files(store)} - covered)
 
-    def check_shard(task: tuple[ShardReader, int, str | None]) -> tuple[list[Damage], int]:
-        return _check_shard(store, *task)
-
-    def check_file(path: str) -> tuple[list[Damage], int]:
-        return _check_file(store, path)
-
     damaged = list(_misread_metadata(store))
     n_bytes = 0
     with ThreadPoolExecutor(threads) as pool:
         for found, size in chain(
-            _few_ahead(pool, check_file, plain, 8 * threads),
-            _few_ahead(pool, check_shard, shards, 8 * threads),
+            _few_ahead(pool, lambda path: _check_file(store, path), plain, 8 * threads),
+            _few_ahead(pool, lambda shard: _check_shard(store, *shard), shards, 8 * threads),
         ):
             damaged += found
             n_bytes += size

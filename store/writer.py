@@ -9,12 +9,11 @@ lock.
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -190,11 +189,9 @@ class StoreWriter:
         """Whether the tokens are committed."""
         return self.files.exists(CORPUS_PATH)
 
-    @contextmanager
-    def lock(self) -> Generator[None]:
+    def lock(self) -> AbstractContextManager[bool]:
         """Hold the store's lock, under which tokens, layer metadata and the seal are written."""
-        with exclusive(self.root):
-            yield
+        return exclusive(self.root)
 
     def write_tokens(
         self,
@@ -228,18 +225,13 @@ class StoreWriter:
             write_array(self.files, spec, values[name], partial(existing, name))
         self.files.write(CORPUS_PATH, pretty_json(group_json({"posae": corpus})))
 
-    def _remove_leftovers(self, spec: ArraySpec) -> None:
-        """Remove temporary files that a kill left; nobody is to be writing ``spec``."""
-        self.files.remove(spec.path, lambda name: name.startswith(".") and name.endswith(PARTIAL))
-
     def _remove_shards_past(self, spec: ArraySpec) -> None:
         ours = {spec.shard_path(shard) for shard in range(spec.n_shards)}
         self.files.remove(spec.path, lambda name: name.startswith("c.") and f"{spec.path}/{name}" not in ours)
 
     def _write_metadata(self, spec: ArraySpec) -> None:
-        data = pretty_json(spec.to_json())
         if not self.files.exists(spec.metadata_path):
-            self.files.write(spec.metadata_path, data)
+            self.files.write(spec.metadata_path, pretty_json(spec.to_json()))
 
     def add_layers(self, layers: Sequence[int]) -> None:
         """Write the metadata of layers that the store does not have yet; call under ``lock``.
@@ -265,8 +257,8 @@ class StoreWriter:
             self.files.write(path, group)
         elif self.files.read(path, MAX_METADATA_BYTES) != group:
             raise StoreMismatchError(
-                f"layer {layer} of {self.root} was begun with other versions of libraries ({path}, or else the "
-                "manifest, names them); finish it with those"
+                f"layer {layer} of {self.root} was begun with other versions of libraries ({path}, or else "
+                "zarr.json, names them); finish it with those"
             )
 
     def begin_layers(self, wanted: Sequence[int]) -> tuple[int, ...]:
@@ -340,25 +332,21 @@ class StoreWriter:
             StoreWriteError: the disk refused.
         """
         writers: dict[int, ShardWriter] = {}
-        try:
+        with ExitStack() as abandoning:
             for layer in layers:
-                spec = layer_spec(self.manifest, layer)
-                if self.is_committed(layer, shard):
-                    continue
                 is_committed = partial(self.is_committed, layer, shard)
+                if is_committed():
+                    continue
+                spec = layer_spec(self.manifest, layer)
                 writer = ShardWriter.try_lock(self.files, spec, shard, wait=wait, is_committed=is_committed)
-                if writer is None and not self.is_committed(layer, shard):
-                    break
                 if writer is not None:
                     writers[layer] = writer
-            else:
-                if writers:
-                    return ShardOfLayers(self, shard, writers)
-        except BaseException:
-            _abandon(writers.values())
-            raise
-        _abandon(writers.values())
-        return None
+                    abandoning.callback(writer.abandon)
+                elif not is_committed():
+                    return None
+            locked = ShardOfLayers(self, shard, writers) if writers else None
+            abandoning.pop_all()
+            return locked
 
     def finish(self, layers: Sequence[int]) -> str:
         """Seal the store unless its seal names ``layers`` already, and see to its card; call under ``lock``.
@@ -402,8 +390,8 @@ class StoreWriter:
         for path in self._files_of(complete):
             if path not in sealed:
                 sealed[path] = self._digest(path)
-        for spec in self._specs_of(complete):
-            self._remove_leftovers(spec)
+        for spec in self._specs_of(complete):  # nobody writes them any more: what is left is of a kill
+            self.files.remove(spec.path, lambda name: name.startswith(".") and name.endswith(PARTIAL))
         data = seal_bytes(sealed)
         self.files.write(SEAL_PATH, data)
         return hashlib.sha256(data).hexdigest()
@@ -470,7 +458,8 @@ class ShardOfLayers:
             encoding.cancel()
         for thread in self._threads.values():
             thread.shutdown(cancel_futures=True)
-        _abandon(self._writers.values())
+        for writer in self._writers.values():
+            writer.abandon()
 
     def append(
         self,
@@ -478,7 +467,6 @@ class ShardOfLayers:
         bits: NDArray[np.uint16],
         ordinary: NDArray[np.bool_],
         pool: Executor,
-        encoded: Sequence[bytes | None] = (),
     ) -> "list[Encoding]":
         """Take the next contexts of one layer, a whole number of chunks unless the shard ends.
 
@@ -487,7 +475,6 @@ class ShardOfLayers:
             bits: bfloat16 bits [contexts, positions, d_model]; not to be changed until they are encoded.
             ordinary: bool [contexts, positions]: tokens that the position means are over.
             pool: threads to encode in.
-            encoded: of each chunk the bytes that encode it, where they are known; those are written.
 
         Returns:
             What encodes them, chunk by chunk: once all are done, nobody reads ``bits`` any more.
@@ -505,10 +492,9 @@ class ShardOfLayers:
         if left < 0 or (left and len(bits) % step):
             raise ValueError(f"{len(bits)} contexts are not whole chunks of {step} up to the shard's end")
         encodings: list[Encoding] = []
-        for number, start in enumerate(range(0, len(bits), step)):
+        for start in range(0, len(bits), step):
             part, mask = bits[start : start + step], ordinary[start : start + step]
-            known = encoded[number] if encoded else None
-            encoding = pool.submit(_encode_and_count, spec, part, mask, manifest.mantissa_bits, known)
+            encoding = pool.submit(_encode_and_count, spec, part, mask, manifest.mantissa_bits)
             self._waiting.append((encoding, self._threads[layer].submit(self._write, layer, encoding)))
             encodings.append(encoding)
         # Bounded: two batches of every layer may wait for the pool, no more.
@@ -577,9 +563,9 @@ class ShardOfLayers:
             self._store.files.write(spec.shard_path(self.shard), statistics[name])
         writer.commit()
 
-    def _statistics(self, layer: int, sha256: bytes) -> dict[str, bytes]:
+    def _statistics(self, layer: int, sha256: str) -> dict[str, bytes]:
         """The files of the shard's entries, by short name."""
-        entries = self._stats[layer].arrays(sha256)
+        entries = self._stats[layer].arrays(bytes.fromhex(sha256))
         if layer in self._rounding:
             entries["rounding"] = self._rounding[layer]
         specs = stats_specs(self._store.manifest, layer)
@@ -595,19 +581,11 @@ def _encode_and_count(
     bits: NDArray[np.uint16],
     ordinary: NDArray[np.bool_],
     mantissa_bits: int | None,
-    encoded: bytes | None,
 ) -> tuple[list[bytes], ChunkStats]:
-    if encoded is not None:
-        return [encoded], ChunkStats.of(bits, ordinary)
     if mantissa_bits is None:
         return encode_chunks(spec, bits), ChunkStats.of(bits, ordinary)
     rounded = round_mantissas(bits, mantissa_bits)
     return encode_chunks(spec, rounded), ChunkStats.of(rounded, ordinary, exact=bits)
-
-
-def _abandon(writers: Any) -> None:
-    for writer in writers:
-        writer.abandon()
 
 
 def _follows_tokens(path: str) -> bool:

@@ -45,6 +45,8 @@ SPOKEN_BY_ALL = {
     "digests",  # what tells files apart, be they weights, text or activations
     "device",  # what the machine has: memory and blocks that fit it
     "sae.sparse",  # a code as a list of its active features, which scores read too
+    "corpus",  # counts and digests of contexts, for whoever makes a store or compares two
+    "ranges",  # parts of a context, which autoencoders, scores and settings all name
     "chunk_memory",  # where batches keep decoded chunks
 }
 FILES = sorted(path.relative_to(ROOT) for folder in MAY_USE for path in (ROOT / folder).rglob("*.py"))

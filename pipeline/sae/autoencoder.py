@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...store.errors import SettingsError
-from ...store.ranges import PositionRange, parse_ranges
+from ..ranges import PositionRange, parse_ranges
 from .position_adapter import PositionAdapter, Rows, empty_weight
 from .position_mean import PositionMean
 from .share import Share

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ...store.errors import RunError, RunNotFoundError
-from ...store.ranges import PositionRange
+from ..ranges import PositionRange
 from .autoencoder import Autoencoder
 from .registry import new_autoencoder
 from .saving import CONFIGURATION_FILE, WEIGHTS_FILE

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, Unpack
 import torch
 from torch import Tensor
 
-from ...store.ranges import PositionRange, range_of_position
+from ..ranges import PositionRange, range_of_position
 from .autoencoder import Codes, CommonSettings, require
 from .position_adapter import Rows
 from .standard import Standard

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...store.errors import SettingsError
-from ...store.ranges import PositionRange, range_of_position
+from ..ranges import PositionRange, range_of_position
 
 
 class PositionMean(nn.Module):

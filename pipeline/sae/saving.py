@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...store.errors import RunError, RunNotFoundError, SettingsError
 from ...store.files import StoreFiles
-from ...store.ranges import PositionRange
+from ..ranges import PositionRange
 from .autoencoder import Autoencoder, CommonSettings, Setting
 from .registry import architecture_class
 

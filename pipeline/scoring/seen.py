@@ -6,8 +6,8 @@ Costs reading the tokens of both and some microseconds a context; memory for 16 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...store.corpus import digests_of
 from ...store.reader import ActivationStore
+from ..corpus import digests_of
 
 _AT_ONCE = 65536
 

@@ -8,9 +8,9 @@ import math
 import torch
 
 from ...store.errors import SettingsError
-from ...store.ranges import parse_ranges
 from ...store.reader import ActivationStore
 from ..controls import refuse_unknown_positions
+from ..ranges import parse_ranges
 from ..sae.autoencoder import Autoencoder, CommonSettings
 from ..sae.registry import ARCHITECTURES, architecture_class, new_autoencoder
 from ..settings import TrainSettings

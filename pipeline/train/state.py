@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...store.ranges import PositionRange
 from ..batches import Batch
 from ..metrics import ScoreKeeper
+from ..ranges import PositionRange
 from ..sae.autoencoder import Autoencoder, Output
 from ..schedules import Clock, Curriculum, learning_rate_factor
 from ..settings import TrainSettings

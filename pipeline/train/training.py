@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ... import __version__
 from ...store.errors import RunBusyError, RunMismatchError, SettingsError, StoreIncompleteError
-from ...store.ranges import PositionRange, parse_ranges
 from ...store.reader import ActivationStore
 from ...store.stats import LayerStats
 from ..batches import Batch, ShuffledBatches
@@ -21,6 +20,7 @@ from ..device import choose_device, free_bytes
 from ..interrupts import held_back
 from ..processes import processes_here, shares_a_training
 from ..progress import Progress, Silent
+from ..ranges import PositionRange, parse_ranges
 from ..runs import Run, digest_of
 from ..sae.autoencoder import Autoencoder
 from ..sae.calibration import calibrate_threshold

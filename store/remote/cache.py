@@ -125,13 +125,6 @@ class PartCache(Renewed):
                 with contextlib.suppress(OSError):
                     os.unlink(partial)  # noqa: PTH108 (a name, not a path)
 
-    def forget(self, name: str) -> None:
-        """Remove a part, if it is there."""
-        path = self.folder / name
-        with contextlib.suppress(OSError):
-            if self._is_own(path.parent) and not path.is_symlink():
-                path.unlink()
-
     def _mark(self) -> bool:
         """Make the marked folder, if it is missing; whether it is one of ours."""
         tag = self.folder / "CACHEDIR.TAG"

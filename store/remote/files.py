@@ -8,15 +8,11 @@ fetched once more.
 """
 
 import hashlib
-import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 
 from ..errors import StoreDamagedError, StoreIncompleteError, StoreNotFoundError
-from ..files import StoreFiles
 from ..readable import WHOLE_BYTES
 from ..seal import (
     CARD_PATH,
@@ -118,13 +114,7 @@ class RemoteFiles:
         return data
 
     def pieces(self, path: str, start: int = 0) -> Iterator[bytes]:
-        """The bytes of a file from ``start`` on, fetched anew.
-
-        Raises:
-            FileNotFoundError: the seal does not name it, or the server lacks it.
-            StoreDamagedError: of another size than was sealed.
-            StoreRemoteError: the server refused, or does not answer.
-        """
+        """The bytes of a file from ``start`` on, fetched anew; see ``ReadableFiles``."""
         size = self._size(path)
         return iter([self.folder.read(path, start, size, size)]) if start else self.folder.pieces(path, size)
 
@@ -153,18 +143,6 @@ class RemoteFiles:
         """Every file that the server lists; where it lists none, those that the seal names."""
         listed = self.folder.list_files()
         return iter([*self.seal.files, SEAL_PATH] if listed is None else listed)
-
-    def link(self, path: str, folder: int, name: str) -> bool:
-        """Nothing: a file on a server has no name here."""
-        return False
-
-    @contextmanager
-    def local(self, path: str) -> Generator[StoreFiles]:
-        """A temporary folder with the whole of one file, fetched anew."""
-        with tempfile.TemporaryDirectory(prefix="posae-") as folder:
-            files = StoreFiles(Path(folder))
-            files.write_pieces(path, self.pieces(path))
-            yield files
 
     def _name(self, path: str, start: int, stop: int) -> str:
         return f"{self.seal.identity[:32]}/{path}/{start}-{stop}"

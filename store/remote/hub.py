@@ -132,17 +132,9 @@ class HubFolder(ObjectFolder):
         self.commit({path: source}, only_new=only_new)
 
     def commit(self, files: Mapping[str, Path | bytes], *, only_new: bool = False) -> None:
-        """Write several files, all or none, in one commit.
+        """Write several files, all or none; see ``TakesMany``. Makes the dataset, private, if it is missing.
 
-        Makes the dataset, private, where it is missing.
-
-        Args:
-            files: by path.
-            only_new: as for ``write``; exact, as the commit names the one before it.
-
-        Raises:
-            FileExistsError: ``only_new``, and one is there (it may be what an earlier try wrote).
-            StoreRemoteError: as for ``write``.
+        ``only_new`` is exact, as the commit names the one before it.
         """
         sources = {f"{self._folder}{inside(path, self.url)}": source for path, source in files.items()}
         try:

@@ -288,11 +288,7 @@ class WebFolder(ObjectFolder):
         return set()
 
     def write(self, path: str, source: Path | bytes, *, only_new: bool = False) -> None:
-        """Refuse.
-
-        Raises:
-            StoreRemoteError: always.
-        """
+        """Refuse, with StoreRemoteError."""
         raise self._error(path, "the web can only be read; copy to s3://, gs://, az://, hf:// or a folder")
 
 

@@ -4,7 +4,6 @@ The wait doubles from try to try, with chance in it so that many threads do not 
 minute in all, then one error. A server that says how long to wait is obeyed.
 """
 
-import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -49,12 +48,13 @@ def retry(action: Callable[[], _T], place: str) -> _T:
     Raises:
         StoreRemoteError: the last try failed too.
     """
-    for i in itertools.count():
+    n_failed = 0
+    while True:
         try:
             return action()
         except RetryableError as error:
-            _wait(i, error, place)
-    raise AssertionError
+            _wait(n_failed, error, place)
+            n_failed += 1
 
 
 def resume(fetch: Callable[[int], Iterator[bytes]], place: str) -> Iterator[bytes]:

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 
 from posae.pipeline.activation_dataset import ActivationBuffer, ActivationDataset, Rows
 from posae.pipeline.batches import shuffled_batches
+from posae.pipeline.ranges import equal_ranges
 from posae.store import ActivationStore
 from posae.store.errors import StoreIncompleteError, StoreNotFoundError
-from posae.store.ranges import equal_ranges
 
 if TYPE_CHECKING:
     from ..conftest import Made, MakeStore

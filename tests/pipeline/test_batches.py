@@ -21,8 +21,8 @@ from posae.pipeline.batches import (
     shuffled_batches,
 )
 from posae.pipeline.chunk_memory import DecodedLayer
+from posae.pipeline.ranges import equal_ranges, parse_ranges
 from posae.store.errors import StoreDamagedError
-from posae.store.ranges import equal_ranges, parse_ranges
 from posae.store.reader import ActivationStore
 from posae.store.shards import ShardReader, index_bytes, parse_index
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from posae.pipeline.ranges import PositionRange
 from posae.pipeline.sae.calibration import calibrate_threshold
 from posae.pipeline.sae.topk import BatchTopK
-from posae.store.ranges import PositionRange
 
 RANGES = (PositionRange(0, 4), PositionRange(4, 8))
 

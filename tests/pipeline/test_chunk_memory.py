@@ -6,8 +6,8 @@ import torch
 
 from posae.pipeline.batches import ShuffledBatches
 from posae.pipeline.chunk_memory import DecodedLayer
+from posae.pipeline.ranges import equal_ranges
 from posae.store import ActivationStore
-from posae.store.ranges import equal_ranges
 
 from ..conftest import Made
 from .pretended_gpu import GPU, pretended_gpu

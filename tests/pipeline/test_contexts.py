@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from posae.pipeline.corpus import corpus_counts, count_duplicates
 from posae.pipeline.text import contexts as module
 from posae.pipeline.text.contexts import (
     Contexts,
@@ -27,7 +28,6 @@ from posae.pipeline.text.contexts import (
     tokenizer_hash,
 )
 from posae.pipeline.text.stdlib import stdlib_documents
-from posae.store.corpus import corpus_counts, count_duplicates
 from posae.store.errors import CorpusError, SettingsError
 
 SPECIAL = {"bos": "<s>", "eos": "</s>", "cls": "[CLS]", "sep": "[SEP]"}

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posae.pipeline.controls import CONTROLS, controls_of, is_position_aware, nearest_size
+from posae.pipeline.ranges import parse_ranges
 from posae.pipeline.sae.registry import new_autoencoder
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
-from posae.store.ranges import parse_ranges
 
 D_MODEL, LENGTH = 32, 16
 

@@ -16,6 +16,7 @@ import posae.pipeline.evaluate as stage
 from posae.pipeline.evaluate import evaluate
 from posae.pipeline.language_model import model_facts
 from posae.pipeline.progress import Silent
+from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.sae.autoencoder import Autoencoder
 from posae.pipeline.sae.hierarchical import Hierarchical
 from posae.pipeline.sae.saving import save_autoencoder
@@ -24,7 +25,6 @@ from posae.pipeline.scoring.evaluation import parse_evaluation
 from posae.pipeline.settings import EvaluateSettings
 from posae.store import ActivationStore
 from posae.store.errors import ModelError, RunError
-from posae.store.ranges import equal_ranges
 
 if TYPE_CHECKING:
     from ..conftest import MakeStore

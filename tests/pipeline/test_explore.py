@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 import posae.pipeline.explore as stage
 from posae.pipeline.explore import N_EXCERPTS, explore_runs
+from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.results.explored import Explored, ExploredFeature, Unexplored
 from posae.pipeline.sae.autoencoder import Autoencoder
 from posae.pipeline.sae.hierarchical import Hierarchical
@@ -19,7 +20,6 @@ from posae.pipeline.sae.standard import Standard
 from posae.pipeline.scoring.profiles import choose_features, neighbours, turned
 from posae.store import ActivationStore
 from posae.store.errors import ModelError
-from posae.store.ranges import equal_ranges
 
 if TYPE_CHECKING:
     from ..conftest import MakeStore

@@ -12,6 +12,7 @@ import torch
 
 from posae.pipeline.evaluate import evaluate
 from posae.pipeline.import_sae import import_sae
+from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.sae.foreign import read_foreign
 from posae.pipeline.sae.hierarchical import Hierarchical
 from posae.pipeline.sae.saving import load_autoencoder, save_autoencoder
@@ -25,7 +26,6 @@ from posae.store.errors import (
     SettingsError,
     StoreIncompleteError,
 )
-from posae.store.ranges import equal_ranges
 
 from ..conftest import tree
 

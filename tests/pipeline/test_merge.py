@@ -9,17 +9,17 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from posae.pipeline.assembling import copy_part, first_part
 from posae.pipeline.batches import shuffled_batches
 from posae.pipeline.merge import Merge, Merged
+from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.settings import MergeSettings
+from posae.pipeline.stores.assembling import copy_part, first_part
 from posae.store.errors import (
     SettingsError,
     StoreError,
     StoreIncompleteError,
     StoreMismatchError,
 )
-from posae.store.ranges import equal_ranges
 from posae.store.reader import ActivationStore
 from posae.store.verify import verify
 

@@ -11,6 +11,7 @@ import torch
 from posae.pipeline.evaluate import evaluate
 from posae.pipeline.explore import explore_runs
 from posae.pipeline.harvest import Harvest
+from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.results.explored import Explored
 from posae.pipeline.sae.sparse import SparseCode
 from posae.pipeline.sae.standard import Standard
@@ -18,7 +19,6 @@ from posae.pipeline.sae.topk import BatchTopK, TopK
 from posae.pipeline.settings import TRAIN_PRESETS, EvaluateSettings, HarvestSettings, TrainSettings, build
 from posae.pipeline.train import Training
 from posae.store import ActivationStore
-from posae.store.ranges import equal_ranges
 
 from ..conftest import Made, tree
 from .impatient import Impatient

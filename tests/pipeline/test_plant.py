@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from posae.pipeline.plant import Additive, Planting, Rotation
+from posae.pipeline.ranges import parse_ranges
 from posae.pipeline.settings import PlantSettings, build
 from posae.store.card import write_card
 from posae.store.errors import (
@@ -21,7 +22,6 @@ from posae.store.errors import (
     StoreIncompleteError,
     StoreMismatchError,
 )
-from posae.store.ranges import parse_ranges
 from posae.store.reader import ActivationStore
 from posae.store.seal import CARD_PATH
 from posae.store.stats import LayerStats

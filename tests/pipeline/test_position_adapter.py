@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from posae.pipeline.ranges import parse_ranges, range_of_position
 from posae.pipeline.sae.autoencoder import Autoencoder
 from posae.pipeline.sae.registry import ARCHITECTURES, new_autoencoder
 from posae.store.errors import SettingsError
-from posae.store.ranges import parse_ranges, range_of_position
 
 D_MODEL, SIZE, LENGTH, SCALE, ALPHA = 6, 10, 16, 0.5, 0.7
 RANGES = parse_ranges("0:1,1:4,4:10,10:16", LENGTH)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from posae.pipeline.ranges import parse_ranges
 from posae.pipeline.sae.position_mean import PositionMean
 from posae.pipeline.sae.registry import new_autoencoder
 from posae.pipeline.sae.topk import TopK
 from posae.store.errors import SettingsError
-from posae.store.ranges import parse_ranges
 
 LENGTH, D_MODEL = 16, 6
 RANGES = parse_ranges("0:1,1:4,4:10,10:16", LENGTH)

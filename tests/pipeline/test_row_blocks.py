@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.sae import row_blocks
 from posae.pipeline.sae.hierarchical import Hierarchical, dropout_mask
-from posae.store.ranges import equal_ranges
 
 D_MODEL, SIZE, DROPOUT, L1 = 6, 12, 0.25, 0.1
 OFFSETS = [0, 3, 3, 15, 20]

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.sae.autoencoder import Autoencoder
 from posae.pipeline.sae.registry import new_autoencoder
 from posae.pipeline.sae.saving import save_autoencoder
 from posae.store.errors import SettingsError
-from posae.store.ranges import equal_ranges
 
 D_MODEL, FEATURES, LENGTH = 8, 12, 6
 OWN: dict[str, dict[str, Any]] = {

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from posae.pipeline.ranges import parse_ranges
 from posae.pipeline.sae.autoencoder import Autoencoder
 from posae.pipeline.sae.registry import ARCHITECTURES, new_autoencoder
 from posae.pipeline.sae.saving import load_autoencoder, save_autoencoder
 from posae.store.errors import SettingsError
-from posae.store.ranges import parse_ranges
 
 D_MODEL, FEATURES, LENGTH = 6, 12, 16
 OWN: dict[str, dict[str, Any]] = {

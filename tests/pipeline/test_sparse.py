@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.sae.autoencoder import Output
 from posae.pipeline.sae.registry import new_autoencoder
 from posae.pipeline.sae.sparse import Places, SparseCode, encoded, split
 from posae.pipeline.sae.topk import TopK
-from posae.store.ranges import equal_ranges
 
 RANGES = equal_ranges(8, 2)
 

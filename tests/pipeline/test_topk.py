@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.sae.topk import BatchTopK, TopK
 from posae.store.errors import SettingsError
-from posae.store.ranges import equal_ranges
 
 D_MODEL, DICTIONARY_SIZE, L0 = 8, 24, 3
 RANGES = equal_ranges(16, 4)

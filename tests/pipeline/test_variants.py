@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.sae.hierarchical import Hierarchical
 from posae.pipeline.sae.jumprelu import JumpReLU
 from posae.pipeline.sae.masked import Masked
 from posae.pipeline.sae.separate import Separate
 from posae.pipeline.sae.standard import Standard
 from posae.store.errors import SettingsError
-from posae.store.ranges import equal_ranges
 
 D_MODEL, SIZE, LENGTH = 6, 12, 16
 RANGES = equal_ranges(LENGTH, 4)

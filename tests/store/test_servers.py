@@ -16,6 +16,7 @@ from unittest.mock import patch
 import pytest
 from servers import files_of, moto_client
 
+from posae.pipeline.stores.publishing import publish
 from posae.store import ActivationStore
 from posae.store.card import write_card
 from posae.store.errors import (
@@ -28,7 +29,6 @@ from posae.store.errors import (
 from posae.store.remote import retries
 from posae.store.remote.cache import PartCache
 from posae.store.remote.folder import RemoteFolder, inside, is_url, shown
-from posae.store.remote.publish import publish
 from posae.store.remote.servers import open_remote
 from posae.store.verify import verify
 

@@ -6,23 +6,25 @@ else put there is overwritten, except a seal whose files are all in the new one.
 """
 
 import hashlib
+import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from ..card import MAX_CARD_BYTES, card, is_ours, read_card
-from ..errors import (
+from ...store.card import MAX_CARD_BYTES, card, is_ours, read_card
+from ...store.errors import (
     StoreDamagedError,
     StoreFormatError,
     StoreMismatchError,
     StoreRemoteError,
     StoreWriteError,
 )
-from ..reader import ActivationStore
-from ..seal import CARD_PATH, MAX_SEAL_BYTES, ROOT_PATH, SEAL_PATH, Seal, SealedFile, parse_seal
-from ..transfer import Moved, checked_pieces, each, holds, nobody, seal_of
-from .folder import ListedFile, RemoteFolder, TakesMany
+from ...store.files import StoreFiles
+from ...store.reader import ActivationStore
+from ...store.remote.folder import ListedFile, RemoteFolder, TakesMany
+from ...store.seal import CARD_PATH, MAX_SEAL_BYTES, ROOT_PATH, SEAL_PATH, Seal, SealedFile, parse_seal
+from .copying import Moved, checked_pieces, each, holds, nobody, seal_of
 
 _MOST_TOGETHER, _MOST_BYTES_TOGETHER = 100, 4 * 10**9
 _MOST_IN_A_FOLDER = 10_000
@@ -165,11 +167,17 @@ def _send(
 @contextmanager
 def _checked(store: ActivationStore, path: str, entry: SealedFile) -> Generator[Path]:
     """A file of the source on this machine, the one that was sealed."""
+    pieces = checked_pieces(store, path, entry, nobody)
     try:
-        with store.files.local(path) as files:
-            for _ in checked_pieces(store, path, entry, nobody, files):
+        if isinstance(store.files, StoreFiles):
+            for _ in pieces:
                 pass
-            yield files.root / path
+            yield store.files.root / path
+        else:
+            with tempfile.TemporaryDirectory(prefix="posae-") as folder:
+                files = StoreFiles(Path(folder))
+                files.write_pieces(path, pieces)
+                yield files.root / path
     except FileNotFoundError:
         raise StoreDamagedError(f"the file is missing in {store.root}", array=path) from None
 

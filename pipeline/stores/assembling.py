@@ -1,14 +1,12 @@
-"""A new store made of pieces of sealed ones, with as few bytes encoded, or even written, as can be.
+"""A new store made of pieces of sealed ones: what ``merge`` makes, and a part of one store copied out.
 
-Each shard of each layer is made in one of three ways. One that is exactly a whole shard of another store, in
+Each shard of each layer is made in one of two ways. One that is exactly a whole shard of another store, in
 the same codec, becomes one more name of that file (a hard link), or a copy of it where the file system
-cannot do that. Of any other shard, chunks that are whole chunks of another store are written as they lie,
-and only decoded to sum up statistics. What is left is decoded and encoded. The bytes are the same
-whichever way is taken, as all is written by the same rules.
+cannot do that. Any other is decoded and encoded. The bytes are the same whichever way is taken, as all is
+written by the same rules.
 
 It may be killed and goes on, and many processes may do it, as with a harvest. Linking costs ten small files
-a shard, however large it is; re-packing costs decoding and statistics, about half a second of CPU time for
-100 MB of activations; encoding comes on top. Memory: all tokens, and a few batches.
+a shard, however large it is; encoding costs what it costs a harvest. Memory: all tokens, and a few batches.
 """
 
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -21,16 +19,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .corpus import corpus_counts
-from .errors import SettingsError, StoreDamagedError, StoreIncompleteError
-from .layout import MAX_SHARDS, ArraySpec, Json
-from .manifest import Manifest, Origin, layer_path, layer_spec, token_specs
-from .reader import ActivationStore
-from .seal import check_sealed_bytes
-from .shard_writer import most_bytes
-from .shards import ShardReader
-from .stats import ordinary_tokens, stats_specs
-from .writer import ShardOfLayers, StoreWriter
+from ...store.codecs import CHECKSUM_BYTES, CODECS, HEADER_BYTES
+from ...store.errors import SettingsError, StoreDamagedError, StoreIncompleteError
+from ...store.layout import MAX_SHARDS, ArraySpec, Json
+from ...store.manifest import Manifest, Origin, layer_path, layer_spec, token_specs
+from ...store.reader import ActivationStore
+from ...store.seal import check_sealed_bytes
+from ...store.shards import ShardReader, index_bytes
+from ...store.stats import ordinary_tokens, stats_specs
+from ...store.writer import ShardOfLayers, StoreWriter
+from ..corpus import corpus_counts
+from ..progress import Progress, Silent
 
 VERSIONS_OF_BYTES = ("posae", "numpy", "numcodecs")
 """Libraries that encode and sum up, and change no activation."""
@@ -50,12 +49,6 @@ class Piece(NamedTuple):
     def n_training(self) -> int:
         """How many of them are of the store's training part."""
         return max(0, min(self.stop, self.store.manifest.held_out[0]) - self.start)
-
-    def number(self, size: int) -> int | None:
-        """Which shard (or chunk) of ``size`` contexts of its store the piece is exactly; None if none."""
-        number, rest = divmod(self.start, size)
-        whole = self.stop == min(self.start + size, self.store.manifest.n_contexts)
-        return number if whole and not rest else None
 
 
 def assembled_manifest(pieces: Sequence[Piece], codec: str | None = None) -> Manifest:
@@ -219,7 +212,7 @@ class Assembly:
         """The file of a shard of tokens or documents, where a store has it already."""
         if array == "position":
             return None
-        found = self._whole(self.manifest.contexts_of(shard), _shard_contexts)
+        found = self._whole_shard(self.manifest.contexts_of(shard))
         if found is None:
             return None
         store, number = found
@@ -236,25 +229,19 @@ class Assembly:
                 found.append(Piece(piece.store, start, stop))
         return found
 
-    def _whole(self, contexts: range, size: Callable[[Manifest], int]) -> tuple[ActivationStore, int] | None:
-        """The store, and the number of its shard (or chunk), that these contexts are exactly; else None.
-
-        Args:
-            contexts: of a shard (or chunk) of the new store.
-            size: how many contexts one has, by a manifest.
-        """
-        part, *others = self._parts(contexts)
-        number = part.number(size(self.manifest))
-        if others or number is None or size(part.store.manifest) != size(self.manifest):
-            return None
-        return part.store, number
+    def _whole_shard(self, contexts: range) -> tuple[ActivationStore, int] | None:
+        """The store, and the number of its shard, that the contexts of a shard are exactly; else None."""
+        (store, start, stop), *others = self._parts(contexts)
+        shard, rest = divmod(start, self.manifest.shard_contexts)
+        is_whole = not others and not rest and store.manifest.shard_contexts == self.manifest.shard_contexts
+        return (store, shard) if is_whole and stop == store.manifest.contexts_of(shard).stop else None
 
     def _adopt(self, shard: ShardOfLayers, advance: Callable[[int], None]) -> bool:
         """Take a whole shard of another store as it is, if this shard is one.
 
         What is held out there is held out here, and so the statistics are the same too.
         """
-        found = self._whole(shard.contexts, _shard_contexts)
+        found = self._whole_shard(shard.contexts)
         if found is None or found[0].manifest.codec != self.manifest.codec:
             return False
         store, number = found
@@ -269,7 +256,7 @@ class Assembly:
         return True
 
     def _append(self, shard: ShardOfLayers, pool: ThreadPoolExecutor, advance: Callable[[int], None]) -> None:
-        """Fill a shard with chunks as they lie, and with chunks encoded anew."""
+        """Fill a shard with chunks that are decoded and encoded again."""
         tokens = ShardReader(self._writer.files, token_specs(self.manifest)["tokens"])
         ordinary = ordinary_tokens(self.manifest, tokens.read_rows(np.array(shard.contexts)), shard.contexts)
         step = self.manifest.chunk_contexts * _BATCH_CHUNKS
@@ -277,26 +264,11 @@ class Assembly:
             contexts = shard.contexts[start : start + step]
             for layer in shard.layers:
                 bits = self._read(layer, contexts)
-                encoded = self._encoded(layer, contexts)
-                shard.append(layer, bits, ordinary[start : start + step], pool, encoded)
+                shard.append(layer, bits, ordinary[start : start + step], pool)
             advance(len(contexts))
         if self.manifest.mantissa_bits is not None:
             for layer in shard.layers:
                 shard.set_rounding(layer, self._rounding(layer, shard.contexts, ordinary))
-
-    def _encoded(self, layer: int, contexts: range) -> list[bytes | None]:
-        """Of each chunk the bytes that it has in another store, where it is one there."""
-        size = self.manifest.chunk_contexts
-        encoded: list[bytes | None] = []
-        for start in range(0, len(contexts), size):
-            found = self._whole(contexts[start : start + size], _chunk_contexts)
-            if found is None or found[0].manifest.codec != self.manifest.codec:
-                encoded.append(None)
-                continue
-            store, chunk = found
-            with _named(store):
-                encoded.append(store.array(layer_path(layer)).encoded(chunk))
-        return encoded
 
     def _read(self, layer: int, contexts: range) -> NDArray[np.uint16]:
         """Activations of the new store; bfloat16 bits [contexts, positions, d_model]."""
@@ -336,14 +308,6 @@ class Assembly:
         return total
 
 
-def _shard_contexts(manifest: Manifest) -> int:
-    return manifest.shard_contexts
-
-
-def _chunk_contexts(manifest: Manifest) -> int:
-    return manifest.chunk_contexts
-
-
 def _reader(store: ActivationStore, path: str) -> ShardReader:
     """A reader for one use: thousands of maps need not stay open."""
     array = store.array(path)
@@ -371,8 +335,9 @@ def _sealed_file(store: ActivationStore, spec: ArraySpec, shard: int) -> bytes:
     if spec.path.startswith("stats/"):
         _entry(store, spec, shard)
     path = spec.shard_path(shard)
+    most = spec.chunks_per_shard * (spec.chunk_bytes + HEADER_BYTES + CHECKSUM_BYTES) + index_bytes(spec)
     try:
-        data = store.files.read(path, most_bytes(spec))
+        data = store.files.read(path, most)
     except FileNotFoundError:
         raise StoreDamagedError("the file is missing", array=path) from None
     check_sealed_bytes(store.seal, path, data)
@@ -402,3 +367,113 @@ def _named(store: ActivationStore) -> Generator[None]:
         raise StoreDamagedError(
             error.problem, array=f"{store.root}/{error.array}", shard=error.shard, chunk=error.chunk
         ) from None
+
+
+class Assembled(NamedTuple):
+    """What making a store of pieces left."""
+
+    store: ActivationStore
+    n_tokens: int
+    """Tokens that were written this time; 0 if all was there."""
+
+
+def assemble(
+    path: Path,
+    pieces: Sequence[Piece],
+    layers: Sequence[int],
+    task: str,
+    *,
+    codec: str | None = None,
+    progress: Progress | None = None,
+) -> Assembled:
+    """Make what is missing of a store of ``pieces``, and seal it.
+
+    Args:
+        path: folder of the new store.
+        pieces: of sealed stores, in their order along axis 0; those of training parts first.
+        layers: layers to take.
+        task: what is being done, in a word, for whoever watches.
+        codec: of the new store; by default that of the first piece's store.
+        progress: told what is done.
+
+    Raises:
+        SettingsError: the folder is that of a piece's store, or all contexts are held out.
+        StoreIncompleteError: a store is unfinished or lacks a layer.
+        StoreDamagedError: a store is not what was sealed.
+        StoreMismatchError: something else was begun in this folder.
+        StoreWriteError: the disk refused.
+    """
+    progress = progress or Silent()
+    for piece in pieces:
+        if str(path.absolute()) == piece.store.address:
+            raise SettingsError(f"{path} is a store to take from; name another folder for the new one")
+    manifest = assembled_manifest(pieces, codec)
+    length = manifest.context_length
+    assembly = Assembly(path, pieces, manifest)
+    missing = assembly.begin(layers)
+    if missing:
+        total = manifest.n_contexts * length
+        unit_bytes = manifest.d_model * 2 * len(layers)
+        progress.begin(task, total, "tokens", total - missing * length, unit_bytes)
+        assembly.fill(lambda n_contexts: progress.advance(n_contexts * length))
+        progress.end()
+    return Assembled(assembly.finish(), missing * length)
+
+
+def copy_part(
+    source: ActivationStore,
+    destination: Path,
+    *,
+    layers: Sequence[int] | None = None,
+    contexts: tuple[int, int] | None = None,
+    codec: str | None = None,
+    progress: Progress | None = None,
+) -> Assembled:
+    """Copy some layers, some contexts, or into another codec; run again, it goes on where it stopped.
+
+    Contexts that are held out stay so. A part without any names none, and training then leaves out its last
+    5 %, as of any such store.
+
+    Args:
+        source: a sealed store; it is not changed.
+        destination: folder of the new store.
+        layers: by default all of the store.
+        contexts: [start, stop) along axis 0; by default all.
+        codec: ``small``, ``fast`` or ``raw``; by default that of the store.
+        progress: told what is done.
+
+    Raises:
+        SettingsError: contexts that are not there, or all held out; no such codec; source and destination
+            are the same.
+        StoreIncompleteError: the store is unfinished or lacks a layer.
+        StoreDamagedError: the store is not what was sealed.
+        StoreMismatchError: something else was begun in the destination.
+        StoreWriteError: the disk refused.
+    """
+    start, stop = contexts or (0, source.manifest.n_contexts)
+    if not 0 <= start < stop <= source.manifest.n_contexts:
+        raise SettingsError(
+            f"contexts {start}:{stop}: {source.root} has 0:{source.manifest.n_contexts}; name some of these"
+        )
+    if codec is not None and codec not in CODECS:
+        raise SettingsError(f"there is no codec {codec!r}; there are {', '.join(CODECS)}")
+    chosen = source.layers if layers is None else tuple(sorted(set(layers)))
+    if not chosen:
+        raise StoreIncompleteError(f"{source.root} holds no layer, so there is nothing to copy")
+    return assemble(
+        destination, [Piece(source, start, stop)], chosen, "copying", codec=codec, progress=progress
+    )
+
+
+def first_part(manifest: Manifest, fraction: float) -> tuple[int, int]:
+    """The contexts of the first part of a store, in whole shards: the nearest number, at least one.
+
+    Whole shards are copied as they are; contexts are in random order, so that the first are as good as any.
+
+    Raises:
+        SettingsError: no fraction.
+    """
+    if not 0 < fraction <= 1:
+        raise SettingsError(f"fraction {fraction:g}: take one above 0, up to 1")
+    n_shards = max(1, round(fraction * manifest.n_shards))
+    return 0, min(n_shards * manifest.shard_contexts, manifest.n_contexts)

@@ -13,12 +13,17 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from .card import is_ours, read_card, write_card
-from .errors import StoreDamagedError, StoreError, StoreFormatError, StoreMismatchError, StoreWriteError
-from .files import StoreFiles, exclusive, is_leftover
-from .readable import ReadableFiles
-from .reader import ActivationStore
-from .seal import (
+from ...store.card import is_ours, read_card, write_card
+from ...store.errors import (
+    StoreDamagedError,
+    StoreError,
+    StoreFormatError,
+    StoreMismatchError,
+    StoreWriteError,
+)
+from ...store.files import StoreFiles, exclusive, is_leftover
+from ...store.reader import ActivationStore
+from ...store.seal import (
     CARD_PATH,
     COPY_PATH,
     MAX_METADATA_BYTES,
@@ -190,9 +195,7 @@ def _has_arrived(files: StoreFiles, path: str, entry: SealedFile) -> bool:
     return files.size_bytes(path) == entry.n_bytes and sha256_of(files, path) == entry
 
 
-def checked_pieces(
-    store: ActivationStore, path: str, entry: SealedFile, moved: Moved, files: ReadableFiles | None = None
-) -> Iterator[bytes]:
+def checked_pieces(store: ActivationStore, path: str, entry: SealedFile, moved: Moved) -> Iterator[bytes]:
     """The bytes of a file of the source; raises at their end unless they are those that were sealed.
 
     Args:
@@ -200,11 +203,10 @@ def checked_pieces(
         path: the file.
         entry: what the seal says of it.
         moved: told of the bytes; told to take them back where they are not the right ones.
-        files: where the file is read; by default the source's own.
     """
     digest, n_bytes = hashlib.sha256(), 0
     try:
-        for piece in (files or store.files).pieces(path):
+        for piece in store.files.pieces(path):
             digest.update(piece)
             if n_bytes + len(piece) > entry.n_bytes:
                 break

@@ -1,4 +1,4 @@
-"""Position ranges: parts ``[start, stop)`` of a context, of which SAEs and metrics speak.
+"""Position ranges: parts ``[start, stop)`` of a context, which autoencoders, scores and settings name.
 
 >>> equal_ranges(128, 4)[1]
 PositionRange(start=32, stop=64)
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import SettingsError
+from ..store.errors import SettingsError
 
 
 class PositionRange(NamedTuple):

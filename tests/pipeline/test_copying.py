@@ -11,6 +11,9 @@ from unittest.mock import patch
 
 import pytest
 
+from posae.pipeline.stores import publishing
+from posae.pipeline.stores.copying import bytes_to_move, copy_store
+from posae.pipeline.stores.publishing import publish
 from posae.store import ActivationStore
 from posae.store.card import write_card
 from posae.store.errors import (
@@ -21,15 +24,12 @@ from posae.store.errors import (
     StoreWriteError,
 )
 from posae.store.files import StoreFiles
-from posae.store.remote import publish as publish_module
 from posae.store.remote.cache import PartCache
-from posae.store.remote.publish import publish
 from posae.store.seal import CARD_PATH
-from posae.store.transfer import bytes_to_move, copy_store
 from posae.store.verify import verify
 
 from ..conftest import Made, MakeStore, tree
-from .folder_on_disk import FolderOnDisk
+from ..folder_on_disk import FolderOnDisk
 
 
 class Moved:
@@ -347,7 +347,7 @@ def test_what_a_place_cannot_take_is_told_before_anything_is_sent(
         ("_LARGEST_ON_THE_HUB", 100, "the Hub takes 100"),
     ):
         with monkeypatch.context() as limits:
-            limits.setattr(publish_module, name, most)
+            limits.setattr(publishing, name, most)
             with pytest.raises(StoreWriteError, match=words):
                 publish(source, target, Moved())
     assert not target.written

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .layout import Json
+from ..store.layout import Json
 
 _COUNTED_CONTEXTS = 65536
 

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import posae.store
+from posae.pipeline.corpus import count_duplicates
+from posae.pipeline.stores.assembling import Assembly, Piece, assembled_manifest
 from posae.store import ActivationStore
-from posae.store.assembly import Assembly, Piece, assembled_manifest
-from posae.store.corpus import count_duplicates
 from posae.store.errors import (
     SettingsError,
     StoreDamagedError,
@@ -181,28 +181,20 @@ def refuse(*_: object, **__: object) -> NoReturn:
     raise OSError
 
 
-@pytest.mark.parametrize("way", ["linked", "copied", "re-packed", "encoded"])
+@pytest.mark.parametrize("way", ["linked", "copied", "encoded"])
 def test_each_way_gives_the_same_bytes(sources: list["Made"], tmp_path: Path, way: str) -> None:
     parts = [(0, 0, 16), (1, 0, 24), (0, 16, 24), (0, 24, 28), (1, 24, 31)]
     whole = tree(Path(assemble(tmp_path / "whole.zarr", pieces_of(sources, *parts)).root))
     with pytest.MonkeyPatch.context() as monkeypatch:
         if way != "linked":
             monkeypatch.setattr(os, "link", refuse)
-        if way == "re-packed":
-            monkeypatch.setattr(Assembly, "_adopt", Mock(return_value=False))
         if way == "encoded":
-            monkeypatch.setattr(Assembly, "_whole", Mock(return_value=None))
+            monkeypatch.setattr(Assembly, "_whole_shard", Mock(return_value=None))
         store = assemble(tmp_path / "new.zarr", pieces_of(sources, *parts))
     # Shards of 8: all of the training parts are whole ones of a source; of the 11 held out, none.
     is_linked = [n > 1 for n in n_links(Path(store.root))]
     assert is_linked == [way == "linked"] * 6 + [False] * 2 + [way == "linked"] * 6 + [False] * 2
     assert tree(Path(store.root)) == whole
-
-
-def test_chunks_in_another_place_are_not_encoded_again(sources: list["Made"], tmp_path: Path) -> None:
-    with patch("posae.store.writer.encode_chunks", side_effect=AssertionError):
-        store = assemble(tmp_path / "new.zarr", pieces_of(sources, (1, 4, 12), (0, 20, 24), (1, 28, 31)))
-    assert store.n_contexts == 15
 
 
 def test_statistics_are_those_of_what_the_store_holds(sources: list["Made"], tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Stores made of stores: pieces put together, whole ones copied or published."""
