@@ -19,7 +19,7 @@ from ..store.reader import ActivationStore
 from .corpus import digests_of
 from .progress import Progress
 from .settings import MergeSettings
-from .stores.assembling import VERSIONS_OF_BYTES, Piece, assemble
+from .stores.assembling import VERSIONS_OF_BYTES, Piece, assemble, but
 
 MAY_DIFFER = {
     *("n_contexts", "skip_contexts", "origin"),  # which contexts they hold: what a merge is about
@@ -68,6 +68,9 @@ class Merge:
         for other in stores[1:]:
             _check_agreement(stores[0], other)
         self.layers: tuple[int, ...] = _layers(stores, settings.layers)
+        for other in stores[1:]:
+            for layer in self.layers:
+                _check_versions(stores[0], other, layer)
         for one, other in combinations(stores, 2):
             _check_apart(one, other)
 
@@ -131,6 +134,20 @@ def _check_agreement(one: ActivationStore, other: ActivationStore) -> None:
     if [name for name in ones if ones[name] != others.get(name)] == ["codec"]:
         remedy = f"copy one of them into the other codec: posae copy --codec {one.manifest.codec}"
     raise StoreMismatchError(f"{one.root} and {other.root} differ: {'; '.join(differ)}; {remedy}")
+
+
+def _check_versions(one: ActivationStore, other: ActivationStore, layer: int) -> None:
+    """Refuse a layer that different versions of libraries computed."""
+    ones, others = (
+        but({**store.manifest.versions, **store.layer_versions(layer)}, VERSIONS_OF_BYTES)
+        for store in (one, other)
+    )
+    if ones != others:
+        differ = [name for name in ones if ones[name] != others.get(name)]
+        raise StoreMismatchError(
+            f"layer {layer} of {one.root} and {other.root} was computed by other versions of "
+            f"{', '.join(differ)}; harvest one of them anew with the versions of the other"
+        )
 
 
 def _layers(stores: Sequence[ActivationStore], wanted: Sequence[int] | None) -> tuple[int, ...]:

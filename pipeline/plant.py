@@ -27,6 +27,7 @@ from .filling import fill_shards
 from .progress import Progress, Silent
 from .ranges import PositionRange, parse_ranges
 from .settings import PlantSettings
+from .stores.assembling import but
 
 _DEFAULTS = {"additive": (0.12, 8), "rotation": (1.0, 32), "none": (0.0, 0)}
 """Strength and rank of each effect."""
@@ -263,7 +264,10 @@ class Planting:
         with writer.lock():
             if not writer.has_tokens:
                 writer.write_tokens(self.source.tokens(), self.source.documents(), self.source.corpus)
-            layers = writer.begin_layers(self.layers)
+            versions = {
+                layer: but(self.source.layer_versions(layer), _VERSIONS_THAT_MATTER) for layer in self.layers
+            }
+            layers = writer.begin_layers(self.layers, versions)
         n_tokens = fill_shards(
             writer,
             layers,

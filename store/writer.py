@@ -172,7 +172,7 @@ class StoreWriter:
 
     def _check_can_be_finished(self, layers: Collection[int]) -> None:
         """Hold the new store to its reader's bounds before anything is written."""
-        for spec in self._specs_of([*layers] or [0]):
+        for spec in specs_of(self.manifest, [*layers] or [0]):
             try:
                 spec.check_bounds()
             except ValueError:
@@ -182,7 +182,7 @@ class StoreWriter:
                     f"{spec.path}, and a chunk may have {quantity(MAX_CHUNK_BYTES)}; take shorter contexts"
                 ) from None
         # As if each file had ten digits: the seal must name them all.
-        seal_bytes(dict.fromkeys(self._files_of(sorted(layers)), _LARGE_FILE))
+        seal_bytes(dict.fromkeys(files_of(self.manifest, sorted(layers)), _LARGE_FILE))
 
     @property
     def has_tokens(self) -> bool:
@@ -233,24 +233,31 @@ class StoreWriter:
         if not self.files.exists(spec.metadata_path):
             self.files.write(spec.metadata_path, pretty_json(spec.to_json()))
 
-    def add_layers(self, layers: Sequence[int]) -> None:
+    def add_layers(
+        self, layers: Sequence[int], versions: Mapping[int, Mapping[str, str]] | None = None
+    ) -> None:
         """Write the metadata of layers that the store does not have yet; call under ``lock``.
+
+        Args:
+            layers: which.
+            versions: by layer, versions of libraries that computed its activations where they are not those
+                of this writer's manifest, as of a layer of another store.
 
         Raises:
             StoreMismatchError: a layer was begun with other versions of libraries.
             StoreWriteError: the disk refused.
         """
         for layer in layers:
-            self._write_layer_group(layer)
+            self._write_layer_group(layer, (versions or {}).get(layer, {}))
             for spec in stats_specs(self.manifest, layer).values():
                 self._write_metadata(spec)
             self._write_metadata(layer_spec(self.manifest, layer))
 
-    def _write_layer_group(self, layer: int) -> None:
+    def _write_layer_group(self, layer: int, versions: Mapping[str, str]) -> None:
         """The group of a layer's statistics; it records versions that are not the manifest's."""
         path = f"stats/{layer_path(layer)}/zarr.json"
         fixed = ActivationStore(self.root).manifest.versions
-        now = _but_posae(self.manifest.versions)
+        now = _but_posae({**self.manifest.versions, **versions})
         other = {name: version for name, version in now.items() if version != fixed.get(name)}
         group = pretty_json(group_json({"posae": {"versions": other}} if other else {}))
         if not self.files.exists(path):
@@ -261,10 +268,13 @@ class StoreWriter:
                 "zarr.json, names them); finish it with those"
             )
 
-    def begin_layers(self, wanted: Sequence[int]) -> tuple[int, ...]:
+    def begin_layers(
+        self, wanted: Sequence[int], versions: Mapping[int, Mapping[str, str]] | None = None
+    ) -> tuple[int, ...]:
         """Begin the layers that are ``wanted``, and return those to be filled; call under ``lock``.
 
-        Of a finished store what is sealed is not touched; layers that others begun are left to them.
+        Of a finished store what is sealed is not touched; layers that others began are left to them.
+        ``versions`` are those of ``add_layers``.
 
         Raises:
             StoreMismatchError: another process committed other tokens since ``begin``; says what differs.
@@ -274,7 +284,7 @@ class StoreWriter:
         _check_same(self.root, store.manifest, self.manifest, allow_versions=self._allow_versions)
         layers = tuple(sorted({*wanted} - {*(store.layers if store.is_sealed else ())}))
         self._check_can_be_finished({*layers, *store.layers})
-        self.add_layers(layers)
+        self.add_layers(layers, versions)
         return layers
 
     def begun_layers(self) -> tuple[int, ...]:
@@ -387,27 +397,16 @@ class StoreWriter:
                 f"{self.root} lacks shards of layers {', '.join(map(str, lacking))}, so it is not sealed; "
                 "run the same command again"
             )
-        for path in self._files_of(complete):
+        for path in files_of(self.manifest, complete):
             if path not in sealed:
                 sealed[path] = self._digest(path)
-        for spec in self._specs_of(complete):  # nobody writes them any more: what is left is of a kill
+        for spec in specs_of(
+            self.manifest, complete
+        ):  # nobody writes them any more: what is left is of a kill
             self.files.remove(spec.path, lambda name: name.startswith(".") and name.endswith(PARTIAL))
         data = seal_bytes(sealed)
         self.files.write(SEAL_PATH, data)
         return hashlib.sha256(data).hexdigest()
-
-    def _specs_of(self, layers: Sequence[int]) -> list[ArraySpec]:
-        specs = list(token_specs(self.manifest).values())
-        for layer in layers:
-            specs += [layer_spec(self.manifest, layer), *stats_specs(self.manifest, layer).values()]
-        return specs
-
-    def _files_of(self, layers: Sequence[int]) -> list[str]:
-        specs = self._specs_of(layers)
-        groups = [ROOT_PATH, CORPUS_PATH, *(f"stats/{layer_path(layer)}/zarr.json" for layer in layers)]
-        paths = [spec.metadata_path for spec in specs]
-        paths += [spec.shard_path(shard) for spec in specs for shard in range(spec.n_shards)]
-        return groups + paths
 
     def _digest(self, path: str) -> SealedFile:
         name, _, key = path.partition("/")
@@ -586,6 +585,23 @@ def _encode_and_count(
         return encode_chunks(spec, bits), ChunkStats.of(bits, ordinary)
     rounded = round_mantissas(bits, mantissa_bits)
     return encode_chunks(spec, rounded), ChunkStats.of(rounded, ordinary, exact=bits)
+
+
+def specs_of(manifest: Manifest, layers: Sequence[int]) -> list[ArraySpec]:
+    """All arrays of a store of these layers."""
+    specs = list(token_specs(manifest).values())
+    for layer in layers:
+        specs += [layer_spec(manifest, layer), *stats_specs(manifest, layer).values()]
+    return specs
+
+
+def files_of(manifest: Manifest, layers: Sequence[int]) -> list[str]:
+    """The files that the seal of a store of these layers names."""
+    specs = specs_of(manifest, layers)
+    groups = [ROOT_PATH, CORPUS_PATH, *(f"stats/{layer_path(layer)}/zarr.json" for layer in layers)]
+    paths = [spec.metadata_path for spec in specs]
+    paths += [spec.shard_path(shard) for spec in specs for shard in range(spec.n_shards)]
+    return groups + paths
 
 
 def _follows_tokens(path: str) -> bool:

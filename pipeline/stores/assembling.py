@@ -9,7 +9,7 @@ It may be killed and goes on, and many processes may do it, as with a harvest. L
 a shard, however large it is; encoding costs what it costs a harvest. Memory: all tokens, and a few batches.
 """
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -104,6 +104,11 @@ def _check_order(pieces: Sequence[Piece], n_training: int) -> None:
         first += piece.stop - piece.start
 
 
+def but(versions: Mapping[str, str], left_out: Collection[str]) -> dict[str, str]:
+    """Versions of all libraries but some."""
+    return {name: version for name, version in versions.items() if name not in left_out}
+
+
 def union(intervals: Iterable[range]) -> list[range]:
     """Intervals as few as can be that cover the same numbers, in rising order.
 
@@ -151,10 +156,15 @@ class Assembly:
         with self._writer.lock():
             if not self._writer.has_tokens:
                 self._write_tokens()
-            self._layers = self._writer.begin_layers(layers)
+            self._layers = self._writer.begin_layers(layers, self._versions(layers))
         self._wanted = tuple(layers)
         self._missing = self._writer.missing_shards(self._layers)
         return sum(len(self.manifest.contexts_of(shard)) for shard in self._missing)
+
+    def _versions(self, layers: Sequence[int]) -> dict[int, dict[str, str]]:
+        """Versions that computed each layer, where they are not those of the first store's manifest."""
+        first = self.pieces[0].store
+        return {layer: but(first.layer_versions(layer), VERSIONS_OF_BYTES) for layer in layers}
 
     def fill(self, advance: Callable[[int], None]) -> None:
         """Commit every shard that is missing.

@@ -35,6 +35,7 @@ from ...store.seal import (
     parse_seal,
     sha256_of,
 )
+from ...store.writer import files_of
 
 FILES_AT_ONCE = 8
 
@@ -44,7 +45,7 @@ Moved = Callable[[int], None]
 
 def bytes_to_move(store: ActivationStore) -> int:
     """Bytes of all files of a sealed store, its seal aside."""
-    return sum(entry.n_bytes for entry in seal_of(store).files.values())
+    return sum(entry.n_bytes for entry in store.seal.files.values()) if store.seal else 0
 
 
 def copy_store(store: ActivationStore, destination: Path, moved: Moved) -> int:
@@ -106,11 +107,15 @@ def seal_of(store: ActivationStore) -> Seal:
 
     Raises:
         StoreFormatError: the store is not sealed.
+        StoreDamagedError: the seal names other files than such a store has.
     """
     if store.seal is None:
         raise StoreFormatError(
             f"{store.root} is an unfinished harvest, which is not copied; run the harvest again to finish it"
         )
+    # A stranger's seal could name files of ours.
+    if others := store.seal.files.keys() ^ set(files_of(store.manifest, store.layers)):
+        raise StoreDamagedError(f"it should not name {min(others)}, or should and does not", array=SEAL_PATH)
     return store.seal
 
 
@@ -145,24 +150,26 @@ def _begun(seal: Seal, files: StoreFiles) -> tuple[Seal | None, bool]:
         StoreFormatError: the folder holds something else.
         StoreMismatchError: another store, or a copy of another one.
     """
-    if (old := _seal_there(files, files.root)) is not None:
-        holds(old, seal, str(files.root))
+    old = _seal_there(files, files.root)
+    if old is not None and holds(old, seal, str(files.root)):
         return old, True
     try:
         source = files.read(COPY_PATH, MAX_METADATA_BYTES).decode(errors="replace")
     except FileNotFoundError:
-        if other := next((path for path in files.walk() if not is_leftover(path)), None):
+        # Beside a sealed store only what would be replaced is in the way.
+        new = [path for path in seal.files if path not in old.files and files.exists(path)] if old else ()
+        if other := next((path for path in (new if old else files.walk()) if not is_leftover(path)), None):
             raise StoreFormatError(
-                f"{files.root} holds {other}, which this copy did not write; finish what was begun there, or "
-                "name another folder"
+                f"{files.root} holds {other}, which this copy did not write; finish what was begun there, "
+                "remove it, or name another folder"
             ) from None
-        return None, False
+        return old, False
     if source != seal.identity:
         raise StoreMismatchError(
             f"{files.root} holds the beginning of a copy of another store; finish that one, or name another "
             "folder"
         )
-    return None, True
+    return old, True
 
 
 def _check_room(seal: Seal, files: StoreFiles) -> None:

@@ -20,6 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
+from posae.pipeline.stores.copying import copy_store
 from posae.store import ActivationStore
 from posae.store.card import write_card
 from posae.store.errors import (
@@ -35,7 +36,6 @@ from posae.store.errors import (
 )
 from posae.store.files import LOCK_PATH, exclusive
 from posae.store.seal import CARD_PATH
-from posae.store.transfer import copy_store
 from posae.store.verify import verify
 from posae.store.writer import StoreWriter
 
