@@ -86,8 +86,7 @@ def _facts(store: StoreArrays, shown: Shown, linked: bool) -> Iterator[tuple[str
     raw, stored = (sum(map(size, store.layers)) for size in (store.raw_bytes, store.stored_bytes))
     ratio = f"ratio {_ratio(raw, stored)} (codec {shown(manifest.codec)})"
     yield "size", f"{quantity(stored)} for {quantity(raw)} of activations, {ratio}"
-    seal = f", the SHA-256 of {shown('seal.json')}"
-    yield "identity", shown(store.identity) + seal if store.identity else "unfinished"
+    yield "identity", shown(store.identity) if store.identity else "unfinished"
 
 
 def layer_sizes(store: StoreArrays) -> list[list[str]]:

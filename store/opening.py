@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .errors import StoreDamagedError, StoreFormatError, StoreNotFoundError
+from .errors import StoreDamagedError, StoreFormatError, StoreIncompleteError, StoreNotFoundError
 from .files import StoreFiles
 from .manifest import layer_spec, parse_manifest, token_specs
 from .readable import ReadableFiles
@@ -12,6 +12,7 @@ from .remote.cache import PartCache
 from .remote.files import RemoteFiles
 from .remote.servers import open_remote
 from .seal import (
+    COPY_PATH,
     MAX_METADATA_BYTES,
     MAX_SEAL_BYTES,
     ROOT_PATH,
@@ -67,6 +68,10 @@ def seal_of(files: ReadableFiles) -> Seal | None:
             return None
         elif next(root.iterdir(), None) is None:
             raise FileNotFoundError
+        elif files.exists(COPY_PATH):
+            raise StoreIncompleteError(
+                f"{root} is the beginning of a copy that was stopped; run the same posae copy again"
+            )
         else:
             raise StoreFormatError(
                 f"{root} is no store: it has no zarr.json; give the folder that posae harvest wrote"

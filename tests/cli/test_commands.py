@@ -132,7 +132,7 @@ def test_inspect_store_draws_norms_by_position(posae: Posae, store: Path) -> Non
     assert "layer 4" in ended.out
     assert "█" in ended.out
     assert "stdlib" in ended.out
-    assert f"identity  {ActivationStore.open(store).identity}" in ended.out
+    assert f"identity        {ActivationStore.open(store).identity}\n" in ended.out
 
 
 def test_inspect_store_shows_the_text_of_a_context(posae: Posae, store: Path) -> None:

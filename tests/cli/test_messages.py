@@ -210,7 +210,7 @@ def test_an_interrupted_harvest_says_how_many_shards_are_there(
         patch.setattr(ShardOfLayers, "commit", interrupt)
         ended = posae(*words)
     assert ended.code == 130
-    assert ended.err.splitlines()[-1] == "interrupted: 0 of 1 shards are there, and the same command goes on"
+    assert ended.err.splitlines()[-1] == "interrupted: 0 of 1 shards are written; the same command resumes"
     assert posae(*words).code == 0
 
 

@@ -151,12 +151,16 @@ def test_a_copy_that_was_killed_goes_on(store: Path, start_server: StartServer, 
     url, target = server.fill(store, "demo.zarr"), tmp_path / "copy.zarr"
     words = [sys.executable, "-m", "posae", "copy", url, str(target)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(tree(target)) < 12:
+    while process.poll() is None and len(list(target.rglob("c.*"))) < 12:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (target / "seal.json").exists()
-    assert not ActivationStore.open(target).is_sealed
+    refused = subprocess.run(
+        [*words[:3], "inspect-store", target], capture_output=True, text=True, check=False
+    )
+    assert (refused.returncode, refused.stderr.count("error: ")) == (1, 1)
+    assert "run the same posae copy again" in " ".join(refused.stderr.split())
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert tree(target) == tree(store)

@@ -206,7 +206,7 @@ def test_a_run_that_is_being_trained_is_left_alone(posae: Posae, store: Path, tm
     with Run(tmp_path / "run").locked():
         ended = posae("train", store, tmp_path / "run", "--steps", 4)
     assert (ended.code, "is being trained by another process" in " ".join(ended.err.split())) == (1, True)
-    assert not any((tmp_path / "run").iterdir())
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_a_run_that_diverges_is_a_result_and_the_others_are_trained(

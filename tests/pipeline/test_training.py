@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -129,14 +130,14 @@ def test_a_layer_that_is_kept_is_read_once_and_changes_nothing(
 ) -> None:
     train(good_store, tmp_path / "streamed", window_contexts=8)
     n_read = 0
-    read_chunk = ShardReader.read_chunk
+    start_reading = ShardReader.start_reading
 
-    def counting(reader: ShardReader, chunk: int, out: Any) -> None:
+    def counting(reader: ShardReader, chunks: Collection[int], *args: Any) -> Any:
         nonlocal n_read
-        n_read += reader.spec.path.startswith("layer")
-        read_chunk(reader, chunk, out)
+        n_read += len(chunks) if reader.spec.path.startswith("layer") else 0
+        return start_reading(reader, chunks, *args)
 
-    monkeypatch.setattr(ShardReader, "read_chunk", counting)
+    monkeypatch.setattr(ShardReader, "start_reading", counting)
     memory = LayerMemory("always")
     store = ActivationStore.open(good_store.root)
     for seed in (0, 1):
