@@ -130,12 +130,7 @@ class StoreFiles:
                 yield piece
 
     def map(self, path: str) -> MappedFile | UnmappedFile:
-        """The whole of a file as read-only memory, where its file system can do that.
-
-        Raises:
-            FileNotFoundError: no such file.
-            StoreDamagedError: not a regular file, or empty.
-        """
+        """The whole of a file as read-only memory, if its file system can do that; see ``ReadableFiles``."""
         file = self.open(path)
         try:
             if os.fstat(file).st_size == 0:

@@ -18,7 +18,6 @@ from .seal import (
     ROOT_PATH,
     SEAL_PATH,
     Seal,
-    count_entries,
     parse_json,
     parse_seal,
 )
@@ -88,7 +87,7 @@ def seal_of(files: ReadableFiles) -> Seal | None:
 
 def _refuse_endless(files: ReadableFiles, data: bytes) -> None:
     """Refuse a stranger's seal that names more files than its store can have, before it is parsed."""
-    n_files = count_entries(data)
+    n_files = data.count(b"{") - 2  # no path in a store has a brace
     if n_files <= _FEW_FILES:
         return
     try:

@@ -130,7 +130,12 @@ class ReadableFiles(Protocol):
         ...
 
     def map(self, path: str) -> ShardFile:
-        """A file to decode chunks out of; see ``StoreFiles.map``."""
+        """A file to decode chunks out of.
+
+        Raises:
+            FileNotFoundError: no such file, or none that the seal names.
+            StoreDamagedError: not a regular file, or empty.
+        """
         ...
 
     def size_bytes(self, path: str) -> int | None:

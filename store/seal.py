@@ -56,11 +56,6 @@ class Seal(NamedTuple):
     """SHA-256 of ``seal.json`` itself, in hex."""
 
 
-def canonical_json(value: Json) -> bytes:
-    """JSON with sorted keys and no spare space: equal values give equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
 def pretty_json(value: Json) -> bytes:
     """JSON for a ``zarr.json``, which people read; equal values give equal bytes."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
@@ -105,13 +100,14 @@ def sha256_of(files: ReadableFiles, path: str) -> SealedFile:
 
 
 def seal_bytes(sealed: Mapping[str, SealedFile]) -> bytes:
-    """The ``seal.json`` of these files.
+    """The ``seal.json`` of these files, with sorted keys and no spare space: equal stores have equal seals.
 
     Raises:
         StoreWriteError: so many files that no reader would take it.
     """
     listed = {path: {"bytes": entry.n_bytes, "sha256": entry.sha256} for path, entry in sealed.items()}
-    data = canonical_json({"format": FORMAT, "files": listed})
+    seal = {"format": FORMAT, "files": listed}
+    data = json.dumps(seal, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     if len(data) > MAX_SEAL_BYTES:
         raise StoreWriteError(
             f"{SEAL_PATH} of {len(listed):,} files would be longer than the {MAX_SEAL_BYTES:,} bytes that a "
@@ -155,11 +151,6 @@ def _files_in(data: bytes) -> dict[str, SealedFile]:
     if not all(map(_LINE.fullmatch, lines)):
         raise ValueError("entry")
     return files
-
-
-def count_entries(data: bytes) -> int:
-    """How many files a seal names, without parsing it: no path in a store has a brace."""
-    return data.count(b"{") - 2
 
 
 def check_sealed_bytes(seal: Seal | None, path: str, data: bytes) -> None:

@@ -119,11 +119,7 @@ class RemoteFiles:
         return iter([self.folder.read(path, start, size, size)]) if start else self.folder.pieces(path, size)
 
     def map(self, path: str) -> "RemoteFile":
-        """A file to decode chunks out of; nothing is fetched yet.
-
-        Raises:
-            FileNotFoundError: the seal does not name it.
-        """
+        """A file to decode chunks out of; nothing is fetched yet. See ``ReadableFiles``."""
         return RemoteFile(self, path, self._size(path))
 
     def size_bytes(self, path: str) -> int | None:
