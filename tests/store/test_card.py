@@ -81,7 +81,7 @@ def test_it_tells_what_the_store_holds(good_store: "Made") -> None:
         "the last 9 contexts, from 32 on",
         "ids 0, 1, 2; every context begins with 2; 1 stands between documents",
         "- **documents**: 41, 0 of them left out",
-        f"`{store.identity}`, the SHA-256 of `seal.json`",
+        f"- **identity**: `{store.identity}`",
         "- licence of the model:",
         "- licence of the text:",
     ):
