@@ -16,11 +16,13 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from .errors import StoreDamagedError, StoreFormatError, StoreIncompleteError, StoreMismatchError
+from .files import StoreFiles
 from .layout import ArraySpec, Json
 from .manifest import (
     Manifest,
     layer_path,
     layer_spec,
+    layers_in,
     parse_corpus,
     parse_layer_versions,
     parse_manifest,
@@ -164,10 +166,10 @@ class StoreArrays(Renewed):
         return parse_json(data, path)
 
     def _find_layers(self) -> tuple[int, ...]:
-        candidates = range(self.manifest.model_layers)
         if self.seal:
-            return tuple(i for i in candidates if f"{layer_path(i)}/zarr.json" in self.seal.files)
-        return tuple(i for i in candidates if self.files.exists(f"{layer_path(i)}/zarr.json"))
+            arrays = (path.removesuffix("/zarr.json") for path in self.seal.files)
+            return layers_in(arrays, self.manifest)
+        return begun_layers(StoreFiles(Path(self.root)), self.manifest)
 
     def spec(self, path: str) -> ArraySpec:
         """The array at ``path``, checked to be what the manifest says.
@@ -331,3 +333,9 @@ def _reopened(
     if identity is not None and store.identity != identity:
         raise StoreMismatchError(f"{place} is another store than it was a moment ago; open it anew")
     return store
+
+
+def begun_layers(files: StoreFiles, manifest: Manifest) -> tuple[int, ...]:
+    """Layers whose metadata is written, sealed or not."""
+    layers = layers_in(files.names(""), manifest)
+    return tuple(layer for layer in layers if files.exists(f"{layer_path(layer)}/zarr.json"))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from .arrays import StoreArrays
+from .errors import StoreDamagedError, StoreFormatError
 from .manifest import Manifest
 from .plain_text import counted, numbers, quantity
 
@@ -76,11 +77,8 @@ def _facts(store: StoreArrays, shown: Shown, linked: bool) -> Iterator[tuple[str
         yield "made of", ", ".join(f"{shown(some)} of {shown(whole[:16])}" for some, whole in pieces)
     yield "type", _type(manifest, shown)
     for layer in store.layers:
-        if versions := store.layer_versions(layer):
-            listed = ", ".join(
-                f"{shown(name)} {shown(version)}" for name, version in sorted(versions.items())
-            )
-            yield f"layer {layer}", f"written by other versions than the rest: {listed}"
+        if versions := _other_versions(store, layer, shown):
+            yield f"layer {layer}", f"written by other versions than the rest: {versions}"
     chunk = counted(manifest.chunk_contexts, "context")
     yield "chunks", f"{chunk} to a chunk, {manifest.shard_contexts:,} to a shard"
     raw, stored = (sum(map(size, store.layers)) for size in (store.raw_bytes, store.stored_bytes))
@@ -105,6 +103,14 @@ def _ratio(raw: int, stored: int) -> str:
 def is_on_hub(name: str, revision: str | None) -> bool:
     """Whether a model or data set is one of the Hub's; local files have no commit but a digest."""
     return bool(_COMMIT.fullmatch(revision or "") and _HUB_ID.fullmatch(name))
+
+
+def _other_versions(store: StoreArrays, layer: int, shown: Shown) -> str:
+    try:
+        versions = store.layer_versions(layer)
+    except (StoreDamagedError, StoreFormatError):
+        return ""  # found by --verify
+    return ", ".join(f"{shown(name)} {shown(version)}" for name, version in sorted(versions.items()))
 
 
 def _special_tokens(manifest: Manifest) -> str:

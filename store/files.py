@@ -219,7 +219,7 @@ class StoreFiles:
     def names(self, folder: str) -> set[str]:
         """What stands in one folder; nothing, where there is no such folder."""
         try:
-            with self.folder_of(f"{folder}/") as handle:
+            with self.folder_of(f"{folder}/" if folder else "") as handle:
                 return set(os.listdir(handle))  # noqa: PTH208 (a descriptor)
         except OSError:
             return set()

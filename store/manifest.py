@@ -6,6 +6,8 @@ never changes; what grows (layers, committed contexts) is read off the files. Wh
 is normative in docs/format.md; a test compares the two.
 """
 
+import re
+from collections.abc import Iterable
 from typing import Annotated, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -30,6 +32,7 @@ Versions = Annotated[dict[Annotated[str, Field(max_length=MAX_TEXT)], Text], Fie
 Interval = Annotated[str, Field(pattern=r"^[0-9]{1,14}:[0-9]{1,14}$")]
 
 
+_LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,5})", re.ASCII)
 _VERSIONS = TypeAdapter[dict[str, str]](Versions)
 
 
@@ -307,6 +310,12 @@ def group_json(attributes: Json) -> Json:
 def layer_path(layer: int) -> str:
     """Name of a layer's array."""
     return f"layer_{layer}"
+
+
+def layers_in(names: Iterable[str], manifest: Manifest) -> tuple[int, ...]:
+    """The layers whose folders are among ``names``, sorted."""
+    numbers = (int(found[1]) for name in names if (found := _LAYER.fullmatch(name)))
+    return tuple(sorted(layer for layer in numbers if layer < manifest.model_layers))
 
 
 def layer_spec(manifest: Manifest, layer: int) -> ArraySpec:

@@ -127,8 +127,8 @@ def parse_seal(data: bytes) -> Seal:
         if not {ROOT_PATH, CORPUS_PATH} <= files.keys():
             raise ValueError("files")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        # A newer seal may have any form; nothing more of it is looked at.
-        if newer := _ANY_FORMAT.search(data):
+        # A newer seal may have any form; of that only its format is looked for, at either end.
+        if newer := _ANY_FORMAT.search(data[-256:]) or _ANY_FORMAT.search(data[:256]):
             refuse_newer(int(newer[1]))
         raise StoreFormatError(
             f"{SEAL_PATH} is not a seal that posae writes; restore it from a copy of the store"
@@ -138,7 +138,8 @@ def parse_seal(data: bytes) -> Seal:
 
 def _files_in(data: bytes) -> dict[str, SealedFile]:
     """The entries of a seal that is byte for byte what ``seal_bytes`` makes of them."""
-    if not (data.startswith(_HEAD) and data.endswith(_TAIL)):
+    # Nothing in it is empty: the cheapest look at what a stranger made long.
+    if not (data.startswith(_HEAD) and data.endswith(_TAIL)) or b'""' in data:
         raise ValueError("form")
     listed: dict[str, Any] = json.loads(data.decode())["files"]
     files = {path: SealedFile(entry["bytes"], entry["sha256"]) for path, entry in listed.items()}

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import begun_layers
 from .card import write_card
 from .errors import (
     SettingsError,
@@ -289,8 +290,7 @@ class StoreWriter:
 
     def begun_layers(self) -> tuple[int, ...]:
         """Layers whose metadata is written, sealed or not."""
-        candidates = range(self.manifest.model_layers)
-        return tuple(i for i in candidates if self.files.exists(f"{layer_path(i)}/zarr.json"))
+        return begun_layers(self.files, self.manifest)
 
     def is_committed(self, layer: int, shard: int) -> bool:
         """Whether one shard of one layer, and its statistics, are there."""
