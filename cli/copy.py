@@ -23,9 +23,11 @@ def copy(
     cache: Cache = None,
     cache_size: CacheSize = None,
 ) -> None:
-    """Copy a store, or a part of it, to a folder or a server, and check every file on arrival.
+    """Copy a store, or a part of it, to a folder or a server.
 
-    Run again with the same words it goes on where it stopped. A part is itself a whole store.
+    Each file that is copied is checked against the seal. A part on the same file system shares whole shards
+    with its source, as hard links, which are not read: inspect-store --verify reads them. Run again with the
+    same options it resumes where it stopped. A part is itself a whole store.
 
     Example: posae copy https://example.org/pile.zarr pile.zarr --layers 12
     """
