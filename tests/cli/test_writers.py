@@ -1,5 +1,7 @@
 """Where two commands that write meet on one folder: refused with one line, or right."""
 
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -83,3 +85,42 @@ def test_a_folder_of_something_else_is_left_as_it_is(posae: Posae, tmp_path: Pat
     assert refused.code == 1
     assert refused.err.count("error: ") == 1
     assert [file.name for file in notes.iterdir()] == ["todo.txt"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/x", "n" * 300])
+def test_a_copy_to_what_can_be_no_folder_is_one_line(posae: Posae, tmp_path: Path, place: str) -> None:
+    source = tmp_path / "source.zarr"
+    (tmp_path / "file").write_text("mine")
+    assert posae("harvest", source, *SMALL, "--layers", "1").code == 0
+    refused = posae("copy", source, tmp_path / place)
+    assert (refused.code, refused.err.count("error: ")) == (1, 1)
+    assert "Traceback" not in refused.err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_seal_that_names_files_of_mine_overwrites_none(posae: Posae, tmp_path: Path) -> None:
+    mine, theirs = tmp_path / "mine.zarr", tmp_path / "theirs.zarr"
+    assert posae("harvest", mine, *SMALL, "--layers", "1").code == 0
+    shutil.copytree(mine, theirs)
+    for name in ("notes.txt", "README.md"):
+        (mine / name).write_text("mine")
+        (theirs / name).write_text("theirs")
+        seal = json.loads((theirs / "seal.json").read_bytes())
+        seal["files"][name] = {"bytes": 6, "sha256": hashlib.sha256(b"theirs").hexdigest()}
+        text = json.dumps(seal, sort_keys=True, separators=(",", ":"))
+        (theirs / "seal.json").write_text(text)
+        refused = posae("copy", theirs, mine)
+        assert refused.code == 1
+        assert (mine / name).read_text() == "mine"
+
+
+def test_an_import_of_another_tensor_is_not_resumed(posae: Posae, tmp_path: Path) -> None:
+    source, store = tmp_path / "acts.safetensors", tmp_path / "a.zarr"
+    tensors = {name: torch.full((16, 4, 8), value) for name, value in (("a", 1.0), ("b", 2.0))}
+    source.write_bytes(cast(Any, safetensors.torch).save(tensors))
+    words = ("import", source, store, "--layer", "0", "--tensor")
+    assert posae(*words, "a").code == 0
+    refused = posae(*words, "b")
+    assert refused.code == 1
+    assert "dataset_column is 'a' there and 'b' now" in " ".join(refused.err.split())
+    assert posae(*words, "a").code == 0

@@ -831,3 +831,44 @@ def test_a_layer_begun_by_other_versions_is_finished_by_these_alone(whole: "Made
                 continue
             with pytest.raises(StoreMismatchError, match="begun with other versions of libraries"):
                 writer.begin_layers(LAYERS[1:])
+
+
+def test_a_shard_whose_lock_was_replaced_is_not_committed(whole: "Made", tmp_path: Path) -> None:
+    root = tmp_path / "a.zarr"
+    writer = StoreWriter.begin(root, whole.manifest, LAYERS)
+    with writer.lock():
+        writer.write_tokens(whole.tokens, whole.documents, whole.corpus)
+        writer.begin_layers(LAYERS)
+    locked = writer.lock_shard(LAYERS[:1], 0, wait=False)
+    assert locked is not None
+    with locked, ThreadPoolExecutor(1) as pool:
+        rows = np.array(locked.contexts)
+        locked.append(0, whole.activations[0][rows], whole.ordinary[rows], pool)
+        partial = root / "layer_0/.c.0.0.0.partial"
+        partial.unlink()
+        partial.write_bytes(b"of another program")
+        with pytest.raises(StoreWriteError, match="was removed by another program"):
+            locked.commit()
+    assert not (root / "layer_0/c.0.0.0").exists()
+    assert list((root / "stats/layer_0").rglob("c.*")) == []
+
+
+def test_a_disk_that_cannot_say_whether_a_file_is_there_is_an_error(whole: "Made", tmp_path: Path) -> None:
+    root = tmp_path / "a.zarr"
+    harvest(root, whole, LAYERS[:1])
+    left, lstat = tree(root), Path.lstat
+
+    def stale(path: Path) -> os.stat_result:
+        if path.name == "seal.json":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return lstat(path)
+
+    with patch.object(Path, "lstat", stale), pytest.raises(StoreError, match="cannot be read"):
+        harvest(root, whole, LAYERS[1:])
+    assert {path: tree(root)[path] for path in left} == left
+
+
+def test_a_lock_file_that_was_there_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / LOCK_PATH).touch(mode=0o600)
+    with exclusive(tmp_path):
+        assert (tmp_path / LOCK_PATH).stat().st_mode & 0o777 == 0o600
