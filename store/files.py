@@ -369,6 +369,19 @@ def exclusive(folder: Path, *, wait: bool = True) -> Generator[bool]:
         os.close(handle)
 
 
+@contextmanager
+def unlocked(folder: Path) -> Generator[None]:
+    """A look at a folder before its lock is taken, so that none is left in a folder of something else.
+
+    What is wrong there is an error only if nobody has locked the folder yet: else look again under the lock.
+    """
+    try:
+        yield
+    except StoreError:
+        if not StoreFiles(folder).exists(LOCK_PATH):
+            raise
+
+
 def _open_lock(path: Path) -> int:
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:

@@ -78,7 +78,8 @@ class ShardWriter:
                     # It may have been renamed to its final name, or removed, before we got the lock.
                     if _is_at(folder, partial, handle):
                         if is_done():
-                            os.unlink(partial, dir_fd=folder)
+                            with suppress(FileNotFoundError):  # who seals the store removes what is left
+                                os.unlink(partial, dir_fd=folder)
                             return None
                         os.ftruncate(handle, 0)
                         closing.pop_all()

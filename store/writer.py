@@ -28,7 +28,7 @@ from .errors import (
     StoreMismatchError,
     StoreNotFoundError,
 )
-from .files import PARTIAL, StoreFiles, exclusive, is_leftover
+from .files import PARTIAL, StoreFiles, exclusive, is_leftover, unlocked
 from .layout import MAX_CHUNK_BYTES, ArraySpec, Json
 from .manifest import Manifest, group_json, layer_path, layer_spec, root_json, token_specs
 from .plain_text import differences, quantity
@@ -139,13 +139,13 @@ class StoreWriter:
             StoreWriteError: the disk refused, or the store would have more files than its seal can name.
         """
         writer = cls(root, manifest, allow_versions=allow_versions)
-        writer.check(layers)  # first, so that not even a lock is left in a folder of something else
+        with unlocked(root):
+            writer.check(layers)
         writer.files.make_root()
         with exclusive(root):
             writer.check(layers)
             if not writer.has_tokens:
                 writer.files.write(ROOT_PATH, pretty_json(root_json(manifest)))
-                writer.files.remove("", lambda name: name == COPY_PATH)  # of a copy that wrote nothing else
         return writer
 
     def check(self, layers: Sequence[int]) -> None:

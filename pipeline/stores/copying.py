@@ -21,7 +21,7 @@ from ...store.errors import (
     StoreMismatchError,
     StoreWriteError,
 )
-from ...store.files import StoreFiles, exclusive, is_leftover
+from ...store.files import StoreFiles, exclusive, is_leftover, unlocked
 from ...store.reader import ActivationStore
 from ...store.seal import (
     CARD_PATH,
@@ -68,7 +68,8 @@ def copy_store(store: ActivationStore, destination: Path, moved: Moved) -> int:
     """
     seal = seal_of(store)
     files = StoreFiles(destination)
-    _begun(seal, files)  # first, so that not even a lock is left in a folder of something else
+    with unlocked(destination):
+        _begun(seal, files)
     files.make_root()
     with exclusive(destination):
         old, is_begun = _begun(seal, files)
