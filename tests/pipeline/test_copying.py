@@ -19,6 +19,7 @@ from posae.store.card import write_card
 from posae.store.errors import (
     StoreDamagedError,
     StoreFormatError,
+    StoreIncompleteError,
     StoreMismatchError,
     StoreRemoteError,
     StoreWriteError,
@@ -113,7 +114,7 @@ def test_a_killed_copy_goes_on_and_moves_nothing_twice(made: Made, tmp_path: Pat
         assert ended in (0, signal.SIGKILL)
         kills += ended == signal.SIGKILL
         if not (target / "zarr.json").exists():
-            with pytest.raises(StoreFormatError, match="is no store"):
+            with pytest.raises(StoreIncompleteError, match="is the beginning of a copy that was stopped"):
                 ActivationStore(target)
     assert kills > 3
     assert tree(target) == whole
