@@ -9,7 +9,7 @@ from rich.text import Text
 
 from ..pipeline.settings import HARVEST_PRESETS, HarvestSettings, resolve_settings
 from ..store.plain_text import counted, numbers
-from ..store.writer import StoreWriter, committed_manifest
+from ..store.writer import StoreWriter
 from .display import LiveProgress, console, duration, errors, if_interrupted, quantity
 from .options import Config, on_this_machine, with_settings
 
@@ -86,6 +86,8 @@ def harvest(
 
 
 def _what_is_there(store: Path, layers: Sequence[int]) -> str:
+    from ..pipeline.harvest import committed_manifest
+
     manifest = committed_manifest(store)
     if manifest is None:
         return "no shard is written yet; the same command starts over"

@@ -13,6 +13,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from ..pipeline.errors import RunError, RunNotFoundError
 from ..pipeline.evaluate import evaluate
 from ..pipeline.progress import Progress
 from ..pipeline.runs import Run
@@ -20,7 +21,7 @@ from ..pipeline.settings import EvaluateSettings, TrainSettings
 from ..pipeline.sweep import Fit, Fitted, Plan, Planned
 from ..pipeline.trackers import TrackerName, Trackers
 from ..pipeline.train import LayerMemory, Ongoing, Team, Training, side_by_side, train_together
-from ..store.errors import RunError, RunNotFoundError, SettingsError
+from ..store.errors import SettingsError
 from ..store.reader import ActivationStore
 from .display import LiveProgress, console, duration, errors, is_short
 

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..store.errors import ForeignFileError
 from ..store.rounding import float32_to_bits
+from .errors import ForeignFileError
 
 TOKEN_NAMES = ("token_ids", "tokens", "input_ids")
 """What programs call the tensor of token ids."""

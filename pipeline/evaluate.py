@@ -18,19 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..store.errors import (
-    ModelError,
-    RunError,
-    RunMismatchError,
-    RunNotFoundError,
-    StoreError,
-    StoreIncompleteError,
-    StoreMismatchError,
-    StoreNotFoundError,
-)
+from ..store.errors import StoreError, StoreIncompleteError, StoreMismatchError, StoreNotFoundError
 from ..store.reader import ActivationStore
 from .batches import Batch, ordered_batches
 from .device import choose_device, numbers_at_once
+from .errors import ModelError, RunError, RunMismatchError, RunNotFoundError
 from .language_model import (
     CausalLanguageModel,
     LanguageModel,

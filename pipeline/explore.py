@@ -19,16 +19,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 from torch import Tensor
 
-from ..store.errors import (
-    PosaeError,
-    RunError,
-    RunNotFoundError,
-    StoreIncompleteError,
-    StoreNotFoundError,
-)
+from ..store.errors import PosaeError, StoreIncompleteError, StoreNotFoundError
 from ..store.reader import ActivationStore
 from .batches import as_torch
 from .device import choose_device, numbers_at_once
+from .errors import RunError, RunNotFoundError
 from .language_model import is_hub_id, load_tokenizer
 from .metrics import ABOVE
 from .progress import Progress, Silent

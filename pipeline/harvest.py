@@ -22,16 +22,19 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from ..store.errors import ModelError
+from ..store.arrays import begun_layers
+from ..store.errors import StoreFormatError, StoreNotFoundError
 from ..store.layout import CHUNK_CONTEXTS, shard_contexts
 from ..store.manifest import Manifest, token_specs
 from ..store.reader import ActivationStore
 from ..store.rounding import MANTISSA_BITS
+from ..store.seal import CORPUS_PATH
 from ..store.shards import ShardReader
 from ..store.stats import ordinary_tokens
-from ..store.writer import NotFiniteError, ShardOfLayers, StoreWriter, committed_manifest, standing_store
+from ..store.writer import NotFiniteError, ShardOfLayers, StoreWriter, standing_store
 from .corpus import corpus_counts
 from .device import choose_device, n_cores
+from .errors import ModelError
 from .host_copies import HostCopies, HostCopy
 from .language_model import (
     LanguageModel,
@@ -89,6 +92,19 @@ class Harvested(NamedTuple):
     identity: str
 
 
+def committed_manifest(root: Path) -> Manifest | None:
+    """The manifest of the store at ``root``, if its tokens are committed and so all is fixed.
+
+    Raises:
+        StoreError: something else is there, or what is there is damaged.
+    """
+    try:
+        store = ActivationStore(root)
+    except (StoreNotFoundError, StoreFormatError):
+        return None  # said again, where it matters, by ``StoreWriter.begin``
+    return store.manifest if store.files.exists(CORPUS_PATH) else None
+
+
 class Harvest:
     """A harvest about to run; nothing is loaded but configurations."""
 
@@ -121,11 +137,10 @@ class Harvest:
         if store is None or self.begun is None:
             return self.layers, ()
         writer = StoreWriter(self.path, self.begun)
+        begun = begun_layers(writer.files, self.begun)
         held = {*self.layers, *(store.layers if store.is_sealed else ())}
-        left = {
-            layer for layer in writer.begun_layers() if layer not in held and writer.missing_shards([layer])
-        }
-        return tuple(sorted({*held, *writer.begun_layers()} - left)), tuple(sorted(left))
+        left = {layer for layer in begun if layer not in held and writer.missing_shards([layer])}
+        return tuple(sorted({*held, *begun} - left)), tuple(sorted(left))
 
     def plan(self) -> Plan:
         """Sizes, without touching the dataset or the disk."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..store.errors import ForeignFileError, SettingsError
+from ..store.errors import SettingsError
 from ..store.layout import CHUNK_CONTEXTS, shard_contexts
 from ..store.manifest import MAX_LAYERS, MAX_TEXT, Imported, Manifest
 from ..store.reader import ActivationStore
@@ -27,6 +27,7 @@ from ..store.stats import ordinary_tokens
 from ..store.writer import ShardOfLayers, StoreWriter
 from .caches import open_cache
 from .digests import reading, sha256
+from .errors import ForeignFileError
 from .filling import fill_shards
 from .hook_points import layer_of
 from .progress import Progress, Silent

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import __version__
-from ..store.errors import RunMismatchError, SettingsError
+from ..store.errors import SettingsError
 from ..store.reader import ActivationStore
+from .errors import RunMismatchError
 from .hook_points import layer_of
 from .ranges import PositionRange, parse_ranges
 from .runs import WEIGHTS, Run

@@ -24,9 +24,10 @@ import torch
 import transformers
 from transformers.utils import hub, logging
 
-from ..store.errors import ModelError, SettingsError
+from ..store.errors import SettingsError
 from ..store.manifest import Manifest
 from .digests import commit_on_hub, sha256_once
+from .errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

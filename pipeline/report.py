@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from ..store.errors import RunError, RunNotFoundError, SettingsError
+from ..store.errors import SettingsError
 from ..store.files import StoreFiles
 from ..store.seal import ROOT_PATH
+from .errors import RunError, RunNotFoundError
 from .results import tables
 from .results.claims import Judged, judged
 from .results.comparison import Finding, findings

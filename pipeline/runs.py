@@ -23,13 +23,13 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..store.errors import RunError, RunMismatchError, RunNotFoundError
 from ..store.files import StoreFiles, exclusive, is_leftover, writing
 from ..store.manifest import Manifest, root_json
 from ..store.notebook import block, columns, facts, folded
 from ..store.plain_text import differences
 from ..store.reader import ActivationStore
 from ..store.seal import pretty_json
+from .errors import RunError, RunMismatchError, RunNotFoundError
 
 CONFIG, METRICS, EVALUATION = "config.json", "metrics.jsonl", "evaluation.json"
 CHECKPOINT = "checkpoint/state.safetensors"

@@ -33,9 +33,10 @@ from typing import Any, NamedTuple, cast
 from pydantic import Field
 
 from .. import __version__
-from ..store.errors import RunError, SettingsError
+from ..store.errors import SettingsError
 from ..store.files import StoreFiles
 from .controls import CONTROLS, controls_of, is_position_aware
+from .errors import RunError
 from .settings import (
     TRAIN_PRESETS,
     EvaluateSettings,

@@ -12,8 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
-from ..store.errors import RunError, SettingsError
+from ..store.errors import SettingsError
 from ..store.files import StoreFiles
+from .errors import RunError
 
 
 class TrackerName(StrEnum):

@@ -187,11 +187,9 @@ class StoreArrays(Renewed):
                     "restore zarr.json from a copy of the store"
                 ) from None
             if self.metadata(expected.metadata_path) != expected.to_json():
-                found = ArraySpec.from_json(path, self.metadata(expected.metadata_path))
                 raise StoreFormatError(
-                    f"{found.metadata_path} has shape {list(found.shape)} of {found.data_type}, and the "
-                    f"manifest says {list(expected.shape)} of {expected.data_type}, or other chunks or "
-                    "attributes; restore it from a copy of the store"
+                    f"{expected.metadata_path} is not the array that the manifest describes (shape "
+                    f"{list(expected.shape)}, {expected.data_type}); restore it from a copy of the store"
                 )
             self._specs[path] = expected
         return self._specs[path]

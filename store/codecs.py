@@ -61,20 +61,6 @@ class Codec:
             }
         ]
 
-    @classmethod
-    def from_json(cls, codecs: list[dict[str, Any]]) -> "Codec":
-        """The preset that a ``zarr.json`` names.
-
-        Raises:
-            ValueError: none of the presets.
-        """
-        settings = [codec["configuration"] for codec in codecs if codec["name"] == "blosc"] or [{}]
-        found = (settings[0].get("cname"), settings[0].get("clevel", 0))
-        for codec in CODECS.values():
-            if (codec.compressor, codec.level) == found:
-                return codec
-        raise ValueError("no preset of posae")
-
     def encode(self, chunk: NDArray[Any]) -> bytes:
         """A C-contiguous chunk as bytes, its checksum last. Blosc frees the GIL."""
         if self.compressor is None:

@@ -14,13 +14,7 @@ and exits with 1. Anything that is no ``PosaeError`` is a bug and keeps its trac
     │   ├── StoreReadError (OSError)            the disk could not read a file that is there
     │   ├── StoreWriteError (OSError)           the disk refused: no space, no permission
     │   └── StoreRemoteError (ConnectionError)  a server refused, or does not answer
-    ├── ModelError (ValueError)                 a language model that is missing, gated or unfit
-    ├── CorpusError (ValueError)                text that is missing, too little or not text
-    ├── ForeignFileError (ValueError)           a file of another program that cannot be imported
-    └── RunError
-        ├── RunNotFoundError (FileNotFoundError)  there is no run here
-        ├── RunBusyError (BlockingIOError)      another process trains the run
-        └── RunMismatchError (ValueError)       the run was begun with other settings or another store
+    └── those of models, text and runs          pipeline/errors.py
 """
 
 
@@ -108,31 +102,3 @@ class StoreWriteError(StoreError, OSError):
 
 class StoreRemoteError(StoreError, ConnectionError):
     """A server refused, or does not answer."""
-
-
-class ModelError(PosaeError, ValueError):
-    """A language model that is missing, gated or unfit."""
-
-
-class CorpusError(PosaeError, ValueError):
-    """Text that is missing, too little or not text."""
-
-
-class ForeignFileError(PosaeError, ValueError):
-    """A file of another program that cannot be imported."""
-
-
-class RunError(PosaeError):
-    """Something about a run."""
-
-
-class RunNotFoundError(RunError, FileNotFoundError):
-    """There is no run here."""
-
-
-class RunBusyError(RunError, BlockingIOError):
-    """Another process trains the run."""
-
-
-class RunMismatchError(RunError, ValueError):
-    """The run was begun with other settings or another store."""

@@ -57,19 +57,6 @@ _CHOSEN = {
 _LARGE_FILE = SealedFile(10**10 - 1, "0" * 64)
 
 
-def committed_manifest(root: Path) -> Manifest | None:
-    """The manifest of the store at ``root``, if its tokens are committed and so all is fixed.
-
-    Raises:
-        StoreError: something else is there, or what is there is damaged.
-    """
-    try:
-        store = ActivationStore(root)
-    except (StoreNotFoundError, StoreFormatError):
-        return None  # said again, where it matters, by ``StoreWriter.begin``
-    return store.manifest if store.files.exists(CORPUS_PATH) else None
-
-
 def standing_store(root: Path) -> ActivationStore | None:
     """The store at ``root``, or None where one can be begun.
 
@@ -248,8 +235,10 @@ class StoreWriter:
             StoreMismatchError: a layer was begun with other versions of libraries.
             StoreWriteError: the disk refused.
         """
+        fixed = ActivationStore(self.root).manifest.versions
         for layer in layers:
-            self._write_layer_group(layer, (versions or {}).get(layer, {}))
+            now = _but_posae({**self.manifest.versions, **(versions or {}).get(layer, {})})
+            self._write_layer_group(layer, {name: v for name, v in now.items() if v != fixed.get(name)})
             for spec in stats_specs(self.manifest, layer).values():
                 self._write_metadata(spec)
             self._write_metadata(layer_spec(self.manifest, layer))
@@ -257,10 +246,7 @@ class StoreWriter:
     def _write_layer_group(self, layer: int, versions: Mapping[str, str]) -> None:
         """The group of a layer's statistics; it records versions that are not the manifest's."""
         path = f"stats/{layer_path(layer)}/zarr.json"
-        fixed = ActivationStore(self.root).manifest.versions
-        now = _but_posae({**self.manifest.versions, **versions})
-        other = {name: version for name, version in now.items() if version != fixed.get(name)}
-        group = pretty_json(group_json({"posae": {"versions": other}} if other else {}))
+        group = pretty_json(group_json({"posae": {"versions": versions}} if versions else {}))
         if not self.files.exists(path):
             self.files.write(path, group)
         elif self.files.read(path, MAX_METADATA_BYTES) != group:
@@ -287,10 +273,6 @@ class StoreWriter:
         self._check_can_be_finished({*layers, *store.layers})
         self.add_layers(layers, versions)
         return layers
-
-    def begun_layers(self) -> tuple[int, ...]:
-        """Layers whose metadata is written, sealed or not."""
-        return begun_layers(self.files, self.manifest)
 
     def is_committed(self, layer: int, shard: int) -> bool:
         """Whether one shard of one layer, and its statistics, are there."""
@@ -391,7 +373,9 @@ class StoreWriter:
         """
         old = ActivationStore.open(self.root).seal
         sealed: dict[str, SealedFile] = dict(old.files) if old else {}
-        complete = [layer for layer in self.begun_layers() if not self.missing_shards([layer])]
+        complete = [
+            layer for layer in begun_layers(self.files, self.manifest) if not self.missing_shards([layer])
+        ]
         if lacking := sorted(set(layers) - set(complete)):
             raise StoreIncompleteError(
                 f"{self.root} lacks shards of layers {', '.join(map(str, lacking))}, so it is not sealed; "
@@ -400,9 +384,8 @@ class StoreWriter:
         for path in files_of(self.manifest, complete):
             if path not in sealed:
                 sealed[path] = self._digest(path)
-        for spec in specs_of(
-            self.manifest, complete
-        ):  # nobody writes them any more: what is left is of a kill
+        # Nobody writes these any more: what is left was left by a kill.
+        for spec in specs_of(self.manifest, complete):
             self.files.remove(spec.path, lambda name: name.startswith(".") and name.endswith(PARTIAL))
         data = seal_bytes(sealed)
         self.files.write(SEAL_PATH, data)

@@ -85,10 +85,17 @@ class Made:
         mask[self.manifest.held_out[0] :] = False
         return mask
 
-    def write(self, layers: Sequence[int], *, seal: bool = True, shards: Sequence[int] | None = None) -> None:
+    def write(
+        self,
+        layers: Sequence[int],
+        *,
+        seal: bool = True,
+        shards: Sequence[int] | None = None,
+        allow_versions: bool = False,
+    ) -> None:
         """Commit ``shards`` of ``layers``, and all that comes before; may be called again."""
         with patch("os.fsync"), ThreadPoolExecutor(2) as pool:
-            writer = StoreWriter.begin(self.root, self.manifest)
+            writer = StoreWriter.begin(self.root, self.manifest, allow_versions=allow_versions)
             with writer.lock():
                 if not writer.has_tokens:
                     writer.write_tokens(self.tokens, self.documents, self.corpus)

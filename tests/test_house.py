@@ -41,6 +41,7 @@ STAGES = {
     *("saelens", "saebench", "activation_dataset"),  # doors for other programs, beside the stages
 }
 SPOKEN_BY_ALL = {
+    "errors",
     "progress",  # a protocol: how a stage, or a part that works for one, says what it does
     "digests",  # what tells files apart, be they weights, text or activations
     "device",  # what the machine has: memory and blocks that fit it

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...store.errors import CorpusError
+from ..errors import CorpusError
 from .protocol import SEED, SIZES, Choice, Rows, Sizes, probe_task
 from .representations import Encoder, Means
 from .results import ClassResult, ProbingResult, TaskResult, class_result, probing_result, task_result

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ...store.errors import RunError, RunNotFoundError
+from ..errors import RunError, RunNotFoundError
 from ..ranges import PositionRange
 from .autoencoder import Autoencoder
 from .registry import new_autoencoder

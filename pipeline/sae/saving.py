@@ -23,8 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, Val
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ...store.errors import RunError, RunNotFoundError, SettingsError
+from ...store.errors import SettingsError
 from ...store.files import StoreFiles
+from ..errors import RunError, RunNotFoundError
 from ..ranges import PositionRange
 from .autoencoder import Autoencoder, CommonSettings, Setting
 from .registry import architecture_class

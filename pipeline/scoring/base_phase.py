@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ...store.errors import RunError
+from ..errors import RunError
 
 BASE_PHASE = "base_phase.safetensors"
 MOST_RETAINED = 32

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ...store.errors import RunError
+from ..errors import RunError
 
 Number = float | None
 """Null where it cannot be told."""

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ...store.errors import CorpusError, SettingsError
+from ...store.errors import SettingsError
 from ...store.files import PARTIAL, writing
+from ..errors import CorpusError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

@@ -21,8 +21,9 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol, cast
 
-from ...store.errors import CorpusError, SettingsError
+from ...store.errors import SettingsError
 from ..digests import reading, sha256
+from ..errors import CorpusError
 from ..progress import Progress, Silent
 from .stdlib import SPLITS, stdlib_documents, stdlib_revision
 

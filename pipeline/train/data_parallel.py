@@ -18,7 +18,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...store.errors import RunError, SettingsError
+from ...store.errors import SettingsError
+from ..errors import RunError
 from ..sae.share import Share
 
 T = TypeVar("T")

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ... import __version__
-from ...store.errors import RunBusyError, RunMismatchError, SettingsError, StoreIncompleteError
+from ...store.errors import SettingsError, StoreIncompleteError
 from ...store.reader import ActivationStore
 from ...store.stats import LayerStats
 from ..batches import Batch, ShuffledBatches
 from ..chunk_memory import DecodedLayer
 from ..device import choose_device, free_bytes
+from ..errors import RunBusyError, RunMismatchError
 from ..interrupts import held_back
 from ..processes import processes_here, shares_a_training
 from ..progress import Progress, Silent

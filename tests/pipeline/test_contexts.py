@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from posae.pipeline.corpus import corpus_counts, count_duplicates
+from posae.pipeline.errors import CorpusError
 from posae.pipeline.text import contexts as module
 from posae.pipeline.text.contexts import (
     Contexts,
@@ -28,7 +29,7 @@ from posae.pipeline.text.contexts import (
     tokenizer_hash,
 )
 from posae.pipeline.text.stdlib import stdlib_documents
-from posae.store.errors import CorpusError, SettingsError
+from posae.store.errors import SettingsError
 
 SPECIAL = {"bos": "<s>", "eos": "</s>", "cls": "[CLS]", "sep": "[SEP]"}
 LETTERS = "abcdefghij"

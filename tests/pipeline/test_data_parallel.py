@@ -11,12 +11,13 @@ import pytest
 import safetensors.torch
 import torch
 
+from posae.pipeline.errors import RunMismatchError
 from posae.pipeline.runs import WEIGHTS, Run
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
 from posae.pipeline.train import Training
 from posae.pipeline.train.data_parallel import Team, refuse_shared
 from posae.store import ActivationStore
-from posae.store.errors import RunMismatchError, SettingsError
+from posae.store.errors import SettingsError
 
 from ..conftest import Made
 

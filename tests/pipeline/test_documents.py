@@ -12,9 +12,10 @@ import pytest
 from huggingface_hub import close_session
 from huggingface_hub.utils import httpx as untyped_httpx
 
+from posae.pipeline.errors import CorpusError
 from posae.pipeline.text.documents import Corpus, open_corpus
 from posae.pipeline.text.stdlib import stdlib_revision
-from posae.store.errors import CorpusError, SettingsError
+from posae.store.errors import SettingsError
 
 httpx = cast(Any, untyped_httpx)
 

@@ -13,6 +13,7 @@ import transformers
 from numpy.typing import NDArray
 
 import posae.pipeline.evaluate as stage
+from posae.pipeline.errors import ModelError, RunError
 from posae.pipeline.evaluate import evaluate
 from posae.pipeline.language_model import model_facts
 from posae.pipeline.progress import Silent
@@ -24,7 +25,6 @@ from posae.pipeline.sae.standard import Standard
 from posae.pipeline.scoring.evaluation import parse_evaluation
 from posae.pipeline.settings import EvaluateSettings
 from posae.store import ActivationStore
-from posae.store.errors import ModelError, RunError
 
 if TYPE_CHECKING:
     from ..conftest import MakeStore

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 import posae.pipeline.explore as stage
+from posae.pipeline.errors import ModelError
 from posae.pipeline.explore import N_EXCERPTS, explore_runs
 from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.results.explored import Explored, ExploredFeature, Unexplored
@@ -19,7 +20,6 @@ from posae.pipeline.sae.saving import save_autoencoder
 from posae.pipeline.sae.standard import Standard
 from posae.pipeline.scoring.profiles import choose_features, neighbours, turned
 from posae.store import ActivationStore
-from posae.store.errors import ModelError
 
 if TYPE_CHECKING:
     from ..conftest import MakeStore

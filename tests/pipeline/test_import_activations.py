@@ -14,11 +14,12 @@ import safetensors.torch as safetensors_torch
 import torch
 from numpy.typing import NDArray
 
+from posae.pipeline.errors import ForeignFileError
 from posae.pipeline.import_activations import Import, ImportedStore
 from posae.pipeline.settings import ImportSettings, build
 from posae.store import ActivationStore
 from posae.store.card import card
-from posae.store.errors import ForeignFileError, PosaeError, SettingsError, StoreMismatchError
+from posae.store.errors import PosaeError, SettingsError, StoreMismatchError
 from posae.store.stats import bits_to_float32
 from posae.store.verify import verify
 

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from posae.pipeline.errors import RunError, RunMismatchError, RunNotFoundError
 from posae.pipeline.evaluate import evaluate
 from posae.pipeline.import_sae import import_sae
 from posae.pipeline.ranges import equal_ranges
@@ -18,14 +19,7 @@ from posae.pipeline.sae.hierarchical import Hierarchical
 from posae.pipeline.sae.saving import load_autoencoder, save_autoencoder
 from posae.pipeline.settings import EvaluateSettings, ImportSaeSettings
 from posae.store import ActivationStore
-from posae.store.errors import (
-    PosaeError,
-    RunError,
-    RunMismatchError,
-    RunNotFoundError,
-    SettingsError,
-    StoreIncompleteError,
-)
+from posae.store.errors import PosaeError, SettingsError, StoreIncompleteError
 
 from ..conftest import tree
 

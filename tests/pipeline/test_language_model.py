@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.sha import git_hash
 
+from posae.pipeline.errors import ModelError
 from posae.pipeline.language_model import (
     LanguageModel,
     ModelFacts,
@@ -34,7 +35,7 @@ from posae.pipeline.language_model import (
     load_tokenizer,
     model_facts,
 )
-from posae.store.errors import ModelError, SettingsError
+from posae.store.errors import SettingsError
 from posae.store.manifest import Manifest
 
 from ..conftest import MANIFEST

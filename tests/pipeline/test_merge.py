@@ -11,8 +11,9 @@ import pytest
 
 from posae.pipeline.batches import shuffled_batches
 from posae.pipeline.merge import Merge, Merged
+from posae.pipeline.plant import Planting
 from posae.pipeline.ranges import equal_ranges
-from posae.pipeline.settings import MergeSettings
+from posae.pipeline.settings import MergeSettings, PlantSettings, build
 from posae.pipeline.stores.assembling import copy_part, first_part
 from posae.store.errors import (
     SettingsError,
@@ -188,6 +189,33 @@ def test_versions_must_agree_where_activations_depend_on_them(
     assert merge(tmp_path / "new.zarr", one, two).store.manifest.versions["torch"] == "2.6"
     with pytest.raises(StoreMismatchError, match=r"versions torch is '2\.6' and '2\.7'"):
         merge(tmp_path / "none.zarr", one, three)
+
+
+def test_a_layer_keeps_its_own_versions_in_parts_plants_and_merges(
+    make_store: "MakeStore", tmp_path: Path
+) -> None:
+    """Layer 3 was added by a later torch than the rest."""
+    like: Any = {**SIZES, "held_out": 8, "layers": (0, 3), "versions": {"torch": "2.6"}}
+    two = make_store(tmp_path / "b.zarr", skip_contexts=20, **like)
+    one = replace(make_store(tmp_path / "whole.zarr", **like), root=tmp_path / "a.zarr")
+    one.write((0,))
+    newer = one.manifest.model_copy(update={"versions": {"torch": "9.9"}})
+    replace(one, manifest=newer).write((3,), allow_versions=True)
+    source = ActivationStore.open(one.root)
+    assert (source.layers, source.layer_versions(3)) == ((0, 3), {"torch": "9.9"})
+    made = [
+        copy_part(source, tmp_path / "part.zarr", contexts=(0, 16)).store,
+        Planting(source, tmp_path / "plant.zarr", build(PlantSettings, {"effect": "none"}, "")).run().store,
+        copy_part(copy_part(source, tmp_path / "p.zarr", layers=[3]).store, tmp_path / "q.zarr").store,
+    ]
+    for store in made:
+        assert store.manifest.versions["torch"] == "2.6"
+        assert {layer: store.layer_versions(layer).get("torch") for layer in store.layers} == {
+            layer: "9.9" if layer == 3 else None for layer in store.layers
+        }
+    with pytest.raises(StoreMismatchError, match=r"layer 3 of .* was computed by other versions of torch"):
+        merge(tmp_path / "new.zarr", one, two)
+    assert merge(tmp_path / "new.zarr", one, two, layers=(0,)).store.layers == (0,)
 
 
 def test_layers_are_those_of_all_stores_or_those_asked_for(

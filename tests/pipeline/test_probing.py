@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from posae.pipeline.errors import CorpusError
 from posae.pipeline.language_model import load_tokenizer
 from posae.pipeline.probing import hub, offline
 from posae.pipeline.probing.passages import (
@@ -48,7 +49,6 @@ from posae.pipeline.probing.tasks import (
     token_class,
 )
 from posae.pipeline.text.contexts import take_contexts, tokenizer_hash
-from posae.store.errors import CorpusError
 from posae.store.reader import ActivationStore
 
 Matrices = dict[str, NDArray[np.float32]]

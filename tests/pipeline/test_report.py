@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from posae.pipeline.errors import RunError, RunNotFoundError
 from posae.pipeline.report import as_json, collect, write
 from posae.pipeline.results.claims import CLAIMS
 from posae.pipeline.results.figures import MAX_POINTS, drawn, phases
 from posae.pipeline.results.measured import Measured, Study, number, numbers
 from posae.pipeline.results.tables import Series, beyond, by_range, of_study
 from posae.pipeline.settings import TRAIN_PRESETS
-from posae.store.errors import RunError, RunNotFoundError, SettingsError
+from posae.store.errors import SettingsError
 
 if TYPE_CHECKING:
     from .conftest import MadeRuns, OpenPage

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from posae.pipeline.errors import RunError, RunNotFoundError
 from posae.pipeline.ranges import PositionRange, equal_ranges, parse_ranges, range_of_position
 from posae.pipeline.sae.autoencoder import Autoencoder
 from posae.pipeline.sae.hierarchical import Hierarchical, dropout_mask
@@ -22,7 +23,7 @@ from posae.pipeline.sae.saving import (
 )
 from posae.pipeline.sae.standard import Standard
 from posae.pipeline.sae.topk import BatchTopK
-from posae.store.errors import RunError, RunNotFoundError, SettingsError, StoreWriteError
+from posae.store.errors import SettingsError, StoreWriteError
 
 D_MODEL, DICTIONARY_SIZE, WIDTH, LENGTH = 6, 10, 4, 16
 RANGES = parse_ranges("0:1,1:4,4:10,10:16", LENGTH)

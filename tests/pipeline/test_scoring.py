@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from posae.pipeline.errors import RunError
 from posae.pipeline.sae.sparse import SparseCode
 from posae.pipeline.scoring.base_phase import base_decoder, drift, n_retained, retained
 from posae.pipeline.scoring.ce_loss import CeKeeper, Replace, ce_loss
@@ -24,7 +25,6 @@ from posae.pipeline.scoring.information import (
     specialisation,
 )
 from posae.pipeline.scoring.specificity import feature_specificity, purity, specificity
-from posae.store.errors import RunError
 
 LENGTH, FEATURES, CONTEXTS = 6, 5, 9
 safetensors = cast(Any, safetensors_torch)

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from posae.pipeline.errors import RunError
 from posae.pipeline.settings import TrainSettings
 from posae.pipeline.sweep import Fitted, Plan, Study, read_sweep
-from posae.store.errors import RunError, SettingsError
+from posae.store.errors import SettingsError
 
 
 def fit(settings: TrainSettings) -> Fitted:

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from posae.pipeline.batches import shuffled_batches
+from posae.pipeline.errors import RunError, RunMismatchError
 from posae.pipeline.progress import Silent
 from posae.pipeline.results.measured import Measured
 from posae.pipeline.runs import Run
@@ -20,7 +21,7 @@ from posae.pipeline.schedules import Curriculum
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
 from posae.pipeline.train import LayerMemory, Ongoing, Team, Training, resolve, side_by_side, train_together
 from posae.store import ActivationStore
-from posae.store.errors import RunError, RunMismatchError, SettingsError, StoreWriteError
+from posae.store.errors import SettingsError, StoreWriteError
 from posae.store.shards import ShardReader
 
 from ..conftest import Made

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pytest
 
+from posae.pipeline.errors import RunMismatchError
 from posae.pipeline.evaluate import evaluate
 from posae.pipeline.report import collect
 from posae.pipeline.settings import EvaluateSettings, TrainSettings, build
 from posae.pipeline.stores.assembling import copy_part
 from posae.pipeline.train import Training
 from posae.store import ActivationStore
-from posae.store.errors import RunMismatchError
 
 from ..conftest import tree
 

@@ -120,10 +120,3 @@ def test_a_chunk_of_another_size_is_refused() -> None:
         for size in (59, 61):
             with pytest.raises(ChunkError):
                 decode(codec, encoded, np.empty(size, np.uint16))
-
-
-def test_a_preset_is_known_by_its_json_and_nothing_else_is() -> None:
-    for codec in CODECS.values():
-        assert Codec.from_json(codec.to_json(2)) == codec
-    with pytest.raises(ValueError, match="no preset"):
-        Codec.from_json(Codec("zstd", 9).to_json(2))

@@ -23,6 +23,7 @@ import pytest
 from numpy.typing import NDArray
 
 from posae.store import ActivationStore
+from posae.store.codecs import CODECS
 from posae.store.files import StoreFiles
 from posae.store.layout import ArraySpec
 from posae.store.manifest import Manifest, group_json, layer_spec, token_specs
@@ -118,7 +119,20 @@ def change_chunk(file: Path, change: Callable[[bytearray], object]) -> None:
 
 
 def spec_of(root: Path, path: str) -> ArraySpec:
-    return ArraySpec.from_json(path, json.loads((root / path / "zarr.json").read_text()))
+    """What an array's file says, true or not."""
+    found = json.loads((root / path / "zarr.json").read_text())
+    inner = found["codecs"][0]["configuration"]
+    cname = next((c["configuration"]["cname"] for c in inner["codecs"] if c["name"] == "blosc"), None)
+    return ArraySpec(
+        path=path,
+        shape=tuple(found["shape"]),
+        data_type=found["data_type"],
+        chunk_rows=inner["chunk_shape"][0],
+        shard_rows=found["chunk_grid"]["configuration"]["chunk_shape"][0],
+        dimension_names=tuple(found["dimension_names"]),
+        codec=next(codec for codec in CODECS.values() if codec.compressor == cname),
+        attributes=found["attributes"],
+    )
 
 
 # --- metadata -----------------------------------------------------------------------------------------
