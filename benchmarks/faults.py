@@ -29,8 +29,8 @@ import numpy as np
 
 from posae import __version__
 from posae.cli.app import main as posae_main
-from posae.pipeline.batches import ShuffledBatches
 from posae.pipeline.ranges import equal_ranges
+from posae.pipeline.train.batches import ShuffledBatches
 from posae.store.errors import StoreDamagedError, StoreError
 from posae.store.layout import ArraySpec
 from posae.store.reader import ActivationStore

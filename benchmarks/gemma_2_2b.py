@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import Gemma2Config, Gemma2Model
 
-DEMO = Path(__file__).parents[1] / "pipeline" / "demo_model"
+DEMO = Path(__file__).parents[1] / "pipeline" / "harvest" / "demo_model"
 
 
 def true_configuration() -> Gemma2Config:

@@ -35,8 +35,8 @@ import torch
 from gemma_2_2b import DEMO, make_model, true_configuration
 from transformers import Gemma2Config
 
-from posae.pipeline.harvest import Harvest
-from posae.pipeline.language_model import LanguageModel
+from posae.pipeline.harvest.harvest import Harvest
+from posae.pipeline.harvest.language_model import LanguageModel
 from posae.pipeline.settings import HarvestSettings
 from posae.store import ActivationStore
 

@@ -42,12 +42,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posae.pipeline.batches import as_torch
 from posae.pipeline.device import keep_freed_memory
 from posae.pipeline.sae.saving import load_autoencoder
 from posae.pipeline.sae.topk import BatchTopK
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, resolve_settings
 from posae.pipeline.train import LayerMemory, Ongoing, Training, train_together
+from posae.pipeline.train.batches import as_torch
 from posae.store.reader import ActivationStore
 
 

@@ -44,7 +44,7 @@ def run_posae(folder: Path, layers: list[int], n_contexts: int, _dtype: str) -> 
     """In a process of its own: one harvest."""
     from harvest import harvest
 
-    from posae.pipeline.language_model import LanguageModel
+    from posae.pipeline.harvest.language_model import LanguageModel
     from posae.pipeline.settings import HarvestSettings
 
     root, model = folder / "posae.zarr", str(folder / "gemma-2-small-random")
@@ -127,7 +127,7 @@ def compare(given: Any) -> None:
     from gemma_2_2b import make_model
     from harvest import harvest, small_configuration
 
-    from posae.pipeline.language_model import LanguageModel
+    from posae.pipeline.harvest.language_model import LanguageModel
     from posae.pipeline.settings import HarvestSettings
     from posae.store import ActivationStore
 

@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from posae.pipeline.evaluate import evaluate
-from posae.pipeline.plant import Planting
+from posae.pipeline.evaluate.evaluate import evaluate
 from posae.pipeline.settings import (
     TRAIN_PRESETS,
     EvaluateSettings,
@@ -35,6 +34,7 @@ from posae.pipeline.settings import (
     TrainSettings,
     build,
 )
+from posae.pipeline.stores.plant import Planting
 from posae.pipeline.train import Training
 from posae.store import ActivationStore
 

@@ -37,10 +37,10 @@ from scale import lay_out, manifest_of
 from slow_server import served
 from written import written
 
-from posae.pipeline.batches import ShuffledBatches
 from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
 from posae.pipeline.train import Training
+from posae.pipeline.train.batches import ShuffledBatches
 from posae.store import ActivationStore
 from posae.store.manifest import Manifest
 from posae.store.remote.cache import PartCache

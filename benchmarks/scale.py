@@ -34,10 +34,10 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from posae.pipeline.batches import Order, ShuffledBatches
-from posae.pipeline.corpus import corpus_counts
+from posae.pipeline.harvest.corpus import corpus_counts
+from posae.pipeline.harvest.text.contexts import InOrder, held_out_contexts, order_of_contexts, take_contexts
 from posae.pipeline.ranges import equal_ranges
-from posae.pipeline.text.contexts import InOrder, held_out_contexts, order_of_contexts, take_contexts
+from posae.pipeline.train.batches import Order, ShuffledBatches
 from posae.store import ActivationStore
 from posae.store.files import StoreFiles
 from posae.store.layout import CHUNK_CONTEXTS, ArraySpec, shard_contexts

@@ -17,7 +17,7 @@ import torch
 from train import BATCH, LENGTH, Clock, made, say
 
 from posae.pipeline.device import keep_freed_memory
-from posae.pipeline.evaluate import evaluate
+from posae.pipeline.evaluate.evaluate import evaluate
 from posae.pipeline.progress import Silent
 from posae.pipeline.settings import TRAIN_PRESETS, EvaluateSettings, TrainSettings, resolve_settings
 from posae.pipeline.train import Ongoing, Training, train_together

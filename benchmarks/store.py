@@ -30,8 +30,8 @@ from numcodecs import blosc
 from numpy.typing import NDArray
 from written import written
 
-from posae.pipeline.batches import ShuffledBatches
 from posae.pipeline.ranges import equal_ranges
+from posae.pipeline.train.batches import ShuffledBatches
 from posae.store.bfloat16 import register_bfloat16
 from posae.store.codecs import CHECKSUM_BYTES
 from posae.store.layout import ArraySpec

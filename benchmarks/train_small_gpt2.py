@@ -25,9 +25,9 @@ from tokenizers import Tokenizer
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from posae.pipeline.text.stdlib import stdlib_files
+from posae.pipeline.harvest.text.stdlib import stdlib_files
 
-DEMO = Path(__file__).parents[1] / "pipeline" / "demo_model"
+DEMO = Path(__file__).parents[1] / "pipeline" / "harvest" / "demo_model"
 PAD, EOS, BOS = 0, 1, 2
 CONTEXT, BATCH = 128, 16
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.1

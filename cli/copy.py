@@ -34,7 +34,7 @@ def copy(
     if "://" not in destination:
         on_this_machine(Path(destination))
     settings = resolve_settings(CopySettings, presets={}, config=config, options=options)
-    from ..pipeline.copy import copy as copy_to
+    from ..pipeline.stores.copy import copy as copy_to
 
     with if_interrupted(goes_on), LiveProgress() as progress:
         done = copy_to(ActivationStore.open(source), destination, settings, progress)

@@ -31,8 +31,8 @@ def evaluate(
     """
     settings = resolve_settings(EvaluateSettings, presets={}, config=config, options=options)
     from ..pipeline.device import keep_freed_memory
-    from ..pipeline.evaluate import evaluate as score
-    from ..pipeline.scoring.evaluation import parse_evaluation
+    from ..pipeline.evaluate.evaluate import evaluate as score
+    from ..pipeline.evaluate.scoring.evaluation import parse_evaluation
     from .show_scores import show_scores
 
     keep_freed_memory()

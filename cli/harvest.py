@@ -41,7 +41,7 @@ def harvest(
     settings = resolve_settings(
         HarvestSettings, presets=HARVEST_PRESETS, preset=preset, config=config, options=options
     )
-    from ..pipeline.harvest import Harvest
+    from ..pipeline.harvest.harvest import Harvest
 
     work = Harvest(store, settings)
     plan = work.plan()
@@ -86,7 +86,7 @@ def harvest(
 
 
 def _what_is_there(store: Path, layers: Sequence[int]) -> str:
-    from ..pipeline.harvest import committed_manifest
+    from ..pipeline.harvest.harvest import committed_manifest
 
     manifest = committed_manifest(store)
     if manifest is None:

@@ -29,7 +29,7 @@ def import_activations(
     Example: posae import cached_activations theirs.zarr --layer 12
     """
     settings = resolve_settings(ImportSettings, presets={}, config=config, options=options)
-    from ..pipeline.import_activations import Import
+    from ..pipeline.stores.import_activations import Import
 
     work = Import(source, store, settings)
     with if_interrupted(goes_on), LiveProgress() as progress:

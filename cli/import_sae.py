@@ -30,7 +30,7 @@ def import_sae(
     """
     settings = resolve_settings(ImportSaeSettings, presets={}, config=config, options=options)
     opened = ActivationStore.open(store)
-    from ..pipeline.import_sae import import_sae as make_run
+    from ..pipeline.interop.import_sae import import_sae as make_run
 
     done = make_run(folder, run, opened, settings)
     told = f"{run}: {done.architecture} of {done.dictionary_size:,} features, layer {done.layer}"

@@ -34,7 +34,7 @@ def merge(
     Example: posae merge first.zarr second.zarr --out both.zarr
     """
     settings = resolve_settings(MergeSettings, presets={}, config=config, options=options)
-    from ..pipeline.merge import Merge
+    from ..pipeline.stores.merge import Merge
 
     work = Merge([ActivationStore.open(store) for store in stores], out, settings)
     with if_interrupted(goes_on), LiveProgress() as progress:

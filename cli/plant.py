@@ -27,7 +27,7 @@ def plant(
     Example: posae plant data/demo.zarr rotated.zarr --effect rotation --rank 32
     """
     settings = resolve_settings(PlantSettings, presets={}, config=config, options=options)
-    from ..pipeline.plant import Planting
+    from ..pipeline.stores.plant import Planting
 
     work = Planting(ActivationStore.open(store), out, settings)
     with if_interrupted(goes_on), LiveProgress() as progress:

@@ -16,9 +16,9 @@ from .display import LiveProgress, console, is_short
 from .options import Cache, CacheSize, on_this_machine
 
 if TYPE_CHECKING:
-    from ..pipeline.report import Report
-    from ..pipeline.results.explored import Explored, Unexplored
-    from ..pipeline.results.tables import Table as Words
+    from ..pipeline.report.page.explored import Explored, Unexplored
+    from ..pipeline.report.report import Report
+    from ..pipeline.report.tables import Table as Words
 
 _ANY_WIDTH = 10_000
 _N_FEATURES = 300
@@ -70,15 +70,15 @@ def report(
     """
     if features and (out is None or out.suffix != ".html"):
         raise SettingsError("--features shows features on a page; add --out page.html, or leave it out")
-    from ..pipeline.report import as_json as in_json
-    from ..pipeline.report import collect, write
+    from ..pipeline.report.report import as_json as in_json
+    from ..pipeline.report.report import collect, write
 
     found = collect(runs)
     if out is not None:
         n_features = (0 if found.studies else _N_FEATURES) if features is None else features
         explored: list[Explored | Unexplored] = []
         if out.suffix == ".html" and n_features:
-            from ..pipeline.explore import explore_runs
+            from ..pipeline.report.explore import explore_runs
 
             with LiveProgress() as progress:
                 explored = explore_runs(
@@ -99,7 +99,7 @@ def report(
 
 def comparison(runs: list[Path]) -> Group:
     """The scores of runs, a line each, and below them by position range."""
-    from ..pipeline.report import collect
+    from ..pipeline.report.report import collect
 
     return _shown(collect(runs))
 

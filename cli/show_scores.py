@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from ..pipeline.scoring.evaluation import Evaluation
+from ..pipeline.evaluate.scoring.evaluation import Evaluation
 from ..store.plain_text import counted
 from .display import console, show_by_position
 

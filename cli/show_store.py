@@ -110,8 +110,8 @@ def show_context(store: ActivationStore, context: int, tokenizer: str | None) ->
         )
     tokens = store.tokens([context])[0]
     documents = store.documents([context])[0]
-    from ..pipeline.language_model import load_tokenizer
-    from ..pipeline.text.contexts import tokenizer_hash
+    from ..pipeline.harvest.language_model import load_tokenizer
+    from ..pipeline.harvest.text.contexts import tokenizer_hash
 
     source = tokenizer or store.manifest.language_model
     if tokenizer is None and store.manifest.is_of_local_model:

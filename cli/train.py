@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..pipeline.controls import is_position_aware
 from ..pipeline.settings import TRAIN_PRESETS, EvaluateSettings, TrainSettings, resolve_settings
-from ..pipeline.sweep import Plan, Study, read_sweep
-from ..pipeline.trackers import TrackerName
+from ..pipeline.train.controls import is_position_aware
+from ..pipeline.train.sweep import Plan, Study, read_sweep
+from ..pipeline.train.trackers import TrackerName
 from ..store.errors import SettingsError
 from ..store.reader import ActivationStore
 from .display import LiveProgress, console, errors, if_interrupted

@@ -14,13 +14,13 @@ from rich import box
 from rich.table import Table
 
 from ..pipeline.errors import RunError, RunNotFoundError
-from ..pipeline.evaluate import evaluate
+from ..pipeline.evaluate.evaluate import evaluate
 from ..pipeline.progress import Progress
 from ..pipeline.runs import Run
 from ..pipeline.settings import EvaluateSettings, TrainSettings
-from ..pipeline.sweep import Fit, Fitted, Plan, Planned
-from ..pipeline.trackers import TrackerName, Trackers
 from ..pipeline.train import LayerMemory, Ongoing, Team, Training, side_by_side, train_together
+from ..pipeline.train.sweep import Fit, Fitted, Plan, Planned
+from ..pipeline.train.trackers import TrackerName, Trackers
 from ..store.errors import SettingsError
 from ..store.reader import ActivationStore
 from .display import LiveProgress, console, duration, errors, is_short

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from posae.pipeline.activation_dataset import ActivationBuffer, ActivationDataset
+from posae.pipeline.interop.activation_dataset import ActivationBuffer, ActivationDataset
 from posae.store import ActivationStore
 
 path = sys.argv[1] if len(sys.argv) > 1 else "data/demo.zarr"

@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .batches import as_torch as as_torch
-    from .batches import shuffled_batches as shuffled_batches
     from .runs import Run as Run
     from .sae.saving import load_autoencoder as load_autoencoder
+    from .train.batches import as_torch as as_torch
+    from .train.batches import shuffled_batches as shuffled_batches
 
 _HOMES = {
     "Run": "runs",

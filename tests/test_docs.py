@@ -26,7 +26,7 @@ from posae.pipeline.settings import (
     TrainSettings,
     resolve_settings,
 )
-from posae.pipeline.sweep import SweepFile, read_sweep
+from posae.pipeline.train.sweep import SweepFile, read_sweep
 from posae.store import errors
 from posae.store.codecs import CODECS
 from posae.store.layout import ArraySpec
@@ -159,23 +159,18 @@ def test_python_in_documents_names_what_there_is() -> None:
                 assert {alias.name for alias in node.names} <= there, node.module
 
 
-def test_tree_in_readme_is_the_tree() -> None:
-    tree = next(block for block in blocks(README, "") if block.startswith("store/"))
-    told: set[str] = set()
-    folder = ""
-    for line in tree.splitlines():
-        if not line.startswith(" "):
-            folder = line.split()[0]
-        else:
-            names = line.split("    ")[1] if "    " in line.strip() else line
-            told |= {folder + name for name in names.split() if name.endswith(".py")}
-    there = {
-        file.relative_to(ROOT).as_posix()
+def test_the_drawing_of_the_house_has_every_folder() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    drawing = next(block for block in blocks(text, "") if block.startswith("cli/"))
+    drawn = {line.split()[0].rstrip("/") for line in drawing.splitlines()}
+    folders = {
+        folder.relative_to(ROOT).as_posix()
         for name in ("store", "pipeline", "cli")
-        for file in (ROOT / name).rglob("*.py")
-        if file.name != "__init__.py"
+        for folder in [ROOT / name, *(ROOT / name).rglob("*/")]
+        if folder.is_dir() and folder.name != "__pycache__"
     }
-    assert told == there
+    beside = {"tests", "benchmarks", "docs", "examples", "typings"}
+    assert drawn == folders | beside
 
 
 # Format

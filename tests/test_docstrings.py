@@ -10,7 +10,7 @@ import posae.cli
 import posae.pipeline
 import posae.store
 
-NEED_MORE = ("posae.pipeline.saelens", "posae.pipeline.saebench")
+NEED_MORE = ("posae.pipeline.interop.saelens", "posae.pipeline.interop.saebench")
 """What needs packages that are not installed by default, and has no examples."""
 
 MODULES = [

@@ -26,30 +26,26 @@ MAY_USE = {
     "cli": {"store", "pipeline", "typer", "rich"},
 }
 ONLY_IN = {
-    "scipy": "pipeline/results/verdicts.py",
-    "plotly": "pipeline/results/page.py",
+    "scipy": "pipeline/report/verdicts.py",
+    "plotly": "pipeline/report/page/page.py",
     "psutil": "pipeline/device.py",
-    "sae_lens": "pipeline/saelens.py",
-    "sae_bench": "pipeline/saebench.py",
-    "wandb": "pipeline/trackers.py",
+    "sae_lens": "pipeline/interop/saelens.py",
+    "sae_bench": "pipeline/interop/saebench.py",
+    "wandb": "pipeline/train/trackers.py",
     "obstore": "store/remote/objects.py",
     "httpx2": "store/remote/hub.py",
 }
-STAGES = {
-    *("harvest", "train", "evaluate", "explore", "report", "sweep", "plant", "copy", "merge"),
-    *("import_activations", "import_sae"),
-    *("saelens", "saebench", "activation_dataset"),  # doors for other programs, beside the stages
-}
-SPOKEN_BY_ALL = {
-    "errors",
-    "progress",  # a protocol: how a stage, or a part that works for one, says what it does
-    "digests",  # what tells files apart, be they weights, text or activations
-    "device",  # what the machine has: memory and blocks that fit it
-    "sae.sparse",  # a code as a list of its active features, which scores read too
-    "corpus",  # counts and digests of contexts, for whoever makes a store or compares two
-    "ranges",  # parts of a context, which autoencoders, scores and settings all name
-    "chunk_memory",  # where batches keep decoded chunks
-}
+FLOORS = (
+    {"errors", "device", "processes", "progress", "ranges"},
+    {"digests", "runs", "settings"},
+    {"sae"},
+    {"metrics"},  # scores of an autoencoder, while it trains and after
+    {"harvest", "train"},
+    {"evaluate", "stores", "interop"},
+    {"report"},
+)
+"""The rooms of pipeline/, lowest floor first: each uses those below it, and none beside it."""
+FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 FILES = sorted(path.relative_to(ROOT) for folder in MAY_USE for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -78,20 +74,58 @@ def test_package_is_used_in_one_file(package: str) -> None:
     assert using == [ONLY_IN[package]]
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f.parts[0] == "pipeline"], ids=str)
-def test_parts_of_the_pipeline_do_not_know_each_other(file: Path) -> None:
-    in_a_folder = len(file.parts) > 2
-    siblings = {name for name, dots in imports(file) if dots == (2 if in_a_folder else 1)} - SPOKEN_BY_ALL
-    assert not siblings & STAGES, f"{file} imports a stage"
-    # A folder is one part, or one stage, whose files may import each other; __init__ is the front door.
-    may = Path(file.parts[1]).stem in STAGES or file.stem == "__init__"
-    assert may or not siblings, f"{file} is a part, but imports {sorted(siblings)}"
+def room(file: Path) -> str:
+    """The room of a file in pipeline/: the folder or file right below it."""
+    return Path(file.parts[1]).stem
+
+
+def imported(file: Path) -> Iterator[Path]:
+    """The files of the house that ``file`` imports, be it at once or later."""
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            module = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            for name in (alias.name for alias in node.names):
+                candidates = (f"{module}/{name}.py", f"{module}.py", f"{module}/__init__.py")
+                yield next(Path(path) for path in candidates if (ROOT / path).exists())
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Rooms that use each other in a circle; none where they can be put in an order."""
+    left = dict(arrows)
+    while free := [room for room, used in left.items() if not used & left.keys()]:
+        for room in free:
+            del left[room]
+    return sorted(left)
+
+
+def test_the_pipeline_is_built_in_floors() -> None:
+    rooms = {room(file) for file in FILES if file.parts[0] == "pipeline"} - {"__init__"}
+    assert rooms == FLOOR_OF.keys()
+    upward = [
+        f"{file} imports {other}"
+        for file in FILES
+        if file.parts[0] == "pipeline" and room(file) != "__init__"  # the front door, which opens lazily
+        for other in imported(file)
+        if other.parts[0] == "pipeline" and room(other) != room(file)
+        if FLOOR_OF[room(other)] >= FLOOR_OF[room(file)]
+    ]
+    assert not upward
+
+
+def test_the_house_has_few_rooms_and_no_circles() -> None:
+    folders = {file.parent for file in FILES}
+    assert len(folders) <= 20
+    drawing: dict[str, set[str]] = {}
+    for file in FILES:
+        if file.name != "__init__.py":
+            drawing[str(file)] = {str(other) for other in imported(file) if other.name != "__init__.py"}
+    assert not circle(drawing)
 
 
 def test_every_package_is_shipped_and_nothing_else() -> None:
     shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {".".join(("posae", *f.parent.parts)) for f in FILES}
-    assert set(shipped) == {"posae", "posae.pipeline.demo_model"} | folders
+    assert set(shipped) == {"posae", "posae.pipeline.harvest.demo_model"} | folders
     assert {p.name for p in ROOT.glob("*.py")} == {
         "__init__.py",
         "__main__.py",

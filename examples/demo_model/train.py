@@ -1,6 +1,6 @@
 """Train the built-in demo model: a true Gemma-2 of 2 M parameters, on Python's standard library.
 
-    python examples/demo_model/train.py pipeline/demo_model --tokens 14000000
+    python examples/demo_model/train.py pipeline/harvest/demo_model --tokens 14000000
 
 Two CPU cores need about an hour; a line of progress is printed every 250 steps, and each run
 appends its lines to train.log beside this file. The tokenizer (byte-level BPE with BOS) and the
@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn import functional
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from posae.pipeline.text.stdlib import stdlib_files
+from posae.pipeline.harvest.text.stdlib import stdlib_files
 
 VOCABULARY, CONTEXT, BATCH = 4096, 128, 32
 PAD, EOS, BOS, UNK = range(4)

@@ -480,7 +480,7 @@ class Autoencoder(nn.Module, ABC):
     def saelens_name(self) -> str:
         """The architecture in ``cfg.json``: SAELens' own where it computes the same, else one of ours.
 
-        SAELens refuses ours, unless ``pipeline/saelens.py`` was imported.
+        SAELens refuses ours, unless ``pipeline/interop/saelens.py`` was imported.
         """
         if self.ignores_positions and self.saelens_architecture:
             return self.saelens_architecture

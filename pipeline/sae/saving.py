@@ -3,7 +3,7 @@
 What lies there works on raw activations: the activation scale is folded into the weights. Where positions
 change nothing, SAELens opens ``standard``, ``topk``, ``jumprelu`` and ``batchtopk`` (as ``jumprelu``) with
 ``SAE.load_from_disk``, and encodes and decodes the same. All others have an architecture that it refuses
-until ``posae.pipeline.saelens`` is imported, and their weights are as they are here.
+until ``posae.pipeline.interop.saelens`` is imported, and their weights are as they are here.
 Whatever it does not know stands under ``posae`` in ``cfg.json``, which it passes over.
 
 Each file is written under a temporary name, made durable, and renamed; ``cfg.json`` holds the

@@ -28,7 +28,7 @@ from ...store.seal import check_sealed_bytes
 from ...store.shards import ShardReader, index_bytes
 from ...store.stats import ordinary_tokens, stats_specs
 from ...store.writer import ShardOfLayers, StoreWriter
-from ..corpus import corpus_counts
+from ..harvest.corpus import corpus_counts
 from ..progress import Progress, Silent
 
 VERSIONS_OF_BYTES = ("posae", "numpy", "numcodecs")

@@ -5,9 +5,9 @@ from typing import Any, Literal
 import torch
 
 from ...store.reader import ActivationStore
-from ..chunk_memory import DecodedLayer, has_room
 from ..device import free_bytes
 from ..processes import processes_here
+from .chunk_memory import DecodedLayer, has_room
 
 
 class LayerMemory:

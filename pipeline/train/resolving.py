@@ -9,11 +9,11 @@ import torch
 
 from ...store.errors import SettingsError
 from ...store.reader import ActivationStore
-from ..controls import refuse_unknown_positions
 from ..ranges import parse_ranges
 from ..sae.autoencoder import Autoencoder, CommonSettings
 from ..sae.registry import ARCHITECTURES, architecture_class, new_autoencoder
 from ..settings import TrainSettings
+from .controls import refuse_unknown_positions
 
 
 def resolve(

@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..batches import Batch
 from ..metrics import ScoreKeeper
 from ..ranges import PositionRange
 from ..sae.autoencoder import Autoencoder, Output
-from ..schedules import Clock, Curriculum, learning_rate_factor
 from ..settings import TrainSettings
+from .batches import Batch
 from .data_parallel import Team
+from .schedules import Clock, Curriculum, learning_rate_factor
 
 _SHUFFLE = 0x5EED
 

@@ -14,11 +14,8 @@ from ... import __version__
 from ...store.errors import SettingsError, StoreIncompleteError
 from ...store.reader import ActivationStore
 from ...store.stats import LayerStats
-from ..batches import Batch, ShuffledBatches
-from ..chunk_memory import DecodedLayer
 from ..device import choose_device, free_bytes
 from ..errors import RunBusyError, RunMismatchError
-from ..interrupts import held_back
 from ..processes import processes_here, shares_a_training
 from ..progress import Progress, Silent
 from ..ranges import PositionRange, parse_ranges
@@ -29,8 +26,11 @@ from ..sae.registry import architecture_class
 from ..sae.saving import save_autoencoder
 from ..sae.topk import BatchTopK
 from ..settings import TrainSettings
+from .batches import Batch, ShuffledBatches
 from .checkpoints import CheckpointWriter
+from .chunk_memory import DecodedLayer
 from .data_parallel import Team, joined
+from .interrupts import held_back
 from .resident import LayerMemory
 from .resolving import autoencoder_of, resolve
 from .state import State

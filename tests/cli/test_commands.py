@@ -16,14 +16,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from posae.pipeline import as_torch, load_autoencoder
-from posae.pipeline.language_model import LanguageModel
+from posae.pipeline.harvest.language_model import LanguageModel
 from posae.pipeline.runs import Run
 from posae.store import ActivationStore
 
 from ..conftest import tree
 from .conftest import Posae, call
 
-DEMO_MODEL = Path(__file__).parents[2] / "pipeline" / "demo_model"
+DEMO_MODEL = Path(__file__).parents[2] / "pipeline" / "harvest" / "demo_model"
 SMALL = ("--contexts", "24", "--context-length", "16")
 QUICK = ("--steps", "40", "--batch-size", "64", "--window-contexts", "8", "--log-steps", "10")
 

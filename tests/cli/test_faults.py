@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SMALL = ("--contexts", "1100", "--context-length", "4", "--layers", "0")
 QUICK = ("--steps", "4", "--batch-size", "64", "--window-contexts", "64", "--ranges", "0:1,1:4")
-DEMO_MODEL = Path(__file__).parents[2] / "pipeline" / "demo_model"
+DEMO_MODEL = Path(__file__).parents[2] / "pipeline" / "harvest" / "demo_model"
 NOBODY = 65534
 UNREADABLE = 77
 

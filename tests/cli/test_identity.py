@@ -13,7 +13,7 @@ from posae.store import ActivationStore
 from ..conftest import tree
 from .conftest import Posae
 
-DEMO_MODEL = Path(__file__).parents[2] / "pipeline" / "demo_model"
+DEMO_MODEL = Path(__file__).parents[2] / "pipeline" / "harvest" / "demo_model"
 SMALL = ("--contexts", "24", "--context-length", "16")
 QUICK = ("--steps", "5", "--batch-size", "32", "--window-contexts", "8", "--layer", "1")
 Words = tuple[object, ...]

@@ -9,8 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from posae.pipeline.import_activations import Import
 from posae.pipeline.settings import ImportSettings
+from posae.pipeline.stores.import_activations import Import
 
 if TYPE_CHECKING:
     from ..conftest import MakeStore

@@ -22,7 +22,7 @@ from .conftest import Posae, call
 if TYPE_CHECKING:
     from ..conftest import MakeStore
 
-DEMO_MODEL = Path(__file__).parents[2] / "pipeline" / "demo_model"
+DEMO_MODEL = Path(__file__).parents[2] / "pipeline" / "harvest" / "demo_model"
 QUICK = ("--steps", "20", "--batch-size", "64", "--window-contexts", "8", "--dictionary-size", "8")
 COMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands")  # noqa: B009
 WITH_CONFIG = [name for name, command in COMMANDS.items() if "config" in {p.name for p in command.params}]
@@ -217,10 +217,10 @@ def test_an_interrupted_harvest_says_how_many_shards_are_there(
 def test_any_other_command_that_is_interrupted_says_so_in_one_line(
     posae: Posae, store: Path, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("posae.pipeline.evaluate.evaluate", interrupt)
+    monkeypatch.setattr("posae.pipeline.evaluate.evaluate.evaluate", interrupt)
     ended = posae("evaluate", trained)
     assert (ended.code, ended.out, ended.err) == (130, "", "interrupted\n")
-    monkeypatch.setattr("posae.pipeline.copy.copy", interrupt)
+    monkeypatch.setattr("posae.pipeline.stores.copy.copy", interrupt)
     ended = posae("copy", store, tmp_path / "copied.zarr")
     assert ended.err == "interrupted: what is done is kept, and the same command goes on\n"
 

@@ -11,12 +11,12 @@ from unittest.mock import patch
 import datasets  # pyright: ignore[reportMissingTypeStubs]
 import pytest
 
-from posae.pipeline.probing import hub
-from posae.pipeline.probing.protocol import Sizes
+from posae.pipeline.evaluate.probing import hub
+from posae.pipeline.evaluate.probing.protocol import Sizes
 
 from .conftest import Posae
 
-DEMO_MODEL = Path(__file__).parents[2] / "pipeline" / "demo_model"
+DEMO_MODEL = Path(__file__).parents[2] / "pipeline" / "harvest" / "demo_model"
 
 
 def trained(posae: Posae, folder: Path, *words: object) -> Path:

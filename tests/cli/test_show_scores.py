@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from posae.cli.show_scores import show_scores
-from posae.pipeline.scoring.evaluation import Evaluation
+from posae.pipeline.evaluate.scoring.evaluation import Evaluation
 
 LEAST: dict[str, Any] = {
     **{

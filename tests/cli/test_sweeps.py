@@ -303,7 +303,7 @@ def test_what_contradicts_a_sweep_is_refused(
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.name)
 def test_every_sweep_of_the_paper_fits_a_small_store(store: Path, path: Path) -> None:
     from posae.cli.trainings import fit_to
-    from posae.pipeline.sweep import Plan, read_sweep
+    from posae.pipeline.train.sweep import Plan, read_sweep
     from posae.store import ActivationStore
 
     plan = Plan(read_sweep(path, {"dictionary_size": 64}), fit_to(ActivationStore.open(store), path))
@@ -315,7 +315,7 @@ def test_every_sweep_of_the_paper_fits_a_small_store(store: Path, path: Path) ->
 
 
 def test_all_of_the_paper_includes_every_study_and_quick_includes_all() -> None:
-    from posae.pipeline.sweep import read_sweep
+    from posae.pipeline.train.sweep import read_sweep
 
     files = {path.name for path in EXAMPLES.glob("*.toml")}
     studies = {Path(study.source).name for study in read_sweep(EXAMPLES / "all.toml", {})}
@@ -327,7 +327,7 @@ def test_all_of_the_paper_includes_every_study_and_quick_includes_all() -> None:
 
 def test_shares_of_the_steps_become_steps(store: Path) -> None:
     from posae.cli.trainings import fit_to
-    from posae.pipeline.sweep import Plan, read_sweep
+    from posae.pipeline.train.sweep import Plan, read_sweep
     from posae.store import ActivationStore
 
     found: dict[str, tuple[int | None, int | None]] = {}

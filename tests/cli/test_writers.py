@@ -35,7 +35,7 @@ def test_a_layer_that_cannot_be_harvested_does_not_spoil_the_store_for_others(
     posae: Posae, tmp_path: Path
 ) -> None:
     model, store = tmp_path / "model", tmp_path / "a.zarr"
-    shutil.copytree(ROOT / "pipeline" / "demo_model", model)
+    shutil.copytree(ROOT / "pipeline" / "harvest" / "demo_model", model)
     tensors = cast(Any, safetensors.torch)  # its types are half there
     weights: dict[str, torch.Tensor] = tensors.load_file(model / "model.safetensors")
     weights["model.layers.3.mlp.down_proj.weight"][0, 0] = torch.nan

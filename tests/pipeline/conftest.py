@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from posae.pipeline.results.measured import Measured, Study, StudyRun
+from posae.pipeline.report.measured import Measured, Study, StudyRun
 
 D_MODEL = 128
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from posae.pipeline.evaluate import evaluate
-from posae.pipeline.explore import explore_runs
-from posae.pipeline.harvest import Harvest
+from posae.pipeline.evaluate.evaluate import evaluate
+from posae.pipeline.harvest.harvest import Harvest
 from posae.pipeline.ranges import equal_ranges
-from posae.pipeline.results.explored import Explored
+from posae.pipeline.report.explore import explore_runs
+from posae.pipeline.report.page.explored import Explored
 from posae.pipeline.sae.sparse import SparseCode
 from posae.pipeline.sae.standard import Standard
 from posae.pipeline.sae.topk import BatchTopK, TopK

@@ -1,0 +1,1 @@
+"""Scores of trained autoencoders on contexts that no run was trained on, and probing."""

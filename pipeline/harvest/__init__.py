@@ -1,0 +1,1 @@
+"""Stage one: text through a language model, and its activations into a store."""

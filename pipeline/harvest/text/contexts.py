@@ -1,0 +1,353 @@
+"""Contexts: rows of token ids of one length, cut from documents and put into random order.
+
+``take_contexts`` reads no more documents than it needs, holds a batch of them at a time (at most
+about 2 MiB of text) beside the arrays that it returns, 12 bytes a token, in memory or in a file, and
+never goes back to the first. It costs what the tokenizer costs: 1 to 2 MB of text a second and core.
+Their order costs 8 bytes of memory a context, and the contexts are gathered as they are written.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ....store.errors import SettingsError
+from ....store.files import PARTIAL, writing
+from ...errors import CorpusError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+_BATCH_DOCUMENTS = 256
+_BATCH_BYTES = 1 << 21
+_PIECE_CHARACTERS = 1 << 20
+
+
+class Contexts(NamedTuple):
+    """Contexts and where their tokens came from.
+
+    Attributes:
+        tokens: int32 [contexts, positions].
+        documents: int64 [contexts, positions], the index of the document that each token came
+            from, counted from 0 in the corpus's order; of the token that begins a context, that
+            of the next token.
+        n_documents: documents read from the corpus.
+        n_left_out: documents among them that gave nothing: empty, or under ``truncate`` shorter
+            than a context.
+    """
+
+    tokens: NDArray[np.int32]
+    documents: NDArray[np.int64]
+    n_documents: int
+    n_left_out: int
+
+
+class SpecialTokens(NamedTuple):
+    """The special tokens of a tokenizer.
+
+    Attributes:
+        first: the id that every context begins with: BOS, else CLS, else None.
+        separator: EOS, which ends each packed document; None where the tokenizer has none.
+        ids: all special ids, sorted.
+        first_is: ``bos``, ``cls`` or None.
+    """
+
+    first: int | None
+    separator: int | None
+    ids: tuple[int, ...]
+    first_is: str | None
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> SpecialTokens:
+    """The special tokens of ``tokenizer``."""
+    bos, cls, eos = (
+        cast("int | None", getattr(tokenizer, f"{name}_token_id")) for name in ("bos", "cls", "eos")
+    )
+    ids = cast("list[int | None]", tokenizer.all_special_ids)  # None: named, but not in the table
+    first, first_is = (bos, "bos") if bos is not None else (cls, "cls")
+    return SpecialTokens(
+        first=first,
+        separator=eos,
+        ids=tuple(sorted({i for i in ids if i is not None})),
+        first_is=first_is if first is not None else None,
+    )
+
+
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What ``tokenizer`` does, as 64 hexadecimal digits that are the same on every machine.
+
+    Of a fast tokenizer: all that its ``tokenizer.json`` says but truncation and padding, which
+    the last call leaves behind. Of another: its sorted vocabulary. With both, the special ids.
+    """
+    special = special_tokens(tokenizer)
+    said: dict[str, object]
+    if tokenizer.is_fast:
+        said = json.loads(cast("PreTrainedTokenizerFast", tokenizer).backend_tokenizer.to_str())
+        said |= {"truncation": None, "padding": None}
+    else:
+        said = {"vocabulary": tokenizer.get_vocab()}
+    canonical = json.dumps([said, special._asdict()], sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def take_contexts(
+    documents: Iterable[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    n_contexts: int,
+    context_length: int,
+    packing: Literal["pack", "truncate"] = "pack",
+    skip_contexts: int = 0,
+    progress: Callable[[int], None] | None = None,
+    folder: Path | None = None,
+) -> Contexts:
+    """The first contexts of the corpus, in its order, after those skipped.
+
+    Each context is BOS (else CLS, where there is one) and then tokens of documents. ``pack``
+    joins all documents, each ended by EOS where there is one, and cuts the stream into contexts;
+    what is left at the end fills none and is dropped. ``truncate`` takes the beginning of each
+    document that is long enough. Text that only looks like a special token (``<bos>``) is
+    tokenised as the text it is, where the tokenizer can do that.
+
+    Pieces of a document above 1,048,576 characters are tokenised one by one, cut at a line's end
+    if there is one; so a text file of any size serves, and only the part in use is tokenised.
+
+    Args:
+        documents: texts; read once, and no further than needed.
+        tokenizer: of the language model.
+        n_contexts: how many to take.
+        context_length: tokens in each, the first (BOS or CLS) counted.
+        packing: ``pack`` or ``truncate``.
+        skip_contexts: how many to pass over before; the result is what follows them in the
+            result without.
+        progress: told now and then how many contexts are taken.
+        folder: where a file of no name holds the result, so that the system may take its memory back; by
+            default it is in memory.
+
+    Raises:
+        SettingsError: a number out of range, a packing that is none, more than memory holds.
+        CorpusError: the corpus has fewer contexts.
+        StoreWriteError: the disk has no room for the file.
+    """
+    if context_length < 2:
+        raise SettingsError(f"contexts of {context_length} tokens hold no text; take 2 or more")
+    if n_contexts < 1:
+        raise SettingsError(f"{n_contexts} contexts were asked for; take 1 or more")
+    if skip_contexts < 0:
+        raise SettingsError(f"{skip_contexts} contexts cannot be skipped; skip 0 or more")
+    if packing not in ("pack", "truncate"):
+        raise SettingsError(f"no packing {packing!r}; take pack or truncate")
+    tokens, origins = _empty(n_contexts, context_length, folder)
+    special = special_tokens(tokenizer)
+    n_first = 0 if special.first is None else 1
+    body = context_length - n_first
+
+    # Contexts are cut from one stream of tokens. Under `truncate`, each document that is long
+    # enough gives the stream just the body of a context.
+    begin, end = skip_contexts * body, (skip_contexts + n_contexts) * body
+    filled = n_documents = n_left_out = 0
+    is_empty = True
+    pieces = _pieces(documents, packing, context_length)
+    while filled < end:
+        batch = _batch(pieces, packing, body, end - filled)
+        if not batch:
+            raise _too_few(filled // body, n_contexts, skip_contexts, context_length, n_left_out)
+        for piece, row in zip(batch, _encoded(batch, tokenizer), strict=True):
+            n_documents = piece.document + 1
+            ids = row
+            if packing == "truncate":
+                ids = row[:body] if len(row) >= body else []
+            is_empty = is_empty and not ids
+            if piece.is_last:
+                if is_empty:
+                    n_left_out += 1
+                elif packing == "pack" and special.separator is not None:
+                    ids = [*ids, special.separator]
+                is_empty = True
+            start, stop = max(filled, begin), min(filled + len(ids), end)
+            if start < stop:
+                rows, columns = np.divmod(np.arange(start - begin, stop - begin), body)
+                tokens[rows, columns + n_first] = ids[start - filled : stop - filled]
+                origins[rows, columns + n_first] = piece.document
+            filled = min(filled + len(ids), end)
+            if filled == end:
+                break
+        if progress is not None:
+            progress(max(0, filled - begin) // body)
+    tokens[:, :n_first] = special.first or 0  # only now: rows that are never filled take no memory
+    origins[:, :n_first] = origins[:, n_first : n_first + 1]
+    return Contexts(tokens, origins, n_documents, n_left_out)
+
+
+class _Piece(NamedTuple):
+    """Text that is tokenised at once: a document, or a part of a very long one."""
+
+    document: int
+    text: str
+    is_last: bool
+
+
+def _pieces(documents: Iterable[str], packing: str, context_length: int) -> Iterator[_Piece]:
+    for document, text in enumerate(documents):
+        if packing == "truncate":  # no text of interest has tokens of 64 characters on average
+            longest = max(_PIECE_CHARACTERS, 64 * context_length)
+            yield _Piece(document, text[:longest], is_last=True)
+            continue
+        start = 0
+        while len(text) - start > _PIECE_CHARACTERS:
+            stop = start + _PIECE_CHARACTERS
+            stop = text.rfind("\n", start + _PIECE_CHARACTERS // 2, stop) + 1 or stop
+            yield _Piece(document, text[start:stop], is_last=False)
+            start = stop
+        yield _Piece(document, text[start:], is_last=True)
+
+
+def _batch(pieces: Iterator[_Piece], packing: str, body: int, missing: int) -> list[_Piece]:
+    """Pieces to be tokenised together, of which ``missing`` tokens need even the last one.
+
+    Few tokenizers make more tokens of a text than it has bytes and one; a separator may follow.
+    """
+    batch: list[_Piece] = []
+    n_bytes = most_tokens = 0
+    for piece in pieces:
+        batch.append(piece)
+        piece_bytes = len(piece.text.encode())
+        n_bytes += piece_bytes
+        most_tokens += body if packing == "truncate" else piece_bytes + 2
+        if len(batch) == _BATCH_DOCUMENTS or n_bytes >= _BATCH_BYTES or most_tokens >= missing:
+            break
+    return batch
+
+
+def _encoded(batch: list[_Piece], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    encoding = tokenizer(
+        [piece.text for piece in batch],
+        add_special_tokens=False,
+        split_special_tokens=True,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # or it warns of every text that is longer than the model's context
+    )
+    return cast("list[list[int]]", encoding["input_ids"])
+
+
+def _empty(
+    n_contexts: int, context_length: int, folder: Path | None
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Room for the result; int32 and int64 [contexts, positions]."""
+    shape = (n_contexts, context_length)
+    if folder is not None:
+        return _in_a_file(folder, shape, np.int32), _in_a_file(folder, shape, np.int64)
+    try:
+        return np.empty(shape, np.int32), np.empty(shape, np.int64)
+    except (MemoryError, ValueError, OverflowError):  # the last two: more than can be counted
+        raise SettingsError(
+            f"{n_contexts:,} contexts of {context_length:,} tokens need "
+            f"{12 * n_contexts * context_length / 1e9:,.0f} GB of memory; ask for fewer"
+        ) from None
+
+
+def _in_a_file(folder: Path, shape: tuple[int, int], dtype: type[np.integer]) -> NDArray[Any]:
+    """An array in a file that has no name, and goes with the array; 0 everywhere."""
+    n_bytes = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    with writing(folder), tempfile.TemporaryFile(prefix=".", suffix=PARTIAL, dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # a disk that is full says so now, and not by a signal
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+        return np.memmap(file, dtype, "r+", shape=shape).view(np.ndarray)
+
+
+def _too_few(
+    n_found: int, n_contexts: int, skip_contexts: int, context_length: int, n_left_out: int
+) -> CorpusError:
+    n_left = n_found - skip_contexts
+    told = f"the corpus has {max(0, n_left):,} contexts of {context_length:,} tokens"
+    if skip_contexts:
+        told += f" after the {min(n_found, skip_contexts):,} skipped"
+    told += f", {n_contexts:,} were asked for"
+    if n_left_out:
+        told += f" ({n_left_out:,} documents are empty or too short)"
+    if n_left > 0:
+        return CorpusError(f"{told}; ask for --contexts {n_left} or fewer, or take a larger corpus")
+    if n_found:
+        return CorpusError(f"{told}; skip fewer than {n_found} contexts, or take a larger corpus")
+    return CorpusError(f"{told}; take a larger corpus, or shorter contexts (--context-length)")
+
+
+def order_of_contexts(n_contexts: int, *, seed: int, held_out: int) -> NDArray[np.int64]:
+    """An order that follows from the seed, so that few neighbours share a document.
+
+    The last ``held_out`` contexts stay the last, permuted among themselves; so are the others.
+
+    Args:
+        n_contexts: how many there are.
+        seed: 0 or more.
+        held_out: how many contexts, counted from the end, are held out.
+
+    Returns:
+        Which context of the corpus's order comes in each place; int64 [contexts].
+
+    Raises:
+        SettingsError: a negative seed, or more contexts held out than there are.
+    """
+    if seed < 0:
+        raise SettingsError(f"seed {seed} is negative; take 0 or more")
+    if not 0 <= held_out <= n_contexts:
+        raise SettingsError(f"{held_out} of {n_contexts} contexts cannot be held out")
+    n_training = n_contexts - held_out
+    return np.concatenate(
+        [
+            np.random.Generator(np.random.PCG64([seed, 0])).permutation(n_training),
+            np.random.Generator(np.random.PCG64([seed, 1])).permutation(held_out) + n_training,
+        ]
+    )
+
+
+class InOrder:
+    """Rows of an array in another order, gathered as they are asked for."""
+
+    def __init__(self, rows: NDArray[Any], order: NDArray[np.int64]) -> None:
+        """Rows [n, …] and which of them comes in each place, [n]."""
+        self._rows, self._order = rows, order
+
+    def __getitem__(self, places: slice) -> NDArray[Any]:
+        """The rows of some places; a copy."""
+        wanted = self._order[places]
+        rising = np.argsort(wanted)  # as they lie in a file
+        found = np.empty((len(wanted), *self._rows.shape[1:]), self._rows.dtype)
+        found[rising] = self._rows[wanted[rising]]
+        return found
+
+
+def held_out_contexts(n_contexts: int, fraction: float, chunk_contexts: int = 8) -> int:
+    """How many contexts are held out, so that those for training fill whole chunks.
+
+    The training part is the number of chunks nearest to what ``fraction`` leaves (of two equally
+    near ones, the even one), but at least one chunk and less than all contexts. Nothing is held
+    out if ``fraction`` is 0 or there is no more than one chunk.
+
+    Args:
+        n_contexts: contexts in all.
+        fraction: part to hold out, 0 to 0.5.
+        chunk_contexts: contexts in a chunk.
+
+    Raises:
+        SettingsError: ``fraction`` lies outside 0 to 0.5.
+
+    >>> held_out_contexts(4096, 0.05)
+    208
+    """
+    if not 0 <= fraction <= 0.5:
+        raise SettingsError(f"held out {fraction} is no fraction from 0 to 0.5; take 0.05, say")
+    if fraction == 0 or n_contexts <= chunk_contexts:
+        return 0
+    most_chunks = (n_contexts - 1) // chunk_contexts
+    chunks = round(n_contexts * (1 - fraction) / chunk_contexts)
+    return n_contexts - chunk_contexts * min(max(chunks, 1), most_chunks)
