@@ -27,7 +27,7 @@ paper-quick: .venv/ready  ## the same in minutes, to see that it runs
 	$(BIN)/posae report data/paper-quick --out data/paper-quick.html
 
 test: .venv/ready  ## the tests
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 check: .venv/ready  ## format, lint, types
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/basedpyright
