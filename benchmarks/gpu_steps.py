@@ -19,7 +19,8 @@ from transformers import AutoModel
 
 from posae.pipeline.evaluate.evaluate import evaluate
 from posae.pipeline.harvest.harvest import Harvest
-from posae.pipeline.harvest.language_model import LanguageModel, model_facts
+from posae.pipeline.harvest.language_model import LanguageModel
+from posae.pipeline.harvest.model_facts import model_facts
 from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.sae import sparse
 from posae.pipeline.settings import (
