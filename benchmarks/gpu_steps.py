@@ -31,7 +31,8 @@ from posae.pipeline.settings import (
     resolve_settings,
 )
 from posae.pipeline.train import LayerMemory, Ongoing, Team, Training, train_together
-from posae.pipeline.train.batches import Batch, ShuffledBatches
+from posae.pipeline.train.batch import Batch
+from posae.pipeline.train.batches import ShuffledBatches
 from posae.pipeline.train.state import State
 from posae.store.reader import ActivationStore
 from posae.store.shards import index_bytes, parse_index

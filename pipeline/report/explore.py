@@ -38,7 +38,7 @@ from ..runs import Run
 from ..sae.autoencoder import Autoencoder
 from ..sae.hierarchical import Hierarchical
 from ..sae.masked import Masked
-from ..train.batches import as_torch
+from ..train.batch import as_torch
 from .page.explored import Excerpt, Explored, ExploredFeature, Unexplored
 
 N_EXCERPTS = 10

@@ -18,7 +18,7 @@ from ..metrics import ScoreKeeper, null_if_not_finite
 from ..ranges import PositionRange
 from ..sae.autoencoder import Autoencoder, Output
 from ..settings import TrainSettings
-from .batches import Batch
+from .batch import Batch
 from .data_parallel import Team
 from .schedules import Clock, Curriculum, learning_rate_factor
 

@@ -26,7 +26,8 @@ from ..sae.registry import architecture_class
 from ..sae.saving import save_autoencoder
 from ..sae.topk import BatchTopK
 from ..settings import TrainSettings
-from .batches import Batch, ShuffledBatches
+from .batch import Batch
+from .batches import ShuffledBatches
 from .checkpoints import CheckpointWriter
 from .chunk_memory import DecodedLayer
 from .data_parallel import Team, joined

@@ -15,7 +15,8 @@ from ....store.errors import StoreIncompleteError
 from ...metrics import ABOVE, ScoreKeeper
 from ...ranges import PositionRange, equal_ranges
 from ...sae.sparse import SparseCode
-from ...train.batches import Batch, ordered_batches
+from ...train.batch import Batch
+from ...train.batches import ordered_batches
 from ..held_out import HeldOut
 from .base_phase import retained
 from .clusters import clusters
