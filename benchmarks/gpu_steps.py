@@ -19,7 +19,8 @@ from transformers import AutoModel
 
 from posae.pipeline.evaluate.evaluate import evaluate
 from posae.pipeline.harvest.harvest import Harvest
-from posae.pipeline.harvest.language_model import LanguageModel, model_facts
+from posae.pipeline.harvest.language_model import LanguageModel
+from posae.pipeline.harvest.model_facts import model_facts
 from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.sae import sparse
 from posae.pipeline.settings import (
@@ -30,7 +31,8 @@ from posae.pipeline.settings import (
     resolve_settings,
 )
 from posae.pipeline.train import LayerMemory, Ongoing, Team, Training, train_together
-from posae.pipeline.train.batches import Batch, ShuffledBatches
+from posae.pipeline.train.batch import Batch
+from posae.pipeline.train.batches import ShuffledBatches
 from posae.pipeline.train.state import State
 from posae.store.reader import ActivationStore
 from posae.store.shards import index_bytes, parse_index

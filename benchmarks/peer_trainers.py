@@ -47,7 +47,7 @@ from posae.pipeline.sae.saving import load_autoencoder
 from posae.pipeline.sae.topk import BatchTopK
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, resolve_settings
 from posae.pipeline.train import LayerMemory, Ongoing, Training, train_together
-from posae.pipeline.train.batches import as_torch
+from posae.pipeline.train.batch import as_torch
 from posae.store.reader import ActivationStore
 
 

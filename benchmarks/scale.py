@@ -37,7 +37,8 @@ from numpy.typing import NDArray
 from posae.pipeline.harvest.corpus import corpus_counts
 from posae.pipeline.harvest.text.contexts import InOrder, held_out_contexts, order_of_contexts, take_contexts
 from posae.pipeline.ranges import equal_ranges
-from posae.pipeline.train.batches import Order, ShuffledBatches
+from posae.pipeline.train.batches import ShuffledBatches
+from posae.pipeline.train.order import Order
 from posae.store import ActivationStore
 from posae.store.files import StoreFiles
 from posae.store.layout import CHUNK_CONTEXTS, ArraySpec, shard_contexts

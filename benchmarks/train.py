@@ -31,7 +31,7 @@ from posae.pipeline.device import keep_freed_memory
 from posae.pipeline.sae.topk import TopK
 from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, resolve_settings
 from posae.pipeline.train import LayerMemory, Ongoing, Training, train_together
-from posae.pipeline.train.batches import Batch
+from posae.pipeline.train.batch import Batch
 from posae.store.manifest import Manifest
 from posae.store.reader import ActivationStore
 

@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ..store.errors import SettingsError, StoreFormatError
+from ..store.errors import SettingsError
 from ..store.facts import facts as store_facts
 from ..store.plain_text import counted, printable
 from ..store.reader import ActivationStore
@@ -97,8 +97,9 @@ def show_context(store: ActivationStore, context: int, tokenizer: str | None) ->
     """The tokens of one context, a line each, and its text.
 
     Raises:
-        SettingsError: which tokenizer it was cannot be told.
-        StoreFormatError: the tokenizer is another one.
+        SettingsError: the store has no token ids, or does not record its tokenizer.
+        ModelError: the tokenizer cannot be loaded.
+        StoreMismatchError: the tokenizer is another one, or of a local model.
     """
     if "tokens" in store.manifest.unknown:
         raise SettingsError(
@@ -110,23 +111,15 @@ def show_context(store: ActivationStore, context: int, tokenizer: str | None) ->
         )
     tokens = store.tokens([context])[0]
     documents = store.documents([context])[0]
-    from ..pipeline.harvest.language_model import load_tokenizer
-    from ..pipeline.harvest.text.contexts import tokenizer_hash
+    from ..pipeline.harvest.tokenizer import load_tokenizer, tokenizer_of
 
-    source = tokenizer or store.manifest.language_model
-    if tokenizer is None and store.manifest.is_of_local_model:
-        raise SettingsError(
-            f"this store was made with a model in a local folder, {source}; name that folder with --tokenizer"
-        )
-    decoder = load_tokenizer(source, None if tokenizer else store.manifest.model_revision)
-    if not store.manifest.imported and tokenizer_hash(decoder) != store.manifest.tokenizer_hash:
-        raise StoreFormatError(
-            f"{source} has another tokenizer than this store was made with; "
-            "name the right one with --tokenizer"
-        )
+    if store.manifest.imported:
+        decoder: Any = load_tokenizer(str(tokenizer))
+    else:
+        decoder = tokenizer_of(store, tokenizer, option="--tokenizer")
     title = f"context {context}"
     if store.manifest.imported:
-        title += f", as {source} reads it: whether these are its tokens, nobody can check"
+        title += f", as {tokenizer} reads it: whether these are its tokens, nobody can check"
     table = Table(title=title, title_justify="left", pad_edge=False)
     for name in ("position", "document", "token", "text"):
         table.add_column(name, justify="left" if name == "text" else "right")

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from posae.pipeline import Run, load_autoencoder
-from posae.pipeline.harvest.language_model import CausalLanguageModel, load_tokenizer
+from posae.pipeline.harvest.language_model import CausalLanguageModel
 from posae.pipeline.harvest.text.contexts import special_tokens
+from posae.pipeline.harvest.tokenizer import load_tokenizer
 
 folder, model, text = (
     sys.argv[1:4] if len(sys.argv) > 3 else ("data/runs/baseline", "demo", "for i in range(10):")

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .runs import Run as Run
     from .sae.saving import load_autoencoder as load_autoencoder
-    from .train.batches import as_torch as as_torch
+    from .train.batch import as_torch as as_torch
     from .train.batches import shuffled_batches as shuffled_batches
 
 _HOMES = {
     "Run": "runs",
-    "as_torch": "train.batches",
+    "as_torch": "train.batch",
     "load_autoencoder": "sae.saving",
     "shuffled_batches": "train.batches",
 }

@@ -10,11 +10,11 @@ so nothing waits for a GPU before ``scores``. Of a code that is a list only the 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,17 @@ ABOVE = 1e-3
 """From what size on ``l0_above`` counts: a dense code holds many numbers that are nearly 0."""
 
 
+def null_if_not_finite(value: Any) -> Any:
+    """The same value with None for NaN and infinity, also inside mappings and lists: JSON has neither."""
+    if isinstance(value, Mapping):
+        return {key: null_if_not_finite(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, list | tuple):
+        return [null_if_not_finite(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Scores(NamedTuple):
-    """NaN is what these rows cannot tell: of a range without rows, or where nothing varies."""
+    """NaN where these rows determine no value: for a range without rows, or rows without variance."""
 
     l0: float
     """Numbers of a code that are not 0, mean over rows."""

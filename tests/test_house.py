@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import posae.pipeline
+
 ROOT = Path(__file__).parents[1]
 MAY_USE = {
     "store": {
@@ -120,6 +122,11 @@ def test_the_house_has_few_rooms_and_no_circles() -> None:
         if file.name != "__init__.py":
             drawing[str(file)] = {str(other) for other in imported(file) if other.name != "__init__.py"}
     assert not circle(drawing)
+
+
+@pytest.mark.parametrize("name", posae.pipeline.__all__)
+def test_every_name_that_the_pipeline_offers_can_be_imported(name: str) -> None:
+    assert getattr(posae.pipeline, name)
 
 
 def test_every_package_is_shipped_and_nothing_else() -> None:

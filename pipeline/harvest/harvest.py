@@ -1,52 +1,42 @@
 """Stage one: text through a language model into an activation store.
 
-Tokens first: all contexts are tokenised, permuted and committed, and only then does the model run
-over them, shard by shard. So a killed harvest goes on from the store alone, any number of processes
-may share one store, and equal settings give equal bytes. One forward pass serves all layers and
-stops after the last. While the model runs the next batch, threads encode and write the last one, and a
-finished shard is made durable while the next one begins. Memory: the model, the tokens, and about six
-batches of the layers' activations, however much is harvested.
+All contexts are tokenised, permuted and committed before the model runs over them, shard by shard
+(filling.py). A killed harvest can therefore resume from the store alone, any number of processes may share
+one store, and equal settings give equal bytes. One forward pass serves all layers and stops after the last.
+Memory: the model, the tokens, and about six batches of the layers' activations, however much is harvested.
 """
 
 import shutil
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ...store.arrays import begun_layers
 from ...store.errors import StoreFormatError, StoreNotFoundError
 from ...store.layout import CHUNK_CONTEXTS, shard_contexts
-from ...store.manifest import Manifest, token_specs
+from ...store.manifest import Manifest
 from ...store.reader import ActivationStore
 from ...store.rounding import MANTISSA_BITS
 from ...store.seal import CORPUS_PATH
-from ...store.shards import ShardReader
-from ...store.stats import ordinary_tokens
-from ...store.writer import NotFiniteError, ShardOfLayers, StoreWriter, standing_store
-from ..device import choose_device, n_cores
-from ..errors import ModelError
+from ...store.writer import StoreWriter, standing_store
+from ..device import choose_device
 from ..processes import Processes, processes_here
 from ..progress import Progress, Silent
 from ..settings import HarvestSettings
 from .corpus import corpus_counts
-from .host_copies import HostCopies, HostCopy
-from .language_model import (
-    LanguageModel,
+from .filling import fill
+from .language_model import LanguageModel
+from .model_facts import (
     ModelFacts,
     check_layers,
     default_layers,
     facts_of_recorded,
     is_recorded,
-    load_tokenizer,
     model_facts,
 )
 from .text.contexts import (
@@ -60,9 +50,10 @@ from .text.contexts import (
 )
 from .text.documents import Corpus, local_path, open_corpus
 from .text.recorded import names_recorded_text
+from .tokenizer import load_tokenizer
 
 EXPECTED_RATIO = {"small": 1.42, "fast": 1.27, "raw": 1.0}
-"""Raw bytes to stored bytes, before anything is measured; what was seen lies within 10 % of it."""
+"""Raw bytes per stored byte, estimated before anything is measured; measured ratios lie within 10 % of it."""
 
 _VERSIONS_THAT_MATTER = ("posae", "torch", "transformers", "tokenizers", "numpy", "numcodecs")
 
@@ -80,36 +71,36 @@ class Plan(NamedTuple):
 
 
 class Harvested(NamedTuple):
-    """What a harvest left."""
+    """The result of a harvest."""
 
     layers: tuple[int, ...]
-    """All that the store holds."""
+    """All layers of the store."""
 
     n_contexts: int
     n_tokens: int
-    """Tokens that went through the model this time; 0 if all was there."""
+    """Tokens that went through the model this time; 0 if nothing was missing."""
 
     identity: str
 
 
 def committed_manifest(root: Path) -> Manifest | None:
-    """The manifest of the store at ``root``, if its tokens are committed and so all is fixed.
+    """The manifest of the store at ``root`` if its tokens are committed, i.e. if its settings are fixed.
 
     Raises:
-        StoreError: something else is there, or what is there is damaged.
+        StoreError: the folder holds something else, or a damaged store.
     """
     try:
         store = ActivationStore(root)
     except (StoreNotFoundError, StoreFormatError):
-        return None  # said again, where it matters, by ``StoreWriter.begin``
+        return None  # reported by ``StoreWriter.begin`` if it matters
     return store.manifest if store.files.exists(CORPUS_PATH) else None
 
 
 class Harvest:
-    """A harvest about to run; nothing is loaded but configurations."""
+    """A harvest about to run; only configurations are loaded."""
 
     def __init__(self, path: Path, settings: HarvestSettings) -> None:
-        """Resolve what ``settings`` leave open.
+        """Resolve the settings that are left open.
 
         Raises:
             ModelError: no such model, or it lacks a layer.
@@ -117,8 +108,7 @@ class Harvest:
         """
         self.path = path
         self.settings = settings
-        # What is committed is fixed: revisions that the settings leave open are then those of the store, so
-        # that resuming asks no hub.
+        # Revisions that the settings leave open are those of the committed store: resuming contacts no hub.
         self.begun: Manifest | None = committed_manifest(path)
         model, revision = settings.model, settings.model_revision
         self.facts: ModelFacts = (
@@ -132,7 +122,7 @@ class Harvest:
         self.device = choose_device(settings.device, self.processes.local_rank)
 
     def layers_held(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The layers that the store will hold, and those begun earlier that are left incomplete."""
+        """The layers that the store will hold, and those begun earlier that stay incomplete."""
         store = standing_store(self.path) if self.begun else None
         if store is None or self.begun is None:
             return self.layers, ()
@@ -146,7 +136,7 @@ class Harvest:
         """Sizes, without touching the dataset or the disk."""
         n_contexts, length = self.settings.n_contexts, self.settings.context_length
         raw = n_contexts * length * self.facts.d_model * 2 * len(self.layers)
-        beside = n_contexts * length * 3
+        token_bytes = n_contexts * length * 3
         folder = next(f for f in [self.path.absolute(), *self.path.absolute().parents] if f.exists())
         return Plan(
             self.facts.id,
@@ -154,13 +144,13 @@ class Harvest:
             n_contexts,
             n_contexts * length,
             raw,
-            int(raw / self._expected_ratio) + beside,
+            int(raw / self._expected_ratio) + token_bytes,
             shutil.disk_usage(folder).free,
         )
 
     @property
     def _expected_ratio(self) -> float:
-        # Each mantissa bit that is not kept saves about one of a value's 16 bits.
+        # Each mantissa bit that is rounded away saves about one of a value's 16 bits.
         saved = 0 if self.settings.mantissa_bits is None else MANTISSA_BITS - self.settings.mantissa_bits
         return 16 / (16 / EXPECTED_RATIO[self.settings.codec] - saved)
 
@@ -186,7 +176,7 @@ class Harvest:
         )
 
     def open_text(self, progress: Progress) -> None:
-        """Read local text for its digest now, with progress; ``run`` does so too, in silence.
+        """Read local text for its digest now, with progress; else ``run`` does so without.
 
         Raises:
             CorpusError: text that is missing or cannot be read.
@@ -196,10 +186,10 @@ class Harvest:
 
     @property
     def _is_text_recorded(self) -> bool:
-        """Whether the manifest's word is taken for the text: tokens are committed, so none is needed.
+        """Whether the text is taken to be the recorded one: tokens are committed, so no text is needed.
 
-        Local text that is there is compared by its digest nevertheless, by the first process for all: another
-        text of the same name is refused. Where it is gone its base name is enough.
+        The first process still compares local text by its digest, if it exists, and so refuses another text
+        of the same name. If it was removed, its base name is enough.
         """
         s, begun = self.settings, self.begun
         if begun is None or not names_recorded_text(s.dataset, s.dataset_revision, begun):
@@ -209,7 +199,7 @@ class Harvest:
 
     @property
     def _text(self) -> Corpus:
-        """The corpus, named as the manifest of committed tokens names it if it is the same by its digest."""
+        """The corpus, under the name that committed tokens record if it is the same by its digest."""
         s, begun = self.settings, self.begun
         if begun and self._is_text_recorded:
             column = s.column if begun.dataset_column is not None else None
@@ -221,10 +211,10 @@ class Harvest:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """All that the store's bytes depend on."""
+        """Everything that the store's bytes depend on."""
         s, text, facts, begun = self.settings, self._text, self.facts, self.begun
         model, revision = facts.id, facts.revision
-        if begun and is_recorded(s.model, facts, begun):  # wherever it lies now
+        if begun and is_recorded(s.model, facts, begun):  # in whatever folder it is now
             model, revision = begun.language_model, begun.model_revision
         special = special_tokens(self.tokenizer)
         held_out = held_out_contexts(s.n_contexts, s.held_out, CHUNK_CONTEXTS)
@@ -255,7 +245,7 @@ class Harvest:
             seed=s.seed,
             codec=s.codec,
             mantissa_bits=s.mantissa_bits,
-            # A store that was begun before bytes were counted is finished without.
+            # Stores begun before byte counts were kept are finished without them.
             byte_counts=begun is None or begun.byte_counts,
             chunk_contexts=CHUNK_CONTEXTS,
             shard_contexts=shard_contexts(s.n_contexts),
@@ -277,7 +267,7 @@ class Harvest:
         manifest, model = self.manifest, None
         allow_versions = self.settings.allow_versions
         if self.begun is None:
-            # What is wrong with the folder or the model shows before hours of tokenising.
+            # A wrong folder or model must show before hours of tokenising.
             StoreWriter(self.path, manifest, allow_versions=allow_versions).check(self.layers)
             model = self._load_model()
         writer = StoreWriter.begin(self.path, manifest, self.layers, allow_versions=allow_versions)
@@ -285,7 +275,17 @@ class Harvest:
             if not writer.has_tokens:
                 self._commit_tokens(writer, progress)
             layers = writer.begin_layers(self.layers)
-        n_tokens = self._fill(writer, layers, model, progress) if layers else 0
+        n_tokens = 0
+        if layers:
+            n_tokens = fill(
+                writer,
+                layers,
+                lambda: model or self._load_model(),
+                named_layers=self.layers,
+                device=self.device,
+                processes=self.processes,
+                progress=progress,
+            )
         with writer.lock():
             identity = writer.finish(self.layers)
         layers = ActivationStore(self.path).layers
@@ -329,51 +329,6 @@ class Harvest:
         progress.end()
         return contexts
 
-    def _fill(
-        self, writer: StoreWriter, layers: Sequence[int], model: LanguageModel | None, progress: Progress
-    ) -> int:
-        """Commit every shard of ``layers``: first those that are free, then what others leave.
-
-        The model is loaded for the first of them, if it is not yet.
-        """
-        manifest = self.manifest
-        missing = self.processes.dealt(writer.missing_shards(layers))
-        tally = _Tally(writer, layers, missing, progress if self.processes.is_first else Silent())
-        tokens = ShardReader(writer.files, token_specs(manifest)["tokens"])
-        copies = HostCopies(self.device)
-        n_tokens = 0
-        with (
-            ThreadPoolExecutor(self._n_encoders, "posae-encode") as encoders,
-            # Making a shard durable takes a while: the model begins the next one meanwhile.
-            ThreadPoolExecutor(1, "posae-commit") as committer,
-        ):
-            committing: Future[None] | None = None
-            for shard in writer.lock_each(layers, missing):
-                with ExitStack() as held:
-                    held.enter_context(shard)
-                    tally.begin_shard(shard.shard)
-                    model = model or self._load_model()
-                    rows = tokens.read_rows(np.array(shard.contexts))
-                    batches = self._batches(shard, rows, model, copies)
-                    with _finite(manifest, shard, self.layers):
-                        for copy, ordinary in _one_behind(batches):
-                            for layer, bits in copy.bits().items():
-                                copy.read_by(shard.append(layer, bits, ordinary, encoders))
-                            tally.advance(ordinary.size)
-                    if committing:
-                        committing.result()
-                    held.pop_all()
-                    committing = committer.submit(_commit, manifest, shard, self.layers)
-                n_tokens += rows.size
-            if committing:
-                committing.result()
-        tally.end()
-        return n_tokens
-
-    @property
-    def _n_encoders(self) -> int:
-        return max(2, n_cores() // self.processes.n_local)
-
     def _load_model(self) -> LanguageModel:
         model = LanguageModel.load(
             self.settings.model,
@@ -383,98 +338,6 @@ class Harvest:
         )
         model.check_length(self.settings.context_length)
         return model
-
-    def _batches(
-        self, shard: ShardOfLayers, tokens: NDArray[np.int32], model: LanguageModel, copies: HostCopies
-    ) -> Iterator[tuple[HostCopy, NDArray[np.bool_]]]:
-        """Run the model over a shard; yield each batch's activations and which tokens are ordinary."""
-        size = self.manifest.batch_contexts
-        on_device = torch.as_tensor(tokens).to(self.device)
-        for start in range(0, len(tokens), size):
-            within = slice(start, start + size)
-            activations = model.activations(on_device[within], shard.layers)
-            if silent := sorted(set(shard.layers) - activations.keys()):
-                others = ",".join(str(layer) for layer in self.layers if layer not in silent)
-                raise ModelError(
-                    f"layer {silent[0]} of {self.facts.id} does not run on text alone; leave it out"
-                    + (f": --layers {others}" if others else "")
-                )
-            yield (
-                copies.start(activations),
-                ordinary_tokens(self.manifest, tokens[within], shard.contexts[within]),
-            )
-
-
-class _Tally:
-    """Tells how far all processes are: what this one does, and what others leave in the store."""
-
-    def __init__(
-        self, writer: StoreWriter, layers: Sequence[int], missing: Sequence[int], progress: Progress
-    ) -> None:
-        self._writer = writer
-        self._layers = layers
-        self._progress = progress
-        # A file that stands and yet is missing is damaged, and will be made anew.
-        self._others = set(missing) - writer.standing_shards(layers)
-        manifest = writer.manifest
-        total = manifest.n_contexts * manifest.context_length
-        done = total - sum(map(self._n_tokens, missing))
-        progress.begin("harvesting", total, "tokens", done, manifest.d_model * 2 * len(layers))
-
-    def _n_tokens(self, shard: int) -> int:
-        manifest = self._writer.manifest
-        return len(manifest.contexts_of(shard)) * manifest.context_length
-
-    def begin_shard(self, shard: int) -> None:
-        """This process fills ``shard``; see what others have done meanwhile."""
-        self._others.discard(shard)
-        self._look()
-
-    def _look(self) -> None:
-        done = self._others & self._writer.standing_shards(self._layers)
-        self._others -= done
-        if done:
-            self._progress.advance(sum(map(self._n_tokens, done)))
-
-    def advance(self, n_tokens: int) -> None:
-        """This process has run the model over so many tokens."""
-        self._progress.advance(n_tokens)
-
-    def end(self) -> None:
-        """All is there."""
-        self._look()
-        self._progress.end()
-
-
-_Item = TypeVar("_Item")
-
-
-def _one_behind(items: Iterable[_Item]) -> Iterator[_Item]:
-    """The items, each once the next one has been asked for: so that one is used while one is made."""
-    last: list[_Item] = []
-    for item in items:
-        yield from last
-        last = [item]
-    yield from last
-
-
-def _commit(manifest: Manifest, shard: ShardOfLayers, wanted: Sequence[int]) -> None:
-    with shard, _finite(manifest, shard, wanted):
-        shard.commit()
-
-
-@contextmanager
-def _finite(manifest: Manifest, shard: ShardOfLayers, wanted: Sequence[int]) -> Generator[None]:
-    try:
-        yield
-    except NotFiniteError as error:
-        others = ",".join(str(layer) for layer in wanted if layer != error.layer)
-        raise ModelError(
-            f"layer {error.layer} of {manifest.model} gives activations that are not finite, in contexts "
-            f"{shard.contexts.start} to {shard.contexts.stop - 1}; "
-            + (f"leave that layer out (--layers {others}), or " if others else "")
-            + "harvest into another folder with another --device or --attention"
-        ) from None
 
 
 def _no_documents() -> Iterator[str]:

@@ -1,13 +1,27 @@
-"""Names that other programs give to places in a language model, and which of posae's layers they are."""
+"""Hook points: places in a language model where activations are read and replaced.
+
+A hook point is the output of a module. ``resid_post`` of a layer, the residual stream after it, is the output
+of its block. One forward pass serves any number of hook points, and ends after the last of them.
+"""
 
 import re
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+from torch.nn import Module, ModuleList
 
 _AFTER = re.compile(r"blocks\.(\d{1,5})\.hook_resid_post|(?:\w+\.)*(?:layers|layer|h)\.(\d{1,5})")
 _BEFORE = re.compile(r"blocks\.(\d{1,5})\.hook_resid_pre")
 
+Point = TypeVar("Point", bound=Hashable)
+"""What a caller knows a hook point by: today the layer."""
+
 
 def layer_of(hook_name: str) -> int | None:
-    """The layer whose output, the residual stream after the block, is what the hook sees; None if none is.
+    """The layer whose output a hook sees, i.e. the residual stream after the block; None for other hooks.
 
     Args:
         hook_name: as TransformerLens names it, or the name of a block's module in transformers.
@@ -17,7 +31,75 @@ def layer_of(hook_name: str) -> int | None:
     >>> layer_of("model.layers.3"), layer_of("blocks.12.hook_mlp_out"), layer_of("blocks.0.hook_resid_pre")
     (3, None, None)
     """
-    if found := _AFTER.fullmatch(hook_name):
-        return int(found[1] or found[2])
-    found = _BEFORE.fullmatch(hook_name)
-    return int(found[1]) - 1 if found and int(found[1]) else None
+    if after := _AFTER.fullmatch(hook_name):
+        return int(after[1] or after[2])
+    before = _BEFORE.fullmatch(hook_name)
+    return int(before[1]) - 1 if before and int(before[1]) else None
+
+
+def find_blocks(text_model: Module, n_layers: int) -> ModuleList | None:
+    """The list of a model's blocks, one per layer; None if there is no list of that length."""
+    modules = cast("Iterable[tuple[str, Module]]", text_model.named_modules())
+    lists = {
+        name: module for name, module in modules if isinstance(module, ModuleList) and len(module) == n_layers
+    }
+    # The shallowest: a block may hold a list of the same length, such as one of experts.
+    return lists[min(lists, key=lambda name: name.count("."))] if lists else None
+
+
+def capture(
+    modules: Mapping[Point, Module], forward: Callable[[], object], last: Point
+) -> dict[Point, Tensor]:
+    """Run a forward pass and return the outputs of some modules.
+
+    Args:
+        modules: the modules to read, each by the name of its hook point.
+        forward: runs the model.
+        last: the hook point after which the pass ends; modules behind it do not run.
+
+    Returns:
+        Outputs by hook point, in the order in which they were computed. A hook point whose module did not
+        run is absent. Of a module that returns a tuple, the first entry.
+    """
+    captured: dict[Point, Tensor] = {}
+
+    def keep(point: Point, _module: Module, _arguments: Any, output: Any) -> None:
+        captured[point] = output[0] if isinstance(output, tuple) else output
+        if point == last:
+            raise _PassComplete
+
+    hooks = [module.register_forward_hook(partial(keep, point)) for point, module in modules.items()]
+    try:
+        forward()
+    except _PassComplete:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return captured
+
+
+@contextmanager
+def replaced(module: Module, replace: Callable[[Tensor], Tensor]) -> Generator[None]:
+    """Replace a module's output, or the first entry of the tuple that it returns, while the context lasts.
+
+    Args:
+        module: whose output is replaced.
+        replace: takes the output, returns the replacement: the same shape, any float dtype.
+    """
+
+    def splice(_module: Module, _arguments: Any, output: Any) -> Any:
+        rest = cast("tuple[Any, ...]", output)[1:] if isinstance(output, tuple) else None
+        original = cast(Tensor, output if rest is None else output[0])
+        replacement = replace(original).to(original.dtype)
+        return replacement if rest is None else (replacement, *rest)
+
+    hook = module.register_forward_hook(splice)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class _PassComplete(Exception):
+    """Ends a forward pass once all that was wanted is captured."""

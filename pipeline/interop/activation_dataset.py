@@ -15,7 +15,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ...store.reader import ActivationStore
 from ..ranges import PositionRange
-from ..train.batches import ShuffledBatches, as_torch
+from ..train.batch import as_torch
+from ..train.batches import ShuffledBatches
 
 
 class Rows(NamedTuple):

@@ -11,18 +11,17 @@ adapters); and of the chosen features a byte to each position of their excerpts.
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, NonNegativeInt, ValidationError
 from torch import Tensor
 
-from ...store.errors import PosaeError, StoreIncompleteError, StoreNotFoundError
+from ...store.errors import PosaeError, StoreIncompleteError
 from ...store.reader import ActivationStore
-from ..device import choose_device, numbers_at_once
-from ..errors import RunError, RunNotFoundError
+from ..errors import RunError
+from ..evaluate.held_out import HeldOut
 from ..evaluate.scoring.profiles import (
     ProfileKeeper,
     Profiles,
@@ -31,8 +30,7 @@ from ..evaluate.scoring.profiles import (
     neighbours,
     turned,
 )
-from ..harvest.language_model import is_hub_id, load_tokenizer
-from ..harvest.text.contexts import tokenizer_hash
+from ..harvest.tokenizer import tokenizer_of
 from ..metrics import ABOVE
 from ..progress import Progress, Silent
 from ..ranges import PositionRange, equal_ranges
@@ -40,8 +38,7 @@ from ..runs import Run
 from ..sae.autoencoder import Autoencoder
 from ..sae.hierarchical import Hierarchical
 from ..sae.masked import Masked
-from ..sae.saving import load_autoencoder
-from ..train.batches import as_torch
+from ..train.batch import as_torch
 from .page.explored import Excerpt, Explored, ExploredFeature, Unexplored
 
 N_EXCERPTS = 10
@@ -72,11 +69,11 @@ def explore_runs(
         progress: told what is done.
     """
     progress = progress or Silent()
-    readers = _Readers(tokenizer, progress)
+    tokenizers = _Tokenizers(tokenizer, progress)
     found: list[Explored | Unexplored] = []
     for label, folder in runs:
         try:
-            found.append(_explored(label, folder, n_features, n_contexts, readers, progress))
+            found.append(_explored(label, folder, n_features, n_contexts, tokenizers, progress))
         except PosaeError as error:
             progress.say(f"no explorer of {label}: {error}")
             found.append(Unexplored(label, str(folder), str(error)))
@@ -85,26 +82,26 @@ def explore_runs(
 
 @torch.no_grad()
 def _explored(
-    label: str, folder: Path, n_features: int, n_contexts: int, readers: "_Readers", progress: Progress
+    label: str, folder: Path, n_features: int, n_contexts: int, tokenizers: "_Tokenizers", progress: Progress
 ) -> Explored:
     """The features of one run."""
-    looked_at = _LookedAt.of(Run(folder), n_contexts)
-    store, autoencoder = looked_at.store, looked_at.autoencoder
+    held_out = _opened(Run(folder), n_contexts)
+    store, autoencoder = held_out.store, held_out.autoencoder
     length = store.context_length
-    reader, note = readers.of(store)
-    progress.begin(f"exploring {label}", (looked_at.stop - looked_at.start) * length, "tokens")
-    profiles = _profiles(looked_at, progress)
+    tokenizer, note = tokenizers.of(store)
+    progress.begin(f"exploring {label}", (held_out.stop - held_out.start) * length, "tokens")
+    profiles = _profiles(held_out, progress)
     progress.end()
     ranges = autoencoder.ranges if len(autoencoder.ranges) > 1 else equal_ranges(length, min(4, length))
-    features = _features(looked_at, profiles, ranges, n_features, progress)
+    features = _features(held_out, profiles, ranges, n_features, progress)
     shown = sorted({excerpt.context for feature in features for excerpt in feature.excerpts})
     tokens = dict(zip(shown, store.tokens(np.array(shown, np.int64)), strict=True))
     ids = sorted({int(token) for row in tokens.values() for token in row})
     return Explored(
         label=label,
         folder=str(folder),
-        layer=looked_at.layer,
-        contexts=(looked_at.start, looked_at.stop),
+        layer=held_out.layer,
+        contexts=(held_out.start, held_out.stop),
         n_tokens=int(profiles.n_rows.sum()),
         context_length=length,
         ranges=[(r.start, r.stop) for r in ranges],
@@ -112,14 +109,14 @@ def _explored(
         n_fired=int(profiles.firings.any(axis=0).sum()),
         features=features,
         tokens=tokens,
-        texts=None if reader is None else {token: _text(reader, token) for token in ids},
+        texts=None if tokenizer is None else {token: _text(tokenizer, token) for token in ids},
         note=note,
     )
 
 
-def _profiles(looked_at: "_LookedAt", progress: Progress) -> Profiles:
+def _profiles(held_out: HeldOut, progress: Progress) -> Profiles:
     """What every feature did; the first pass."""
-    autoencoder, length = looked_at.autoencoder, looked_at.store.context_length
+    autoencoder, length = held_out.autoencoder, held_out.store.context_length
     has_base = _has_adapters(autoencoder)
     keeper = ProfileKeeper(
         autoencoder.dictionary_size,
@@ -127,21 +124,21 @@ def _profiles(looked_at: "_LookedAt", progress: Progress) -> Profiles:
         n_kept=N_EXCERPTS,
         above=ABOVE,
         has_base=has_base,
-        device=looked_at.device,
+        device=held_out.device,
     )
-    for contexts, x, is_ordinary in looked_at.batches(np.arange(looked_at.start, looked_at.stop)):
+    for contexts, x, is_ordinary in _batches(held_out, np.arange(held_out.start, held_out.stop)):
         code = _code(autoencoder, x, is_ordinary)
         base_code = _code(autoencoder, x, is_ordinary, without_adapters=True) if has_base else None
         keeper.add(code, base_code, contexts, is_ordinary)
         progress.advance(len(contexts) * length)
     profiles = keeper.profiles()
     if not profiles.n_rows.any():
-        raise StoreIncompleteError(f"{looked_at.store.root} holds only special tokens out of training")
+        raise StoreIncompleteError(f"{held_out.store.root} holds only special tokens out of training")
     return profiles
 
 
 def _features(
-    looked_at: "_LookedAt",
+    held_out: HeldOut,
     profiles: Profiles,
     ranges: Sequence[PositionRange],
     n_features: int,
@@ -153,9 +150,9 @@ def _features(
     density = profiles.density()
     chosen = choose_features(profiles.firings.sum(axis=0), told.information, n_features)
     density_by_position, mean_by_position = _binned(profiles, chosen)
-    levels = _levels(looked_at, profiles, chosen, progress)
-    nearest, cosines = neighbours(looked_at.autoencoder.W_dec, chosen, N_NEIGHBOURS)
-    decoders = _decoders(looked_at.autoencoder, chosen, ranges)
+    levels = _levels(held_out, profiles, chosen, progress)
+    nearest, cosines = neighbours(held_out.autoencoder.W_dec, chosen, N_NEIGHBOURS)
+    decoders = _decoders(held_out.autoencoder, chosen, ranges)
     return [
         ExploredFeature(
             number=feature,
@@ -185,104 +182,51 @@ def _features(
     ]
 
 
-class _Store(BaseModel):
-    path: str
-    training_contexts: NonNegativeInt
-    left_out_ids: list[int]
+def _opened(run: Run, n_contexts: int) -> HeldOut:
+    """A run and the contexts that its features are shown on.
+
+    Raises:
+        RunError: training diverged; and as ``HeldOut.of``.
+    """
+    held_out = HeldOut.of(
+        run,
+        path=_place(run),
+        n_contexts=n_contexts,
+        option=f"posae evaluate {run.folder} --store STORE",
+    )
+    if not all(bool(torch.isfinite(weight).all()) for weight in held_out.autoencoder.state_dict().values()):
+        raise RunError(f"{run.folder} has weights that are not finite: its training diverged")
+    return held_out
 
 
-class _Layer(BaseModel):
-    layer: NonNegativeInt
+def _batches(
+    held_out: HeldOut, contexts: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], Tensor, NDArray[np.bool_]]]:
+    """Whole contexts in order, a few at a time.
+
+    Args:
+        held_out: the run and its store.
+        contexts: which, ascending; [contexts].
+
+    Yields:
+        Which these are; their activations, bfloat16 [contexts, positions, d_model]; and which of their
+        tokens are ordinary, [contexts, positions].
+    """
+    size = held_out.batch_contexts(_CODE_NUMBERS)
+    for begin in range(0, len(contexts), size):
+        part = contexts[begin : begin + size]
+        x = as_torch(held_out.store.read(held_out.layer, part)).to(held_out.device)
+        yield part, x, ~held_out.is_special(held_out.store.tokens(part))
 
 
-class _Config(BaseModel):
-    """What is needed of ``config.json``."""
-
-    settings: _Layer
-    store: _Store
-
-
-class _LookedAt(NamedTuple):
-    """A run, and the contexts that its features are shown on."""
-
-    store: ActivationStore
-    layer: int
-    start: int
-    stop: int
-    leave_out: NDArray[np.int64]
-    autoencoder: Autoencoder
-    device: torch.device
-
-    @classmethod
-    def of(cls, run: Run, n_contexts: int) -> "_LookedAt":
-        try:
-            config = _Config.model_validate(run.config)
-        except ValidationError:
-            raise RunError(
-                f"{run.folder / 'config.json'} does not say which store the run read; train it anew"
-            ) from None
-        if not run.is_finished:
-            raise RunNotFoundError(
-                f"{run.folder} has not finished training; run posae train again, it goes on"
-            )
-        place, layer = _place(run, config.store.path), config.settings.layer
-        try:
-            store = ActivationStore.open(place)
-        except StoreNotFoundError:
-            raise StoreNotFoundError(
-                f"there is no store at {place}; if it was moved: posae evaluate {run.folder} --store STORE"
-            ) from None
-        store.check_layer(layer)
-        run.check_read(store, layer, "run posae evaluate with --store and the right one")
-        first, last = store.held_out_part(layer)
-        start = max(first, config.store.training_contexts)
-        if start >= last:
-            raise StoreIncompleteError(f"{store.root} holds no contexts out of training to look through")
-        device = choose_device("auto", with_float64=True)
-        autoencoder = load_autoencoder(run.folder).to(device)
-        if not all(bool(torch.isfinite(weight).all()) for weight in autoencoder.state_dict().values()):
-            raise RunError(f"{run.folder} has weights that are not finite: its training diverged")
-        return cls(
-            store,
-            layer,
-            start,
-            min(last, start + n_contexts),
-            np.array(config.store.left_out_ids, np.int64),
-            autoencoder,
-            device,
-        )
-
-    def batches(
-        self, contexts: NDArray[np.int64]
-    ) -> Iterator[tuple[NDArray[np.int64], Tensor, NDArray[np.bool_]]]:
-        """Whole contexts in order, a few at a time.
-
-        Args:
-            contexts: which, ascending; [contexts].
-
-        Yields:
-            Which these are; their activations, bfloat16 [contexts, positions, d_model]; and which of their
-            tokens are ordinary, [contexts, positions].
-        """
-        chunk = self.store.manifest.chunk_contexts
-        on_cpu = self.device.type == "cpu"
-        numbers = _CODE_NUMBERS if on_cpu else max(_CODE_NUMBERS, numbers_at_once(self.device))
-        most = numbers // (self.autoencoder.dictionary_size * self.store.context_length)
-        size = max(chunk, min(64, most - most % chunk))
-        for begin in range(0, len(contexts), size):
-            part = contexts[begin : begin + size]
-            x = as_torch(self.store.read(self.layer, part)).to(self.device)
-            yield part, x, ~np.isin(self.store.tokens(part), self.leave_out)
-
-
-def _place(run: Run, path: str) -> str:
-    """Where the store lies: where it was last scored, if that is the store that the run was trained from."""
+def _place(run: Run) -> str | None:
+    """Where the run's store was when the run was last scored on it; None if it was not."""
     try:
         scored: Any = run.evaluation.get("store")
     except RunError:
-        return path
-    told = cast("dict[str, Any]", scored) if isinstance(scored, dict) else {}
-    return str(told.get("path") or path) if told.get("trained_from") else path
+        return None
+    store = cast("dict[str, Any]", scored) if isinstance(scored, dict) else {}
+    return str(store["path"]) if store.get("path") and store.get("trained_from") else None
 
 
 def _code(
@@ -307,19 +251,19 @@ def _has_adapters(autoencoder: Autoencoder) -> bool:
 
 
 def _levels(
-    looked_at: _LookedAt, profiles: Profiles, chosen: NDArray[np.int64], progress: Progress
+    held_out: HeldOut, profiles: Profiles, chosen: NDArray[np.int64], progress: Progress
 ) -> NDArray[np.int8]:
     """Activations in the excerpts of the chosen features, in levels; int8 [chosen, kept, positions]."""
-    length = looked_at.store.context_length
+    length = held_out.store.context_length
     which = np.where(profiles.peaks[:, chosen] != 0, profiles.peak_contexts[:, chosen], -1)
     levels = np.zeros((len(chosen), len(which), length), np.int8)
     wanted = np.unique(which[which >= 0])
-    device = looked_at.device
+    device = held_out.device
     features = torch.as_tensor(chosen).to(device)
     peaks = torch.as_tensor(np.abs(profiles.peaks[0, chosen])).to(device)
     progress.begin("reading excerpts", len(wanted) * length, "tokens")
-    for contexts, x, is_ordinary in looked_at.batches(wanted):
-        code = _code(looked_at.autoencoder, x, is_ordinary)[..., features]
+    for contexts, x, is_ordinary in _batches(held_out, wanted):
+        code = _code(held_out.autoencoder, x, is_ordinary)[..., features]
         found = in_levels(code, peaks)
         kept, place = np.nonzero((which >= contexts[0]) & (which <= contexts[-1]))
         row = np.searchsorted(contexts, which[kept, place])
@@ -353,44 +297,27 @@ def _binned(profiles: Profiles, chosen: NDArray[np.int64]) -> tuple[NDArray[np.f
     return firings / rows, sums / rows
 
 
-class _Readers:
-    """The stores' tokenizers, or why there are none; each is sought once."""
+class _Tokenizers:
+    """The stores' tokenizers, or why one is missing; each is loaded once."""
 
     def __init__(self, named: str | None, progress: Progress) -> None:
         self._named = named
         self._progress = progress
-        self._found: dict[tuple[str, str | None, str], tuple[Any, str | None]] = {}
+        self._loaded: dict[str, tuple[Any, str | None]] = {}
 
     def of(self, store: ActivationStore) -> tuple[Any, str | None]:
         """A store's tokenizer, or None and why."""
-        manifest = store.manifest
-        name = self._named or manifest.language_model
-        revision = None if self._named else manifest.model_revision
-        key = (name, revision, manifest.tokenizer_hash)
-        if key not in self._found:
-            self._found[key] = self._sought(*key)
-            if note := self._found[key][1]:
+        if store.address not in self._loaded:
+            self._loaded[store.address] = self._load(store)
+            if note := self._loaded[store.address][1]:
                 self._progress.say(f"token ids in place of text: {note}")
-        return self._found[key]
+        return self._loaded[store.address]
 
-    def _sought(self, name: str, revision: str | None, wanted_hash: str) -> tuple[Any, str | None]:
-        if not self._named and name != "demo":
-            if not is_hub_id(name, revision):
-                return (
-                    None,
-                    f"the store was made with a local model, {name}; name its folder with --tokenizer",
-                )
-            self._progress.say(f"tokenizer of {name}")
+    def _load(self, store: ActivationStore) -> tuple[Any, str | None]:
         try:
-            tokenizer = load_tokenizer(name, revision)
+            return tokenizer_of(store, self._named, option="--tokenizer", progress=self._progress), None
         except PosaeError as error:
             return None, str(error)
-        if tokenizer_hash(tokenizer) != wanted_hash:
-            return None, (
-                f"the tokenizer of {name} is not the one that the store was made with; "
-                "name the right one with --tokenizer"
-            )
-        return tokenizer, None
 
 
 def _text(tokenizer: Any, token: int) -> str:

@@ -3,7 +3,6 @@
 Costs: three times the weights, for their gradient and the optimizer.
 """
 
-import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import reduce
@@ -15,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..metrics import ScoreKeeper
+from ..metrics import ScoreKeeper, null_if_not_finite
 from ..ranges import PositionRange
 from ..sae.autoencoder import Autoencoder, Output
 from ..settings import TrainSettings
-from .batches import Batch
+from .batch import Batch
 from .data_parallel import Team
 from .schedules import Clock, Curriculum, learning_rate_factor
 
@@ -171,9 +170,9 @@ class State:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "l1_coefficient": self.autoencoder.sparsity_factor * self.settings.l1_coefficient,
             "l0": scores.l0,
-            "fvu": _finite(scores.fvu),
-            "fvu_base": None if scores.fvu_base is None else _finite(scores.fvu_base),
-            "fvu_by_range": [_finite(value) for value in scores.fvu_by_range],
+            "fvu": null_if_not_finite(scores.fvu),
+            "fvu_base": null_if_not_finite(scores.fvu_base),
+            "fvu_by_range": null_if_not_finite(scores.fvu_by_range),
             "gradient_norm": norm.item(),
             "gradient_norm_mean": (self.norms[1] / self.norms[0]).item(),
             "gradient_norm_mean_square": (self.norms[2] / self.norms[0]).item(),
@@ -240,7 +239,3 @@ def _float32_products(device: torch.device, precision: Literal["ieee", "tf32"]) 
 def _shuffled(n_rows: int, data_seed: int, step: int) -> NDArray[np.int64]:
     """Which row takes which place, so that positions tell nothing; another draw than any of the order's."""
     return np.random.Generator(np.random.PCG64([data_seed, step, _SHUFFLE])).permutation(n_rows)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

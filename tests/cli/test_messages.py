@@ -90,7 +90,7 @@ def test_a_run_of_other_settings_is_told_by_what_was_typed(posae: Posae, store: 
     told = the_error(posae("train", store, trained, *QUICK, *words).err)
     assert "dropout is 0.1 there and 0.0 now; layer is 2 there and 1 now; penalty is" in told
     assert told.count(" there and ") == 3
-    assert "; also seed; give the same words" in told
+    assert "; also seed; use the same options" in told
     assert not re.search("[0-9a-f]{17}|settings", told)
 
 
@@ -126,7 +126,7 @@ def test_a_run_whose_store_was_moved_is_told_how_to_name_it(
     page = tmp_path / "page.html"
     said = posae("report", run, "--out", page, "--features", 2).err
     remedy = f"posae evaluate {run} --store STORE"
-    assert f"there is no store at {old}; if it was moved: {remedy}" in " ".join(said.split())
+    assert f"there is no store at {old}; if it was moved, name it with {remedy}" in " ".join(said.split())
     assert posae("evaluate", run, "--store", new).code == 0
     words = ("--out", page, "--features", 2, "--tokenizer", DEMO_MODEL)
     assert "no explorer" not in posae("report", run, *words).err

@@ -12,11 +12,11 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-import posae.pipeline.evaluate.evaluate as stage
+import posae.pipeline.evaluate.scoring.rows as scored_rows
 from posae.pipeline.errors import ModelError, RunError
 from posae.pipeline.evaluate.evaluate import evaluate
 from posae.pipeline.evaluate.scoring.evaluation import parse_evaluation
-from posae.pipeline.harvest.language_model import model_facts
+from posae.pipeline.harvest.model_facts import model_facts
 from posae.pipeline.progress import Silent
 from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.sae.autoencoder import Autoencoder
@@ -164,14 +164,14 @@ def test_how_contexts_are_cut_into_batches_changes_no_score(
 ) -> None:
     whole = evaluate(made.run, EvaluateSettings())
     sizes: list[int] = []
-    before = stage.ordered_batches
+    before = scored_rows.ordered_batches
 
     def counted(*words: Any, **named: Any) -> Any:
         sizes.append(named["batch_contexts"])
         return before(*words, **named)
 
-    monkeypatch.setattr(stage, "ordered_batches", counted)
-    monkeypatch.setattr(stage, "_CODE_NUMBERS", 0)
+    monkeypatch.setattr(scored_rows, "ordered_batches", counted)
+    monkeypatch.setattr(scored_rows, "_CODE_NUMBERS", 0)
     assert_close(evaluate(made.run, EvaluateSettings()), whole)
     assert sizes == [8]
 

@@ -47,8 +47,8 @@ from posae.pipeline.evaluate.probing.tasks import (
     package,
     token_class,
 )
-from posae.pipeline.harvest.language_model import load_tokenizer
 from posae.pipeline.harvest.text.contexts import take_contexts, tokenizer_hash
+from posae.pipeline.harvest.tokenizer import load_tokenizer
 from posae.store.reader import ActivationStore
 
 Matrices = dict[str, NDArray[np.float32]]

@@ -25,16 +25,16 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.sha import git_hash
 
 from posae.pipeline.errors import ModelError
-from posae.pipeline.harvest.language_model import (
-    LanguageModel,
+from posae.pipeline.harvest.language_model import LanguageModel
+from posae.pipeline.harvest.model_facts import (
     ModelFacts,
     check_layers,
     default_layers,
     facts_of_recorded,
     is_recorded,
-    load_tokenizer,
     model_facts,
 )
+from posae.pipeline.harvest.tokenizer import load_tokenizer
 from posae.store.errors import SettingsError
 from posae.store.manifest import Manifest
 
@@ -457,7 +457,7 @@ def test_no_memory_left(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
 def test_a_model_without_tokenizer(kind: str, make_model: Callable[[str], Path]) -> None:
-    with pytest.raises(ModelError, match=rf"no tokenizer\.json of .*/{kind} is in reach"):
+    with pytest.raises(ModelError, match=rf"no tokenizer\.json found for .*/{kind}:"):
         load_tokenizer(str(make_model(kind)))
 
 

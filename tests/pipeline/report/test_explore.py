@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-import posae.pipeline.report.explore as stage
+import posae.pipeline.harvest.tokenizer as tokenizers
 from posae.pipeline.errors import ModelError
 from posae.pipeline.evaluate.scoring.profiles import choose_features, neighbours, turned
 from posae.pipeline.ranges import equal_ranges
@@ -101,7 +101,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         found.append(name)
         raise ModelError(f"{name} cannot be had")
 
-    monkeypatch.setattr(stage, "load_tokenizer", load)
+    monkeypatch.setattr(tokenizers, "load_tokenizer", load)
     return found
 
 
@@ -294,8 +294,8 @@ def test_a_part_of_a_character_is_named_as_in_the_vocabulary(
     def hashed(_: object) -> str:
         return store.manifest.tokenizer_hash
 
-    monkeypatch.setattr(stage, "load_tokenizer", load)
-    monkeypatch.setattr(stage, "tokenizer_hash", hashed)
+    monkeypatch.setattr(tokenizers, "load_tokenizer", load)
+    monkeypatch.setattr(tokenizers, "tokenizer_hash", hashed)
     found = explored(made_run(tmp_path / "run", store, new("standard")))
     assert found.note is None
     assert found.texts

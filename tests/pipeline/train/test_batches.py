@@ -14,14 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from posae.pipeline.ranges import equal_ranges, parse_ranges
-from posae.pipeline.train.batches import (
-    Order,
-    ShuffledBatches,
-    as_torch,
-    ordered_batches,
-    shuffled_batches,
-)
+from posae.pipeline.train.batch import as_torch
+from posae.pipeline.train.batches import ShuffledBatches, ordered_batches, shuffled_batches
 from posae.pipeline.train.chunk_memory import DecodedLayer
+from posae.pipeline.train.order import Order
 from posae.store.errors import StoreDamagedError
 from posae.store.reader import ActivationStore
 from posae.store.shards import ShardReader, index_bytes, parse_index

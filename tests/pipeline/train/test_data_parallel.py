@@ -110,7 +110,7 @@ def test_a_process_follows_the_first_and_refuses_to_train_something_else(
     assert second.n_contexts == first.n_contexts
 
     other = Training(store, tmp_path / "other", settings.model_copy(update={"seed": 1}))
-    with pytest.raises(RunMismatchError, match="process 1 of this training has other settings"):
+    with pytest.raises(RunMismatchError, match="process 1 of this run has other settings"):
         other.take_after(Second(first.config))
 
 

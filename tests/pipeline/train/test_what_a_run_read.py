@@ -120,7 +120,7 @@ def test_other_bytes_in_the_stores_place_are_refused_and_it_is_said_which(
     put(trained.another(tmp_path / "other.zarr", **changed), trained.store.root)
     before = tree(trained.run)
     said = f"is not the store that .*run was trained from: other {differ}; "
-    with pytest.raises(RunMismatchError, match=said + "give that one to go on"):
+    with pytest.raises(RunMismatchError, match=said + "give that one to resume"):
         train(trained.store.root, trained.run)
     with pytest.raises(RunMismatchError, match=said + "name the right one with --store"):
         evaluate(trained.run, EvaluateSettings())
@@ -133,7 +133,7 @@ def test_a_training_that_was_cut_short_does_not_go_on_from_other_bytes(
     for name in ("sae_weights.safetensors", "cfg.json"):
         (trained.run / name).unlink()
     other = trained.another(tmp_path / "other.zarr", bits=ONES)
-    with pytest.raises(RunMismatchError, match="other activations, statistics; give that one to go on"):
+    with pytest.raises(RunMismatchError, match="other activations, statistics; give that one to resume"):
         train(other.root, trained.run)
     train(trained.store.root, trained.run)
 
