@@ -18,12 +18,11 @@ import yaml
 
 import posae
 from posae.cli.app import app
+from posae.pipeline.sae.run_settings import resolve_train_settings
 from posae.pipeline.settings import (
     HARVEST_PRESETS,
-    TRAIN_PRESETS,
     EvaluateSettings,
     HarvestSettings,
-    TrainSettings,
     resolve_settings,
 )
 from posae.pipeline.train.sweep import SweepFile, read_sweep
@@ -345,8 +344,8 @@ def test_example_of_gemma_equals_the_presets() -> None:
     assert harvest == resolve_settings(
         HarvestSettings, presets=HARVEST_PRESETS, preset="gemma-2-2b", options=options
     )
-    train = resolve_settings(TrainSettings, presets=TRAIN_PRESETS, config=example_file, options={})
-    assert train == resolve_settings(TrainSettings, presets=TRAIN_PRESETS, preset="paper", options={})
+    train = resolve_train_settings(config=example_file, options={})
+    assert train == resolve_train_settings(preset="paper", options={})
 
 
 def test_example_of_the_demo_equals_the_makefile() -> None:
@@ -356,9 +355,7 @@ def test_example_of_the_demo_equals_the_makefile() -> None:
     assert (harvest.model, harvest.dataset, harvest.layers) == ("demo", "stdlib", (1, 2, 4))
     assert f"--contexts {harvest.contexts}" in makefile
     for preset in (None, "paper-baseline"):
-        train = resolve_settings(
-            TrainSettings, presets=TRAIN_PRESETS, preset=preset, config=example_file, options={}
-        )
+        train = resolve_train_settings(preset=preset, config=example_file, options={})
         assert f"--steps {train.steps}" in makefile
         assert train.architecture == ("standard" if preset else "hierarchical")
 
@@ -366,7 +363,7 @@ def test_example_of_the_demo_equals_the_makefile() -> None:
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
 def test_examples_resolve_for_every_stage(file: Path) -> None:
     resolve_settings(HarvestSettings, presets=HARVEST_PRESETS, config=file, options={})
-    resolve_settings(TrainSettings, presets=TRAIN_PRESETS, config=file, options={})
+    resolve_train_settings(config=file, options={})
     resolve_settings(EvaluateSettings, presets={}, config=file, options={})
 
 

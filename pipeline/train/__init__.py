@@ -9,18 +9,35 @@ the weights for gradient and optimizer, of each run that trains; two windows of 
 it is kept decoded.
 """
 
-from .data_parallel import Team
-from .resident import LayerMemory
-from .resolving import resolve
-from .training import Ongoing, Trained, Training, side_by_side, train_together
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "LayerMemory",
-    "Ongoing",
-    "Team",
-    "Trained",
-    "Training",
-    "resolve",
-    "side_by_side",
-    "train_together",
-]
+if TYPE_CHECKING:
+    from .data_parallel import Team as Team
+    from .resident import LayerMemory as LayerMemory
+    from .resolving import resolve as resolve
+    from .training import Ongoing as Ongoing
+    from .training import Trained as Trained
+    from .training import Training as Training
+    from .training import side_by_side as side_by_side
+    from .training import train_together as train_together
+
+_HOMES = {
+    "LayerMemory": "resident",
+    "Ongoing": "training",
+    "Team": "data_parallel",
+    "Trained": "training",
+    "Training": "training",
+    "resolve": "resolving",
+    "side_by_side": "training",
+    "train_together": "training",
+}
+
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home when it is first asked for (PEP 562): the homes need torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

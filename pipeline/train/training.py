@@ -23,8 +23,8 @@ from ..runs import Run, digest_of
 from ..sae.autoencoder import Autoencoder
 from ..sae.calibration import calibrate_threshold
 from ..sae.registry import architecture_class
+from ..sae.run_settings import as_in_run
 from ..sae.saving import save_autoencoder
-from ..sae.topk import BatchTopK
 from ..settings import TrainSettings
 from .batches import Batch, ShuffledBatches
 from .checkpoints import CheckpointWriter
@@ -282,11 +282,8 @@ class Training:
         if self.run.is_begun:
             begun = self.run.config
             config["posae"] = begun.get("posae")
-            # A setting that there was not yet had what is now its default.
-            fields, settings = TrainSettings.model_fields, begun.get("settings", {})
-            for name in config["settings"].keys() - settings.keys():
-                if config["settings"][name] == fields[name].default:
-                    del config["settings"][name]
+            settings = begun.get("settings", {})
+            config["settings"] = as_in_run(self.settings, settings)
             # Where the store lies may change, what it holds may not; the digests say. Of another layer than
             # the run's they say nothing: that is another setting.
             if settings.get("layer") == self.layer:
@@ -501,7 +498,7 @@ class Ongoing:
             return
         if team.n_processes > 1:
             batches = self.training.batches()
-        if isinstance(autoencoder, BatchTopK):
+        if autoencoder.is_calibrated:
             rows = (
                 self.state.inputs(batch, batch.on_device.to(torch.float32))
                 for batch in batches.steps(0, settings.steps)
