@@ -18,13 +18,15 @@ import yaml
 
 import posae
 from posae.cli.app import app
-from posae.pipeline.sae.run_settings import resolve_train_settings
+from posae.pipeline.sae.registry import ARCHITECTURES
+from posae.pipeline.sae.run_settings import all_options, resolve_train_settings
 from posae.pipeline.settings import (
     HARVEST_PRESETS,
     EvaluateSettings,
     HarvestSettings,
     resolve_settings,
 )
+from posae.pipeline.settings.declared import is_hidden
 from posae.pipeline.train.sweep import SweepFile, read_sweep
 from posae.store import errors
 from posae.store.codecs import CODECS
@@ -104,7 +106,7 @@ def commands() -> dict[str, tuple[str, list[Parameter]]]:
             Parameter(
                 [*p.opts, *p.secondary_opts] if p.param_type_name == "option" else [], str(p.help or "")
             )
-            for p in command.params
+            for p in command.get_params(typer.Context(command))
         ]
         found[str(name)] = (str(command.help or ""), parameters)
     return found
@@ -376,6 +378,18 @@ def test_the_example_of_a_sweep_is_one_and_every_key_is_told(tmp_path: Path) -> 
     assert list(study.runs) == ["paper", "no-layer-norm"]
     assert (study.seeds, study.controls) == (((0, 0), (1, 1)), ("agnostic",))
     assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(SweepFile.model_fields)
+
+
+def test_settings_that_help_leaves_out_are_listed_with_the_paper() -> None:
+    text = (ROOT / "docs" / "paper.md").read_text().partition("<!-- table: hidden settings -->\n")[2]
+    rows = [line.strip("| ").split(" | ")[:3] for line in text.partition("\n\n")[0].splitlines()[2:]]
+    hidden = {name: field for name, field in all_options().items() if is_hidden(field)}
+    assert [(name.strip("`"), default) for name, _, default in rows] == [
+        (name, str(field.default)) for name, field in hidden.items()
+    ]
+    for name, architectures, _ in rows:
+        homes = [kind for kind, one in ARCHITECTURES.items() if name.strip("`") in one.settings.model_fields]
+        assert architectures == ("all" if len(homes) == len(ARCHITECTURES) else ", ".join(homes))
 
 
 def test_every_error_stands_in_the_tree() -> None:

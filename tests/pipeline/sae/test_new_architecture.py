@@ -167,10 +167,7 @@ def test_a_sweep_sets_it_beside_all_its_controls(posae: Posae, store: Path, tmp_
         path.parent.parent.name: json.loads(path.read_text())["settings"]
         for path in runs.glob("*/seed-0/config.json")
     }
-    assert found.keys() == {
-        "low",
-        *(f"low.{role}" for role in ("agnostic", "shared", "shuffled", "more-active")),
-    }
+    assert found.keys() == {"low", *(f"low.{role}" for role in CONTROLS)}
     assert found["low"]["first_gain"] == 0.5
     assert found["low.shared"] == {**found["low"], "shared_adapters": True}
     assert found["low.agnostic"]["architecture"] == "standard"
