@@ -23,13 +23,8 @@ from posae.pipeline.harvest.language_model import LanguageModel
 from posae.pipeline.harvest.model_facts import model_facts
 from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.sae import sparse
-from posae.pipeline.settings import (
-    TRAIN_PRESETS,
-    EvaluateSettings,
-    HarvestSettings,
-    TrainSettings,
-    resolve_settings,
-)
+from posae.pipeline.sae.run_settings import resolve_train_settings, train_presets
+from posae.pipeline.settings import EvaluateSettings, HarvestSettings, TrainSettings
 from posae.pipeline.train import LayerMemory, Ongoing, Team, Training, train_together
 from posae.pipeline.train.batch import Batch
 from posae.pipeline.train.batches import ShuffledBatches
@@ -57,7 +52,7 @@ def _verdict(found: float, most: float) -> str:
 
 
 def _settings(preset: str, **words: Any) -> TrainSettings:
-    return resolve_settings(TrainSettings, presets=TRAIN_PRESETS, preset=preset, options=words)
+    return resolve_train_settings(preset=preset, options=words)
 
 
 # --- correctness
@@ -68,7 +63,7 @@ def correctness(bench: Bench) -> None:
     on_cpu, there = (_demo_harvest(bench, device) for device in (CPU, bench.device))
     bench.attempt("harvest of the demo model", _same_activations, on_cpu, there)
     bench.attempt("batches of activations", _same_batches, on_cpu, bench.device)
-    for preset in TRAIN_PRESETS:
+    for preset in train_presets():
         bench.attempt(f"a step of {preset}", _same_step, bench, on_cpu, preset)
     bench.attempt("scores", _same_scores, bench, on_cpu)
     bench.attempt("an interrupted training", _resumed, bench, on_cpu)
@@ -109,7 +104,7 @@ def _same_batches(store: ActivationStore, device: torch.device) -> str:
 def _same_step(bench: Bench, store: ActivationStore, preset: str) -> str:
     """One update from the same weights, with everything that comes in with alpha."""
     words: dict[str, Any] = {"layer": 2, "steps": 100, "batch_size": 512, "warmup_steps": 0, "device": "cpu"}
-    if TRAIN_PRESETS[preset]["architecture"] in ("hierarchical",):
+    if train_presets()[preset]["architecture"] in ("hierarchical",):
         words["dropout"] = 0.0  # drawn otherwise there
     training = Training(store, bench.out / "work" / "unused", _settings(preset, **words))
     (batch,) = training.batches().steps(0, 1)

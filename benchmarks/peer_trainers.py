@@ -43,9 +43,9 @@ import torch
 from torch import Tensor
 
 from posae.pipeline.device import keep_freed_memory
+from posae.pipeline.sae.run_settings import resolve_train_settings
 from posae.pipeline.sae.saving import load_autoencoder
 from posae.pipeline.sae.topk import BatchTopK
-from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, resolve_settings
 from posae.pipeline.train import LayerMemory, Ongoing, Training, train_together
 from posae.pipeline.train.batch import as_torch
 from posae.store.reader import ActivationStore
@@ -117,7 +117,7 @@ def training(task: Task, architecture: str) -> Training:
     }
     if task.learning_rate is not None:
         options["learning_rate"] = task.learning_rate
-    settings = resolve_settings(TrainSettings, presets=TRAIN_PRESETS, preset=architecture, options=options)
+    settings = resolve_train_settings(preset=architecture, options=options)
     run = task.folder / architecture
     shutil.rmtree(run, ignore_errors=True)
     return Training(task.store, run, settings)

@@ -27,13 +27,8 @@ from typing import Any, NamedTuple
 import torch
 
 from posae.pipeline.evaluate.evaluate import evaluate
-from posae.pipeline.settings import (
-    TRAIN_PRESETS,
-    EvaluateSettings,
-    PlantSettings,
-    TrainSettings,
-    build,
-)
+from posae.pipeline.sae.run_settings import train_presets, train_settings
+from posae.pipeline.settings import EvaluateSettings, PlantSettings, build
 from posae.pipeline.stores.plant import Planting
 from posae.pipeline.train import Training
 from posae.store import ActivationStore
@@ -84,7 +79,7 @@ def width_of_size(n_parameters: int, size_at: Callable[[int], int]) -> int:
 
 def scores(store: ActivationStore, folder: Path, given: dict[str, Any], seed: int) -> dict[str, Any]:
     """Train unless the run is there, and score it."""
-    settings = build(TrainSettings, given | {"seed": seed, "data_seed": seed}, "")
+    settings = train_settings(given | {"seed": seed, "data_seed": seed}, "")
     training = Training(store, folder, settings)
     training.train()
     if not (folder / "evaluation.json").exists():
@@ -109,11 +104,11 @@ def measure(
     effect = build(PlantSettings, case.effect | {"layer": common["layer"]}, "")
     words = "-".join(map(str, case.effect.values()))
     store = Planting(source, folder / f"{words}.zarr", effect).run().store
-    sized = Training(store, folder / "unused", build(TrainSettings, common | case.aware, ""))
+    sized = Training(store, folder / "unused", train_settings(common | case.aware, ""))
     n_parameters = sized.new_autoencoder(None).n_parameters()
 
     def size_at(width: int) -> int:
-        settings = build(TrainSettings, common | {"dictionary_size": max(width, common["target_l0"])}, "")
+        settings = train_settings(common | {"dictionary_size": max(width, common["target_l0"])}, "")
         return Training(store, folder / "unused", settings).new_autoencoder(None).n_parameters()
 
     agnostic = common | {"dictionary_size": width_of_size(n_parameters, size_at)}
@@ -161,7 +156,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only cases whose name begins so")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    common = TRAIN_PRESETS["batchtopk"] | {
+    common = train_presets()["batchtopk"] | {
         "layer": arguments.layer,
         "dictionary_size": arguments.dictionary_size,
         "target_l0": 16,

@@ -38,7 +38,8 @@ from slow_server import served
 from written import written
 
 from posae.pipeline.ranges import equal_ranges
-from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
+from posae.pipeline.sae.run_settings import train_presets, train_settings
+from posae.pipeline.settings import TrainSettings
 from posae.pipeline.train import Training
 from posae.pipeline.train.batches import ShuffledBatches
 from posae.store import ActivationStore
@@ -194,7 +195,7 @@ def measure_training(root: Path, url: str, given: Any) -> bool:
         store = ActivationStore.open(root / name)
         for preset in PRESETS:
             wanted = {"steps": given.steps, "window_contexts": given.window, "layer": store.layers[0]}
-            settings = build(TrainSettings, {**TRAIN_PRESETS[preset], **wanted}, "[train]")
+            settings = train_settings({**train_presets()[preset], **wanted}, "[train]")
             local: list[float] = []
             shares: list[float] = []
             for _ in range(given.rounds):

@@ -19,7 +19,8 @@ from train import BATCH, LENGTH, Clock, made, say
 from posae.pipeline.device import keep_freed_memory
 from posae.pipeline.evaluate.evaluate import evaluate
 from posae.pipeline.progress import Silent
-from posae.pipeline.settings import TRAIN_PRESETS, EvaluateSettings, TrainSettings, resolve_settings
+from posae.pipeline.sae.run_settings import resolve_train_settings
+from posae.pipeline.settings import EvaluateSettings
 from posae.pipeline.train import Ongoing, Training, train_together
 
 N_TRAINED = 10_000 * 2048
@@ -59,7 +60,7 @@ def main() -> None:
     store = made(given.folder / f"scoring-{given.d_model}.zarr", given.d_model, 768, HELD_OUT)
     words = {"steps": given.steps, "batch_size": BATCH, "window_contexts": 256, "log_steps": 10**6}
     words |= {"dictionary_size": given.features, "checkpoint_steps": 10**6, "device": given.device}
-    settings = resolve_settings(TrainSettings, presets=TRAIN_PRESETS, preset=given.preset, options=words)
+    settings = resolve_train_settings(preset=given.preset, options=words)
     run = given.folder / "scored"
     shutil.rmtree(run, ignore_errors=True)
     training = Training(store, run, settings)

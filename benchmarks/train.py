@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from written import written
 
 from posae.pipeline.device import keep_freed_memory
+from posae.pipeline.sae.run_settings import resolve_train_settings
 from posae.pipeline.sae.topk import TopK
-from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, resolve_settings
 from posae.pipeline.train import LayerMemory, Ongoing, Training, train_together
 from posae.pipeline.train.batch import Batch
 from posae.store.manifest import Manifest
@@ -135,9 +135,7 @@ class Bench:
         words = {"steps": self.steps, "batch_size": BATCH, "window_contexts": WINDOW, "log_steps": 10**6}
         words |= {"dictionary_size": self.features, "checkpoint_steps": 10**6, "curriculum": "step"}
         words |= {"device": self.device}
-        settings = resolve_settings(
-            TrainSettings, presets=TRAIN_PRESETS, preset=preset, options=words | options
-        )
+        settings = resolve_train_settings(preset=preset, options=words | options)
         run = self.folder / "runs" / f"{preset}-{options.get('seed', 0)}"
         shutil.rmtree(run, ignore_errors=True)
         return Training(self.store, run, settings)
@@ -298,9 +296,7 @@ def epoch(folder: Path, root: Path, features: int) -> None:
     store = ActivationStore.open(root)
     steps = store.training_contexts(0) * LENGTH // BATCH
     words = {"steps": steps, "batch_size": BATCH, "window_contexts": WINDOW, "dictionary_size": features}
-    settings = resolve_settings(
-        TrainSettings,
-        presets=TRAIN_PRESETS,
+    settings = resolve_train_settings(
         preset="batchtopk",
         options=words | {"log_steps": 10**6},
     )

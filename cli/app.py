@@ -32,7 +32,7 @@ from .inspect_store import inspect_store
 from .merge import merge
 from .plant import plant
 from .report import report
-from .train import train
+from .train import TrainCommand, train
 from .versions import versions
 
 
@@ -79,8 +79,16 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "import": import_activations,
     "import-sae": import_sae,
 }
+_LAZY = {"train": TrainCommand}
+
+
+def _incomplete() -> None:
+    """What a lazy command is registered with."""
+
+
 for _name, _command in _COMMANDS.items():
-    app.command(_name, help=_flowing(_command))(_command)
+    _kind = _LAZY.get(_name)
+    app.command(_name, cls=_kind, help=_flowing(_command))(_incomplete if _kind else _command)
 
 
 def _version(wanted: bool) -> None:

@@ -1,16 +1,17 @@
-"""Options made from settings: one declaration, in ``pipeline/settings/``, makes both."""
+"""Options made from settings: one declaration makes both."""
 
 import inspect
 import os
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
-from ..pipeline.settings import Settings
+from ..pipeline.settings import Group, Settings
+from ..pipeline.settings.declared import FieldInfo, group_of, is_hidden
 from ..store.errors import SettingsError
 from ..store.opening import is_store
 from ..store.remote.cache import parse_size
@@ -75,41 +76,27 @@ CacheSize = Annotated[
 ]
 
 
-def with_settings(stage: type[Settings], leave_out: tuple[str, ...] = ()) -> Callable[[Any], Any]:
-    """Give a command an option for each setting; the command gets those given as ``options``.
+def with_settings(stage: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each setting of a stage; the command gets those given as ``options``."""
+    return with_fields(stage.model_fields)
 
-    Args:
-        stage: the settings class.
-        leave_out: fields that the command declares itself.
-    """
+
+def with_fields(
+    fields: Mapping[str, FieldInfo],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The same for settings by name; options are ordered by their panels where they have some."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command).parameters
-        fields = {name: field for name, field in stage.model_fields.items() if name not in leave_out}
 
         def wrapped(**values: Any) -> None:
             options = {name: _value(name, values.pop(name)) for name in fields}
             command(**values, options=options)
 
         parameters = [parameter for name, parameter in own.items() if name != "options"]
-        for name, field in fields.items():
-            kind = _option_type(field.annotation)
-            text = (field.description or "").replace("\n", " ")
-            if field.default is not None:
-                text = f"{text} [dim]\\[default: {field.default}][/dim]"
-            option = typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False)
-            if kind is bool:
-                flag = name.replace("_", "-")
-                option = typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)
-            parameters.append(
-                inspect.Parameter(
-                    name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=None,
-                    annotation=Annotated[Union[kind, None], option],  # noqa: UP007
-                )
-            )
+        parameters += [_parameter(name, field) for name, field in fields.items()]
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        parameters.sort(key=_panel)
         wrapped.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
         wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
         wrapped.__doc__ = command.__doc__
@@ -117,6 +104,30 @@ def with_settings(stage: type[Settings], leave_out: tuple[str, ...] = ()) -> Cal
         return wrapped
 
     return decorate
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    """The option of one setting."""
+    kind, flag = _option_type(field.annotation), name.replace("_", "-")
+    text = (field.description or "").replace("\n", " ")
+    if field.default is not None:
+        text = f"{text} [dim]\\[default: {field.default}][/dim]"
+    option = typer.Option(
+        f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
+        help=text,
+        show_default=False,
+        hidden=is_hidden(field),
+        rich_help_panel=group_of(field),
+    )
+    annotation = Annotated[Union[kind, None], option]  # noqa: UP007
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _panel(parameter: inspect.Parameter) -> int:
+    """The place of its panel among those of settings; what has none stays first."""
+    (declared,) = parameter.annotation.__metadata__
+    panel, groups = declared.rich_help_panel, [str(group) for group in Group]
+    return groups.index(panel) if panel in groups else len(groups) if panel else -1
 
 
 def _option_type(annotation: Any) -> Any:

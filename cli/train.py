@@ -1,25 +1,37 @@
 """``posae train``: an autoencoder from a store, or all of a sweep."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..pipeline.settings import TRAIN_PRESETS, EvaluateSettings, TrainSettings, resolve_settings
-from ..pipeline.train.controls import is_position_aware
-from ..pipeline.train.sweep import Plan, Study, read_sweep
+from ..pipeline.settings import EvaluateSettings, Group, TrainSettings
 from ..pipeline.train.trackers import TrackerName
 from ..store.errors import SettingsError
 from ..store.reader import ActivationStore
 from .display import LiveProgress, console, errors, if_interrupted
-from .options import Cache, CacheSize, Config, on_this_machine, with_settings
+from .lazy import LazyCommand
+from .options import Cache, CacheSize, on_this_machine, with_fields
 from .report import comparison
+
+if TYPE_CHECKING:
+    from ..pipeline.train.sweep import Plan
 
 Resident = Literal["auto", "always", "never"]
 
 
-@with_settings(TrainSettings)
+class TrainCommand(LazyCommand):
+    """``posae train``: architectures declare its options, beside classes of torch."""
+
+    @staticmethod
+    def complete() -> Callable[..., None]:
+        """``train`` with an option for each setting of any architecture."""
+        from ..pipeline.sae.run_settings import all_options
+
+        return with_fields(all_options())(train)
+
+
 def train(
     store: Annotated[str, typer.Argument(help="Store to train from: a folder, or a URL.")],
     run: Annotated[
@@ -29,21 +41,30 @@ def train(
         ),
     ],
     options: dict[str, Any],
-    preset: Annotated[
-        str | None, typer.Option("--preset", help=f"Settings to start from: {', '.join(TRAIN_PRESETS)}.")
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="TOML file with settings; options given here win over it.",
+            rich_help_panel=Group.BASICS,
+        ),
     ] = None,
-    config: Config = None,
     sweep: Annotated[
         Path | None,
-        typer.Option("--sweep", help="TOML file that names many runs; options given here win over it."),
+        typer.Option(
+            "--sweep",
+            help="TOML file that names many runs; options given here win over it.",
+            rich_help_panel=Group.RESOURCES,
+        ),
     ] = None,
     controls: Annotated[
         bool | None,
         typer.Option(
             "--controls/--no-controls",
-            help="Set a run that knows positions beside its controls, each in a folder below RUN. "
-            "A sweep does so by itself.",
+            help="Train the controls of a position-aware run too, each in a folder below RUN. A sweep does "
+            "so by itself.",
             show_default=False,
+            rich_help_panel=Group.RESOURCES,
         ),
     ] = None,
     together: Annotated[
@@ -51,8 +72,9 @@ def train(
         typer.Option(
             "--together",
             min=1,
-            help="Trainings of a sweep that share a pass over the store, if half of the memory holds them. "
-            "They give the same weights as alone.",
+            help="Runs of a sweep that share a pass over the store, if half of the memory holds them. They "
+            "give the same weights as alone.",
+            rich_help_panel=Group.RESOURCES,
         ),
     ] = 8,
     resident: Annotated[
@@ -61,6 +83,7 @@ def train(
             "--resident",
             help="Whether the layer is kept decoded in memory, so that the store is read once. auto: where a "
             "GPU or a server would be waited for, half of the memory holds it, and it is read again.",
+            rich_help_panel=Group.RESOURCES,
         ),
     ] = "auto",
     track: Annotated[
@@ -70,6 +93,7 @@ def train(
             help="Show the curves in TensorBoard or Weights & Biases too; may be given twice. Each needs the "
             "extra of its name.",
             show_default=False,
+            rich_help_panel=Group.OUTPUT,
         ),
     ] = None,
     cache: Cache = None,
@@ -77,22 +101,24 @@ def train(
 ) -> None:
     """Train an autoencoder on one layer of a store, and score it on the held-out part.
 
-    Run again with the same words it goes on at its last checkpoint. With --sweep: all runs that a file
+    Run again with the same options it resumes at its last checkpoint. With --sweep: all runs that a file
     names, and their controls; those that read the same batches share a pass over the store. Started by
-    torchrun, its processes share the training, or the trainings of a sweep.
+    torchrun, its processes share the run, or the runs of a sweep.
 
     Example: posae train pile.zarr runs/paper --layer 12
     """
+    from ..pipeline.sae.run_settings import resolve_train_settings
+    from ..pipeline.train.sweep import Plan, Study, read_sweep
+
+    preset: str | None = options.pop("preset")
     studies: list[Study] = []
     if sweep:
         if preset is not None or config is not None:
-            raise SettingsError("--sweep has its settings from its file; leave --preset and --config out")
+            raise SettingsError("--sweep takes its settings from its file; leave --preset and --config out")
         studies = read_sweep(sweep, options, controls)
         all_settings = [settings for study in studies for settings in study.runs.values()]
     else:
-        settings = resolve_settings(
-            TrainSettings, presets=TRAIN_PRESETS, preset=preset, config=config, options=options
-        )
+        settings = resolve_train_settings(preset=preset, config=config, options=options)
         all_settings = [settings]
         if controls:
             name = preset or settings.architecture
@@ -125,6 +151,7 @@ def _train_alone(
     track: Sequence[TrackerName],
 ) -> None:
     from ..pipeline.train import LayerMemory, Training
+    from ..pipeline.train.controls import is_position_aware
     from .trainings import about_position, scores, train_one
 
     training, memory = Training(store, run, settings), LayerMemory(resident)
@@ -172,7 +199,7 @@ def _how_far(folder: Path) -> str:
     return f"a checkpoint of step {step:,} is there, and the same command goes on"
 
 
-def _how_many_are_done(folder: Path, plan: Plan) -> str:
+def _how_many_are_done(folder: Path, plan: "Plan") -> str:
     from ..pipeline.runs import Run
 
     n_done = sum(Run(folder / planned.folder).is_finished for planned in plan.trainings)

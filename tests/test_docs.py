@@ -18,14 +18,15 @@ import yaml
 
 import posae
 from posae.cli.app import app
+from posae.pipeline.sae.registry import ARCHITECTURES
+from posae.pipeline.sae.run_settings import all_options, resolve_train_settings
 from posae.pipeline.settings import (
     HARVEST_PRESETS,
-    TRAIN_PRESETS,
     EvaluateSettings,
     HarvestSettings,
-    TrainSettings,
     resolve_settings,
 )
+from posae.pipeline.settings.declared import is_hidden
 from posae.pipeline.train.sweep import SweepFile, read_sweep
 from posae.store import errors
 from posae.store.codecs import CODECS
@@ -105,7 +106,7 @@ def commands() -> dict[str, tuple[str, list[Parameter]]]:
             Parameter(
                 [*p.opts, *p.secondary_opts] if p.param_type_name == "option" else [], str(p.help or "")
             )
-            for p in command.params
+            for p in command.get_params(typer.Context(command))
         ]
         found[str(name)] = (str(command.help or ""), parameters)
     return found
@@ -345,8 +346,8 @@ def test_example_of_gemma_equals_the_presets() -> None:
     assert harvest == resolve_settings(
         HarvestSettings, presets=HARVEST_PRESETS, preset="gemma-2-2b", options=options
     )
-    train = resolve_settings(TrainSettings, presets=TRAIN_PRESETS, config=example_file, options={})
-    assert train == resolve_settings(TrainSettings, presets=TRAIN_PRESETS, preset="paper", options={})
+    train = resolve_train_settings(config=example_file, options={})
+    assert train == resolve_train_settings(preset="paper", options={})
 
 
 def test_example_of_the_demo_equals_the_makefile() -> None:
@@ -356,9 +357,7 @@ def test_example_of_the_demo_equals_the_makefile() -> None:
     assert (harvest.model, harvest.dataset, harvest.layers) == ("demo", "stdlib", (1, 2, 4))
     assert f"--contexts {harvest.contexts}" in makefile
     for preset in (None, "paper-baseline"):
-        train = resolve_settings(
-            TrainSettings, presets=TRAIN_PRESETS, preset=preset, config=example_file, options={}
-        )
+        train = resolve_train_settings(preset=preset, config=example_file, options={})
         assert f"--steps {train.steps}" in makefile
         assert train.architecture == ("standard" if preset else "hierarchical")
 
@@ -366,7 +365,7 @@ def test_example_of_the_demo_equals_the_makefile() -> None:
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
 def test_examples_resolve_for_every_stage(file: Path) -> None:
     resolve_settings(HarvestSettings, presets=HARVEST_PRESETS, config=file, options={})
-    resolve_settings(TrainSettings, presets=TRAIN_PRESETS, config=file, options={})
+    resolve_train_settings(config=file, options={})
     resolve_settings(EvaluateSettings, presets={}, config=file, options={})
 
 
@@ -379,6 +378,18 @@ def test_the_example_of_a_sweep_is_one_and_every_key_is_told(tmp_path: Path) -> 
     assert list(study.runs) == ["paper", "no-layer-norm"]
     assert (study.seeds, study.controls) == (((0, 0), (1, 1)), ("agnostic",))
     assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(SweepFile.model_fields)
+
+
+def test_settings_that_help_leaves_out_are_listed_with_the_paper() -> None:
+    text = (ROOT / "docs" / "paper.md").read_text().partition("<!-- table: hidden settings -->\n")[2]
+    rows = [line.strip("| ").split(" | ")[:3] for line in text.partition("\n\n")[0].splitlines()[2:]]
+    hidden = {name: field for name, field in all_options().items() if is_hidden(field)}
+    assert [(name.strip("`"), default) for name, _, default in rows] == [
+        (name, str(field.default)) for name, field in hidden.items()
+    ]
+    for name, architectures, _ in rows:
+        homes = [kind for kind, one in ARCHITECTURES.items() if name.strip("`") in one.settings.model_fields]
+        assert architectures == ("all" if len(homes) == len(ARCHITECTURES) else ", ".join(homes))
 
 
 def test_every_error_stands_in_the_tree() -> None:

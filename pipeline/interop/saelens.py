@@ -157,5 +157,14 @@ def _register(name: str) -> None:
     register_sae_class(name, PositionAwareSAE, Config)
 
 
-for _architecture in ARCHITECTURES:
-    _register(f"posae_{_architecture}")
+_registered: set[str] = set()
+
+
+def register_architectures() -> None:
+    """Have SAELens open all architectures of posae's registry; call it again for one that was added since."""
+    for architecture in ARCHITECTURES.keys() - _registered:
+        _register(f"posae_{architecture}")
+        _registered.add(architecture)
+
+
+register_architectures()

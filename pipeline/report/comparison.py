@@ -25,7 +25,8 @@ CONTROLS = {
 }
 """The controls by role, in words."""
 
-_HAVE_ADAPTERS = ("hierarchical", "masked", "separate")
+_HAD_ADAPTERS = ("hierarchical", "masked", "separate")
+"""Architectures with adapters of their own when sweeps did not record it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def did_position_help(study: Study, name: str) -> Finding:
     """What the controls of the run ``name`` say of it."""
     aware = study.series(name)
     controls = {role: study.control(name, role) or {} for role in CONTROLS}
-    wanted = [role for role in CONTROLS if role != "shared" or _has_adapters(aware)]
+    wanted = [role for role in CONTROLS if role != "shared" or _has_adapters(study, name)]
     missing = tuple(role for role in wanted if not controls[role])
     if controls["shared"] == controls["shuffled"]:
         controls["shared"] = {}  # of means alone both are one training
@@ -145,11 +146,15 @@ def _beside(gains: Mapping[str, Interval], more_active: tuple[float, float] | No
     return words
 
 
-def _has_adapters(runs: Series) -> bool:
+def _has_adapters(study: Study, name: str) -> bool:
     """Whether there is something by range that all ranges could share."""
-    return any(
-        run.architecture in _HAVE_ADAPTERS or run.setting("position_adapter", "none") != "none"
-        for run in runs.values()
+    recorded = {entry.has_adapters for entry in study.runs if entry.name == name} - {None}
+    return True in recorded or (
+        not recorded
+        and any(
+            run.architecture in _HAD_ADAPTERS or run.setting("position_adapter", "none") != "none"
+            for run in study.series(name).values()
+        )
     )
 
 

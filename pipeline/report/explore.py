@@ -36,8 +36,6 @@ from ..progress import Progress, Silent
 from ..ranges import PositionRange, equal_ranges
 from ..runs import Run
 from ..sae.autoencoder import Autoencoder
-from ..sae.hierarchical import Hierarchical
-from ..sae.masked import Masked
 from ..train.batch import as_torch
 from .page.explored import Excerpt, Explored, ExploredFeature, Unexplored
 
@@ -245,9 +243,7 @@ def _code(
 
 def _has_adapters(autoencoder: Autoencoder) -> bool:
     """Whether alpha changes codes."""
-    learned = isinstance(autoencoder, Hierarchical) or autoencoder.position_adapter.form != "none"
-    mask = isinstance(autoencoder, Masked) and autoencoder.mask_schedule == "curriculum"
-    return autoencoder.alpha != 0 and (learned or mask)
+    return autoencoder.alpha != 0 and autoencoder.comes_in_with_alpha
 
 
 def _levels(

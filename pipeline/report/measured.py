@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
+from ..settings.flat import without_foreign
+
 SETTLED = 0.1
 """Figures over steps leave out this share of the steps, the first: that is the start, not the training."""
 
@@ -65,7 +67,7 @@ class Measured:
     def settings(self) -> Mapping[str, Any]:
         """What it was trained with."""
         found: Any = self.config.get("settings")
-        return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+        return without_foreign(cast("dict[str, Any]", found)) if isinstance(found, dict) else {}
 
     def setting(self, name: str, default: Any = None) -> Any:
         """One of its settings; ``default`` where its posae did not have it."""
@@ -219,6 +221,8 @@ class StudyRun:
         control: None, or what it controls for: agnostic, shared, shuffled, more-active.
         of: name of the run that it is a control of.
         run: what it measured.
+        has_adapters: of a position-aware run, whether something learned differs by position range; None
+            where its sweep is of a version that did not record it.
     """
 
     name: str
@@ -226,6 +230,7 @@ class StudyRun:
     run: Measured
     control: str | None = None
     of: str | None = None
+    has_adapters: bool | None = None
 
 
 @dataclass(frozen=True)

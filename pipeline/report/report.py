@@ -17,7 +17,6 @@ from ...store.files import StoreFiles
 from ...store.seal import ROOT_PATH
 from ..errors import RunError, RunNotFoundError
 from ..runs import EVALUATION, Run, runs_below
-from ..settings import TrainSettings, train_words
 from . import tables
 from .comparison import Finding, findings
 from .markdown import markdown
@@ -38,6 +37,7 @@ class _Run(BaseModel):
     folder: str
     control: Literal["agnostic", "shared", "shuffled", "more-active"] | None = None
     of: str | None = None
+    has_adapters: bool | None = None
 
 
 class _Study(BaseModel):
@@ -100,7 +100,11 @@ class Report:
 
     def provenance(self) -> list[Provenance]:
         """Where each run with scores comes from."""
-        defaults = {name: field.default for name, field in TrainSettings.model_fields.items()}
+        # Architectures need torch, and pages alone need architectures.
+        from ..sae.run_settings import all_declared
+        from ..sae.words import train_words
+
+        defaults = {name: field.default for name, field in all_declared().items()}
         return [
             provenance(
                 one.label if len(one.runs) == 1 else f"{one.label}, seed {run.setting('seed')}",
@@ -191,7 +195,8 @@ def _studies(folder: Path, runs: dict[str, Measured]) -> Iterable[Study]:
             place = folder / _inside(path, entry.folder)
             if str(place) not in runs:
                 runs[str(place)] = _run(place)
-            entries.append(StudyRun(entry.name, entry.seed, runs[str(place)], entry.control, entry.of))
+            run = runs[str(place)]
+            entries.append(StudyRun(entry.name, entry.seed, run, entry.control, entry.of, entry.has_adapters))
         yield Study(study.study, study.title, tuple(entries), study.claim)
 
 

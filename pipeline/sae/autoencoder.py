@@ -2,7 +2,9 @@
 
 An architecture adds how rows become codes (``_codes``), what its penalties are (``_sparsity``, and
 ``_auxiliary`` where it has one), the weights that it alone has, and what all of them are at the start
-(``_initialise``). What the position of a row changes is in two parts that any architecture can have:
+(``_initialise``); and declares what the rest of posae asks of it: its settings, presets and controls, in the
+class attributes of ``Autoencoder``. What the position of a row changes is in two parts that any architecture
+can have:
 ``position_mean``, taken from the store, and ``position_adapter``, learned.
 
 Units: activations come and go raw, as the store has them. Inside, what a position's mean explains is
@@ -19,7 +21,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 
 from ...store.errors import SettingsError
 from ..ranges import PositionRange, parse_ranges
+from ..settings import Preset, TrainSettings
 from .position_adapter import PositionAdapter, Rows, empty_weight
 from .position_mean import PositionMean
 from .share import Share
@@ -137,9 +140,14 @@ class Autoencoder(nn.Module, ABC):
 
     Attributes:
         architecture: its name in settings.
+        settings: what it can be set to; the default of ``settings.architecture`` is that name.
+        presets: its presets by name; the first is what ``--architecture`` alone stands for.
+        agnostic_architecture: the same without the adapters by position that it always has, for controls;
+            None where it has none.
         saelens_architecture: what SAELens calls it where positions change nothing; None where it has none.
-        expansion: features for each number of an activation, where none are named.
-        is_centred: whether the mean activation is taken off before encoding, from the start.
+        expansion: features per number of an activation, where their count is not set.
+        is_centred: whether the mean activation is subtracted before encoding, from the start.
+        is_calibrated: whether ``calibrate_threshold`` sets its ``threshold`` to its ``target_l0`` at the end.
         ranges: the position ranges, from position 0 to the context length.
         alpha: the curriculum coefficient, alpha_t in the paper; 0 until the trainer sets it.
         activation_scale: what activations are multiplied by on the way in.
@@ -156,9 +164,13 @@ class Autoencoder(nn.Module, ABC):
     """
 
     architecture: ClassVar[str]
+    settings: ClassVar[type[TrainSettings]]
+    presets: ClassVar[Mapping[str, Preset]] = {}
+    agnostic_architecture: ClassVar[str | None] = None
     saelens_architecture: ClassVar[str | None] = None
     expansion: ClassVar[int] = 1
     is_centred: ClassVar[bool] = False
+    is_calibrated: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -233,8 +245,25 @@ class Autoencoder(nn.Module, ABC):
 
     @classmethod
     def usual_learning_rate(cls, dictionary_size: int) -> float:
-        """What the learning rate is, where none is named: the paper's."""
+        """The learning rate where it is not set: the paper's."""
         return 3e-4
+
+    @classmethod
+    def settings_by_size(
+        cls, settings: TrainSettings, untrained: "Callable[[TrainSettings], Autoencoder]"
+    ) -> dict[str, Any]:
+        """Settings of its own that follow from numbers of parameters.
+
+        Args:
+            settings: all others resolved.
+            untrained: makes an autoencoder of settings whose weights are only shapes.
+        """
+        return {}
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether something learned differs by position or its range."""
+        return self.agnostic_architecture is not None or self.position_adapter.form != "none"
 
     @torch.no_grad()
     def _start(self) -> None:

@@ -15,18 +15,99 @@ base's 4 · d_model · k. While alpha is 0 adapters are left out, and their weig
 """
 
 import math
-from typing import ClassVar, Literal, Unpack, cast
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Self, Unpack, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import model_validator
 from torch import Tensor, nn
 
+from ..settings import Group, Preset, TrainSettings, setting
 from .autoencoder import Autoencoder, Codes, CommonSettings, empty_weight, require
+from .families import PAPER, L1Settings
 from .position_adapter import Rows
 from .row_blocks import AdapterWeights, Change, adapted, by_blocks, rectified
 from .sparse import SparseCode
+
+
+class HierarchicalSettings(L1Settings):
+    """Settings of ``hierarchical``."""
+
+    architecture: str = "hierarchical"
+    """The paper's adapters by position range."""
+
+    adapter_width: int | None = setting(None, Group.ARCHITECTURE, ge=1)
+    """Hidden width of each range's adapter; by default half the model's width, as in the paper."""
+
+    adapter_share: float | None = setting(None, Group.ARCHITECTURE, gt=0)
+    """Instead of adapter_width: parameters that hierarchical's adapters add, as a share of the others."""
+
+    adapter_gain: float = setting(1.0, Group.ARCHITECTURE)
+    """Initial gain of the adapters' layer norm; narrow adapters need 0."""
+
+    dropout: float = setting(0.1, Group.ARCHITECTURE, ge=0, lt=1)
+    """Dropout on the output of hierarchical's adapters."""
+
+    layer_norm: Literal["both", "base", "adapter", "none"] = setting(
+        "both", Group.ARCHITECTURE, is_hidden=True
+    )
+    """Where hierarchical has a layer norm."""
+
+    layer_norm_affine: bool = setting(True, Group.ARCHITECTURE, is_hidden=True)
+    """Give layer norms a gain and a bias."""
+
+    adapter_norm: Literal["after", "before"] = setting("after", Group.ARCHITECTURE, is_hidden=True)
+    """Whether an adapter's layer norm comes after it, as in the paper, or before, as in its scripts."""
+
+    residual: bool = setting(True, Group.ARCHITECTURE, is_hidden=True)
+    """Add adapters to the base code; without, they replace it as alpha rises."""
+
+    rectify: bool = setting(False, Group.ARCHITECTURE, is_hidden=True)
+    """Put a ReLU after hierarchical's adapters, so that no activation is negative."""
+
+    penalty: Literal["text", "code", "base"] = setting("text", Group.SPARSITY, is_hidden=True)
+    """What lambda multiplies in hierarchical: the base code and what adapters change, as in the paper's text,
+    the code that is decoded, or the base code alone, as in its scripts."""
+
+    base_loss_coefficient: float = setting(0.0, Group.ARCHITECTURE, is_hidden=True, ge=0)
+    """Weight of a further loss of what hierarchical's base code alone reconstructs."""
+
+    decoder_bias: bool = setting(False, Group.ARCHITECTURE, is_hidden=True)
+    """Give hierarchical a decoder bias; all others have one."""
+
+    def usual(self, d_model: int) -> dict[str, Any]:
+        """The paper's adapters: half as wide as the model."""
+        is_open = self.adapter_width is None and self.adapter_share is None
+        return {"adapter_width": max(1, d_model // 2)} if is_open else {}
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> Self:
+        if self.adapter_width is not None and self.adapter_share is not None:
+            raise ValueError("adapter_width and adapter_share contradict each other; give one of them")
+        return self
+
+
+_PAPER = {"ranges": "4", "dropout": 0.1, **PAPER}
+
+_PUBLISHED_CODE = {
+    **_PAPER,
+    "steps": 11_000,
+    "warmup_share": 1 / 11,
+    "learning_rate": 3e-5,
+    "learning_rate_warmup": 1 / 11,
+    "weight_decay": 0.0,
+    "reconstruction_loss": "norm",
+    "penalty": "base",
+    "adapter_norm": "before",
+    "decoder_bias": True,
+    "decoder_norm": "outputs",
+    "project_gradient": True,
+    "activation_scale": "none",
+    "special_tokens": True,
+}
 
 
 class Adapter(nn.Module):
@@ -95,6 +176,18 @@ class Hierarchical(Autoencoder):
     """
 
     architecture: ClassVar[str] = "hierarchical"
+    settings: ClassVar[type[TrainSettings]] = HierarchicalSettings
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset("The paper's text, to the letter.", _PAPER),
+        "paper-15pct": Preset(
+            "The same with adapters as narrow as the 15 % of parameters that the paper claims.",
+            {**_PAPER, "adapter_share": 0.15, "adapter_gain": 0.0},
+        ),
+        "published-code": Preset(
+            "What the paper's scripts would have trained, with true positions.", _PUBLISHED_CODE
+        ),
+    }
+    agnostic_architecture: ClassVar[str | None] = "standard"
 
     def __init__(
         self,
@@ -155,6 +248,20 @@ class Hierarchical(Autoencoder):
         )
         self.b_dec = empty_weight(self.d_model, device=device) if decoder_bias else None
         self._start()
+
+    @classmethod
+    def settings_by_size(
+        cls, settings: TrainSettings, untrained: Callable[[TrainSettings], Autoencoder]
+    ) -> dict[str, Any]:
+        """The width at which adapters come nearest to ``adapter_share`` of the other parameters."""
+        assert isinstance(settings, HierarchicalSettings)
+        share = settings.adapter_share
+        if share is None:
+            return {}
+        one, two = (untrained(settings.model_copy(update={"adapter_width": width})) for width in (1, 2))
+        base, further = one.base_parameters(), two.n_parameters() - one.n_parameters()
+        width = 1 + round((base * (1 + share) - one.n_parameters()) / further)
+        return {"adapter_width": max(1, width), "adapter_share": None}
 
     def _new_norm(self, wanted: bool) -> nn.Module:
         if not wanted:

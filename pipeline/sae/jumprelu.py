@@ -17,7 +17,9 @@ from typing import Any, ClassVar, Unpack, cast
 import torch
 from torch import Tensor, nn
 
+from ..settings import Group, Preset, TrainSettings, setting
 from .autoencoder import Codes, CommonSettings, empty_weight, require
+from .families import TOPK, SparsityWarmup, TargetL0Settings
 from .plain import Plain
 from .position_adapter import Rows
 
@@ -44,6 +46,19 @@ class _Jump(torch.autograd.Function):
         return of_code * is_active, of_threshold, None
 
 
+class JumpReLUSettings(TargetL0Settings, SparsityWarmup):
+    """Settings of ``jumprelu``."""
+
+    architecture: str = "jumprelu"
+    """A learned threshold for each feature."""
+
+    l0_coefficient: float = setting(1.0, Group.SPARSITY, ge=0)
+    """Weight of jumprelu's L0 penalty, which pulls L0 to target_l0."""
+
+    bandwidth: float = setting(0.03, Group.SPARSITY, gt=0)
+    """Width of jumprelu's step for its gradient, as a share of sqrt(d_model)."""
+
+
 class JumpReLU(Plain):
     """A threshold for each feature.
 
@@ -57,6 +72,13 @@ class JumpReLU(Plain):
     """
 
     architecture: ClassVar[str] = "jumprelu"
+    settings: ClassVar[type[TrainSettings]] = JumpReLUSettings
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "jumprelu": Preset(
+            "A learned threshold for each feature, pulled to a number of active features; ignores positions.",
+            {**TOPK, "sparsity_warmup": 0.2},
+        )
+    }
     saelens_architecture: ClassVar[str | None] = "jumprelu"
     expansion: ClassVar[int] = 8
     is_centred: ClassVar[bool] = True

@@ -10,16 +10,32 @@ the curriculum, (1 - alpha) + alpha · m(p), all features are everybody's at fir
 Cost: as ``standard``, and a gather and a product [rows, dictionary_size].
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
 
 from ..ranges import PositionRange, range_of_position
+from ..settings import Group, Preset, TrainSettings, setting
 from .autoencoder import Codes, CommonSettings, require
+from .families import PAPER, L1Settings
 from .position_adapter import Rows
 from .standard import Standard
+
+
+class MaskedSettings(L1Settings):
+    """Settings of ``masked``."""
+
+    architecture: str = "masked"
+    """Features for some positions only; the paper calls it failed."""
+
+    mask: Literal["hard", "gaussian"] = setting("hard", Group.ARCHITECTURE)
+    """Which features a position may use with masked: those of its range, or weights that fall off over 1/8
+    of the context."""
+
+    mask_schedule: Literal["fixed", "curriculum"] = setting("fixed", Group.ARCHITECTURE)
+    """Whether the mask applies from the start, or comes in with alpha."""
 
 
 class Masked(Standard):
@@ -31,6 +47,22 @@ class Masked(Standard):
     """
 
     architecture: ClassVar[str] = "masked"
+    settings: ClassVar[type[TrainSettings]] = MaskedSettings
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "hard-mask": Preset(
+            "The paper's runs 1 to 3, which it calls failed: each range has features of its own.",
+            {"mask": "hard", **PAPER},
+        ),
+        "gaussian-mask": Preset(
+            "The same with features whose weight falls off with the distance from a position.",
+            {"mask": "gaussian", **PAPER},
+        ),
+        "mask-schedule": Preset(
+            "The paper's runs 6 to 8: a hard mask that comes in with alpha.",
+            {"mask_schedule": "curriculum", **PAPER},
+        ),
+    }
+    agnostic_architecture: ClassVar[str | None] = "standard"
     saelens_architecture: ClassVar[str | None] = None
 
     weights_by_position: Tensor

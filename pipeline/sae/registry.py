@@ -11,8 +11,20 @@ from .separate import Separate
 from .standard import Standard
 from .topk import BatchTopK, TopK
 
+DEFAULT = Hierarchical
+"""What ``posae train`` trains, by its first preset, where neither architecture nor preset is given."""
+
 ARCHITECTURES: dict[str, type[Autoencoder]] = {
-    kind.architecture: kind for kind in (Hierarchical, Standard, TopK, BatchTopK, JumpReLU, Masked, Separate)
+    kind.architecture: kind
+    for kind in (
+        Hierarchical,
+        Standard,
+        TopK,
+        BatchTopK,
+        JumpReLU,
+        Masked,
+        Separate,
+    )
 }
 
 

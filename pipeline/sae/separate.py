@@ -7,14 +7,24 @@ a row passes through the encoder of its own range alone, so a step costs what ``
 take n_ranges times the memory, and each learns from its share of the rows.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
+from ..settings import Preset, TrainSettings
 from .autoencoder import Codes, CommonSettings, empty_weight
+from .families import PAPER, L1Settings
 from .position_adapter import Rows
 from .standard import Standard
+
+
+class SeparateSettings(L1Settings):
+    """Settings of ``separate``."""
+
+    architecture: str = "separate"
+    """An encoder for each position range; the paper calls it failed."""
 
 
 class Separate(Standard):
@@ -24,6 +34,13 @@ class Separate(Standard):
     """
 
     architecture: ClassVar[str] = "separate"
+    settings: ClassVar[type[TrainSettings]] = SeparateSettings
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "separate-encoders": Preset(
+            "The paper's specialized encoders, which it calls failed: one for each range.", PAPER
+        )
+    }
+    agnostic_architecture: ClassVar[str | None] = "standard"
     saelens_architecture: ClassVar[str | None] = None
 
     def __init__(self, *, l1_coefficient: float, **common: Unpack[CommonSettings]) -> None:

@@ -9,19 +9,33 @@ pass is 4 · d_model · dictionary_size operations a row.
 """
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar, Unpack
 
 from torch import Tensor
 
+from ..settings import Preset, TrainSettings
 from .autoencoder import Codes, CommonSettings, require
+from .families import PAPER, L1Settings
 from .plain import Plain
 from .position_adapter import Rows
+
+
+class StandardSettings(L1Settings):
+    """Settings of ``standard``."""
+
+    architecture: str = "standard"
+    """ReLU and L1."""
 
 
 class Standard(Plain):
     """ReLU and L1; its ranges only say by which ranges it is scored."""
 
     architecture: ClassVar[str] = "standard"
+    settings: ClassVar[type[TrainSettings]] = StandardSettings
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper-baseline": Preset("The paper's settings without adapters or layer norm.", PAPER)
+    }
     saelens_architecture: ClassVar[str | None] = "standard"
 
     def __init__(self, *, l1_coefficient: float, **common: Unpack[CommonSettings]) -> None:

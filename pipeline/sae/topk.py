@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..settings import Preset, TrainSettings
 from .autoencoder import Codes, CommonSettings, Setting, require
+from .families import TOPK, TargetL0Settings
 from .plain import Plain
 from .position_adapter import Rows
 from .sparse import are_few, encoded
@@ -30,6 +32,20 @@ _THRESHOLD_KEPT = 0.99
 """How much of the threshold so far a further batch leaves."""
 _FAR_BELOW = 0.5
 """Of the threshold; a batch's least kept activation is hardly ever less."""
+
+
+class TopKSettings(TargetL0Settings):
+    """Settings of ``topk``."""
+
+    architecture: str = "topk"
+    """The largest activations of each token."""
+
+
+class BatchTopKSettings(TargetL0Settings):
+    """Settings of ``batchtopk``."""
+
+    architecture: str = "batchtopk"
+    """The largest activations of each batch."""
 
 
 class TopK(Plain):
@@ -41,6 +57,10 @@ class TopK(Plain):
     """
 
     architecture: ClassVar[str] = "topk"
+    settings: ClassVar[type[TrainSettings]] = TopKSettings
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "topk": Preset("The same number of active features on every token; ignores positions.", TOPK)
+    }
     saelens_architecture: ClassVar[str | None] = "topk"
     expansion: ClassVar[int] = 8
     is_centred: ClassVar[bool] = True
@@ -116,6 +136,15 @@ class BatchTopK(TopK):
     """The largest activations of each batch; ``target_l0`` of a token on average."""
 
     architecture: ClassVar[str] = "batchtopk"
+    settings: ClassVar[type[TrainSettings]] = BatchTopKSettings
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "batchtopk": Preset("A number of active features that is set on average; ignores positions.", TOPK),
+        "posae": Preset(
+            "What measurement favours so far: batchtopk on activations without their position's mean.",
+            {"position_mean": "lowrank:16", **TOPK},
+        ),
+    }
+    is_calibrated: ClassVar[bool] = True
     saelens_architecture: ClassVar[str | None] = "jumprelu"
 
     threshold: Tensor

@@ -1,10 +1,12 @@
 """The settings of each stage: one declaration makes an option, a key of a TOML file and its help.
 
-``stages`` and ``training`` declare them, ``presets`` names those that go together, ``resolving`` takes them
-from where they were given, ``words`` writes a training as a command. No torch: ``posae --help`` stays quick.
+``stages`` and ``training`` declare them with ``declared``, ``presets`` names those that go together,
+``resolving`` merges them from their sources. What only one architecture has is declared in its file in
+``pipeline/sae/``. No torch here: ``posae --help`` stays quick.
 """
 
-from .presets import HARVEST_PRESETS, TRAIN_PRESETS
+from .declared import Group, Preset, setting
+from .presets import HARVEST_PRESETS
 from .resolving import build, in_plain_words, nearest, read_toml, resolve_settings
 from .stages import (
     CopySettings,
@@ -17,18 +19,18 @@ from .stages import (
     Settings,
 )
 from .training import TrainSettings
-from .words import train_words
 
 __all__ = [
     "HARVEST_PRESETS",
-    "TRAIN_PRESETS",
     "CopySettings",
     "EvaluateSettings",
+    "Group",
     "HarvestSettings",
     "ImportSaeSettings",
     "ImportSettings",
     "MergeSettings",
     "PlantSettings",
+    "Preset",
     "Settings",
     "TrainSettings",
     "build",
@@ -36,5 +38,5 @@ __all__ = [
     "nearest",
     "read_toml",
     "resolve_settings",
-    "train_words",
+    "setting",
 ]

@@ -4,21 +4,19 @@ import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from pydantic import ValidationError
 
 from ...store.errors import SettingsError
 from ...store.plain_text import shortened
-from .presets import BEST_PRACTICE
 from .stages import Settings
-from .training import TrainSettings
 
 Stage = TypeVar("Stage", bound=Settings)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint at what ``word`` may have been meant to be, or at all there is."""
+    """A hint: the known name nearest to ``word``, or all of them."""
     names = sorted(known)
     close = get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}"
@@ -38,29 +36,71 @@ def resolve_settings(
         stage: the settings class; it names its table in the file.
         presets: presets by name.
         preset: one of them; a file's key ``preset`` counts where this is None.
-        config: TOML file; or what a file says, where the caller names it in messages.
-        options: what was given on the command line; None means not given.
+        config: TOML file; or its contents, where the caller names it in messages.
+        options: what the command line gave; None means not given.
 
     Raises:
         SettingsError: unknown key or preset, a value out of bounds, or a contradiction.
     """
-    given = {name: value for name, value in options.items() if value is not None}
-    from_file = read_config(config, stage.table) if isinstance(config, Path) else dict(config or {})
-    preset = preset if preset is not None else from_file.pop("preset", None)
-    from_file.pop("preset", None)
-    if preset is None and stage is TrainSettings:
-        preset = BEST_PRACTICE.get(str(given.get("architecture", from_file.get("architecture", ""))), "paper")
-    if preset is not None and str(preset) not in presets:
-        raise SettingsError(f"there is no preset {preset!r}; {nearest(str(preset), presets)}")
-    base = dict(presets[preset]) if preset is not None else {}
-    wanted = {**from_file, **given}
-    if "architecture" in base and wanted.get("architecture", base["architecture"]) != base["architecture"]:
-        raise SettingsError(
-            f"preset {preset!r} is of architecture {base['architecture']!r}, and "
-            f"{wanted['architecture']!r} was asked for; leave one of them out"
-        )
-    place = f"{config}: [{stage.table}]" if isinstance(config, Path) else ""
-    return build(stage, {**base, **wanted}, place, given)
+    given, place = Given.of(stage.table, preset, config, options), place_of(config, stage.table)
+    return build(stage, given.over(presets, given.preset), place, given.options)
+
+
+class Given(NamedTuple):
+    """Settings as they were given, by source."""
+
+    preset: str | None
+    from_file: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        table: str,
+        preset: str | None,
+        config: Path | Mapping[str, Any] | None,
+        options: Mapping[str, Any],
+    ) -> "Given":
+        """The arguments of ``resolve_settings``, with the file read."""
+        from_file = read_config(config, table) if isinstance(config, Path) else dict(config or {})
+        of_file = from_file.pop("preset", None)
+        preset = preset if preset is not None else of_file
+        return cls(preset, from_file, {key: value for key, value in options.items() if value is not None})
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Those of the file and the options."""
+        return {**self.from_file, **self.options}
+
+    def over(self, presets: Mapping[str, Mapping[str, Any]], preset: str | None) -> dict[str, Any]:
+        """All values, those of a preset below the others.
+
+        Raises:
+            SettingsError: there is no such preset.
+        """
+        if preset is None:
+            return self.values
+        if str(preset) not in presets:
+            raise SettingsError(f"there is no preset {preset!r}; {nearest(str(preset), presets)}")
+        return {**presets[preset], **self.values}
+
+
+def place_of(config: Path | Mapping[str, Any] | None, table: str) -> str:
+    """Where a file's values are, for messages; empty where the caller names the file."""
+    return f"{config}: [{table}]" if isinstance(config, Path) else ""
+
+
+def refuse_unknown(names: Iterable[str], known: Collection[str], place: str) -> None:
+    """Raise SettingsError for the first name that is not of a ``known`` setting."""
+    for name in names:
+        if name not in known:
+            where = f"{place.rstrip(':')} has" if place else "there is"
+            raise SettingsError(f"{where} no setting {name!r}; {nearest(name, known)}")
+
+
+def where(name: str, place: str, options: Collection[str]) -> str:
+    """How messages call a setting: as an option, or by its place in a file."""
+    return f"--{name.replace('_', '-')}" if name in options else f"{place} {name}".strip()
 
 
 def build(stage: type[Stage], values: Mapping[str, Any], place: str, options: Collection[str] = ()) -> Stage:
@@ -69,25 +109,21 @@ def build(stage: type[Stage], values: Mapping[str, Any], place: str, options: Co
     Args:
         stage: the settings class.
         values: by name.
-        place: where they stand, for messages, as ``f.toml: [train]``; may be empty.
+        place: where they are, for messages, e.g. ``f.toml: [train]``; may be empty.
         options: names of those that come from the command line, and not from there.
 
     Raises:
         SettingsError: one clear line for the first thing that is wrong.
     """
-    for name in values:
-        if name not in stage.model_fields:
-            told = f"{place.rstrip(':')} has" if place else "there is"
-            raise SettingsError(f"{told} no setting {name!r}; {nearest(name, stage.model_fields)}")
+    refuse_unknown(values, stage.model_fields, place)
     try:
         return stage.model_validate(values)
     except ValidationError as error:
         name = ".".join(map(str, error.errors()[0]["loc"][:1]))
-        told = in_plain_words(error, stage.model_fields[name].examples if name else None)
+        problem = in_plain_words(error, stage.model_fields[name].examples if name else None)
         if not name:  # settings that contradict each other, which the message names
-            raise SettingsError(told) from None
-        where = f"--{name.replace('_', '-')}" if name in options else f"{place} {name}".strip()
-        raise SettingsError(f"{where} {told}") from None
+            raise SettingsError(problem) from None
+        raise SettingsError(f"{where(name, place, options)} {problem}") from None
 
 
 _PLAINLY = {
@@ -106,14 +142,14 @@ _PLAINLY = {
     "tuple_type": "must be a list",
     "dict_type": "must be a table",
 }
-"""What pydantic calls an error, in words for whoever typed the value; the value comes behind it."""
+"""Pydantic's types of errors in plain words; the value follows."""
 
 
 def in_plain_words(error: BaseException | None, examples: Sequence[Any] | None = None) -> str:
     """``must be at least 1, not 0``: what follows the name of a setting, or of an option.
 
     Args:
-        error: of pydantic, whose first complaint is told; of another there is nothing to tell.
+        error: its first problem is described where it is pydantic's; of any other the result is empty.
         examples: how the value may be written, where it has a form of its own.
     """
     if not isinstance(error, ValidationError):
@@ -129,12 +165,12 @@ def in_plain_words(error: BaseException | None, examples: Sequence[Any] | None =
         for key, value in first.get("ctx", {}).items()
     }
     is_in_a_list = any(isinstance(step, int) for step in first["loc"][1:])
-    told = f"{words.format(**known)}, not {shortened(first['input'])}"
-    return f"has an entry that {told}" if is_in_a_list else told
+    problem = f"{words.format(**known)}, not {shortened(first['input'])}"
+    return f"has an entry that {problem}" if is_in_a_list else problem
 
 
 def tables() -> list[str]:
-    """The tables that a TOML file of posae may have: that of each stage whose settings are declared."""
+    """The tables that a TOML file of posae may have: one per stage."""
     return sorted(stage.table for stage in Settings.__subclasses__() if stage.table)
 
 

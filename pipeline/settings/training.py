@@ -1,192 +1,158 @@
-"""What a training can be told; each setting is declared as in ``stages``."""
+"""The settings of a run that every architecture has; each adds its own in its file in ``pipeline/sae/``."""
 
-from typing import ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
+from .declared import Group, setting
 from .stages import Settings
 
 
 class TrainSettings(Settings):
-    """Settings of ``posae train``: one autoencoder on one layer of a store."""
+    """Settings of ``posae train``: one autoencoder on one layer of a store.
+
+    A subclass is of one architecture, whose name is the default of its field ``architecture``; the string
+    under that field describes the architecture.
+    """
 
     table: ClassVar[str] = "train"
 
-    layer: int | None = Field(default=None, ge=0)
+    architecture: str = setting("", Group.BASICS)
+    """What is trained."""
+
+    layer: int | None = setting(None, Group.DATA, ge=0)
     """Layer to train on; by default the middle one of the store."""
 
-    architecture: Literal[
-        "standard", "hierarchical", "topk", "batchtopk", "jumprelu", "masked", "separate"
-    ] = "hierarchical"
-    """standard (ReLU and L1), topk or batchtopk (the largest activations of a token or of a batch), jumprelu
-    (a threshold for each feature), hierarchical (the paper's adapters by position range), or what the paper
-    calls failed: masked (features for some positions only), separate (an encoder for each range)."""
-
-    dictionary_size: int | None = Field(default=None, ge=1)
+    dictionary_size: int | None = setting(None, Group.ARCHITECTURE, ge=1)
     """Features; by default as many as the model is wide, as in the paper, and 8 times as many for topk,
     batchtopk and jumprelu."""
 
-    position_mean: str = "none"
-    """What is taken from activations by their position before encoding, and added back after decoding, from
-    the store's own means: none, range, exact, or lowrank:16 (any rank)."""
+    position_mean: str = setting("none", Group.POSITION, needs_positions=True)
+    """Mean by position that is subtracted before encoding and added after decoding, from the store's own
+    statistics: none, range, exact, or lowrank:16 (any rank)."""
 
-    position_adapter: str = "none"
+    position_adapter: str = setting("none", Group.POSITION, needs_positions=True)
     """What is learned for each position range besides, with any architecture: none, or some of bias, gate,
     table and decoder:8 (any rank), joined by +."""
 
-    shared_adapters: bool = False
+    shared_adapters: bool = setting(False, Group.POSITION, needs_positions=True)
     """Give all ranges the same adapters (mask, encoder): a control, which cannot know the position."""
 
-    shuffle_positions: bool = False
-    """Give each token the position of another while training: a control, to which position tells nothing."""
+    shuffle_positions: bool = setting(False, Group.POSITION, needs_positions=True)
+    """Give each token the position of another while training: a control, to which positions say nothing."""
 
-    target_l0: int = Field(default=32, ge=1)
-    """Features active on a token with topk, and on average with batchtopk and jumprelu."""
+    dead_after_tokens: int = setting(1_000_000, Group.SPARSITY, ge=1)
+    """Training tokens without an activation after which a feature counts as dead."""
 
-    l0_coefficient: float = Field(default=1.0, ge=0)
-    """How strongly jumprelu is pulled to that."""
+    ranges: str = setting("4", Group.POSITION)
+    """Position ranges: a count of equal ones, or edges, e.g. 0:1,1:4,4:128."""
 
-    bandwidth: float = Field(default=0.03, gt=0)
-    """How wide jumprelu's step is for its gradient, as a share of sqrt(d_model)."""
-
-    auxiliary_coefficient: float = Field(default=1 / 32, ge=0)
-    """Weight of the loss that brings dead features back, with topk, batchtopk and jumprelu."""
-
-    dead_after_tokens: int = Field(default=1_000_000, ge=1)
-    """A feature silent for so many training tokens counts as dead."""
-
-    ranges: str = "4"
-    """Position ranges: a count of equal ones, or edges such as 0:1,1:4,4:128."""
-
-    steps: int = Field(default=10_000, ge=1)
+    steps: int = setting(10_000, Group.BASICS, ge=1)
     """Updates of the weights."""
 
-    batch_size: int = Field(default=2048, ge=1)
-    """Tokens to a batch; batches of one window differ by at most one from their mean."""
+    batch_size: int = setting(2048, Group.DATA, ge=1)
+    """Tokens per batch; batches of one window differ by at most one from their mean."""
 
-    window_contexts: int = Field(default=2048, ge=8, multiple_of=8)
-    """Contexts decoded at once, among which tokens are shuffled; two windows lie in memory."""
+    window_contexts: int = setting(2048, Group.DATA, ge=8, multiple_of=8)
+    """Contexts decoded at once, among which tokens are shuffled; two windows are in memory."""
 
-    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_steps: int | None = setting(None, Group.POSITION, needs_positions=True, ge=0)
     """Steps with the base alone (alpha 0); by default the share below."""
 
-    warmup_share: float = Field(default=0.1, ge=0, le=1)
+    warmup_share: float = setting(0.1, Group.POSITION, needs_positions=True, ge=0, le=1)
     """The same as a share of the steps, rounded down; warmup_steps wins over it."""
 
-    ramp_steps: int | None = Field(default=None, ge=1)
+    ramp_steps: int | None = setting(None, Group.POSITION, needs_positions=True, ge=1)
     """Steps over which alpha then rises to 1, and stays there; by default the rest."""
 
-    ramp_share: float | None = Field(default=None, gt=0, le=1)
+    ramp_share: float | None = setting(None, Group.POSITION, needs_positions=True, gt=0, le=1)
     """Instead of ramp_steps: a share of the steps, rounded down."""
 
-    curriculum: Literal["linear", "cosine", "step", "plateau"] = "linear"
-    """How alpha rises: in a line, as half a cosine, at once when the warm-up ends, or in a line that begins
-    when the loss falls no more (then ramp_steps is a fifth of the steps by default)."""
+    curriculum: Literal["linear", "cosine", "step", "plateau"] = setting(
+        "linear", Group.POSITION, needs_positions=True
+    )
+    """How alpha rises: linearly, as half a cosine, at once when the warm-up ends, or linearly from when the
+    loss stops falling (then ramp_steps is a fifth of the steps by default)."""
 
-    learning_rate: float | None = Field(default=None, gt=0)
+    learning_rate: float | None = setting(None, Group.OPTIMIZER, gt=0)
     """Learning rate of AdamW; by default 3e-4, as in the paper, and 8e-4 · sqrt(16384 / dictionary size) for
     topk and batchtopk."""
 
-    learning_rate_warmup: float = Field(default=0.0, ge=0, le=1)
+    learning_rate_warmup: float = setting(0.0, Group.OPTIMIZER, ge=0, le=1)
     """Share of the steps over which the learning rate rises from 0."""
 
-    learning_rate_decay: float = Field(default=0.0, ge=0, le=1)
+    learning_rate_decay: float = setting(0.0, Group.OPTIMIZER, ge=0, le=1)
     """Share of the steps, the last, over which it falls to 0."""
 
-    weight_decay: float = Field(default=1e-2, ge=0)
+    weight_decay: float = setting(1e-2, Group.OPTIMIZER, ge=0)
     """Weight decay of AdamW, on every parameter; with 0 it is Adam."""
 
-    clip_norm: float = Field(default=1.0, gt=0)
+    clip_norm: float = setting(1.0, Group.OPTIMIZER, gt=0)
     """Gradients are scaled down to this norm."""
 
-    precision: Literal["float32", "tf32", "bfloat16"] | None = None
+    precision: Literal["float32", "tf32", "bfloat16"] | None = setting(None, Group.OPTIMIZER)
     """Of the products; weights and sums are float32. By default tf32 on NVIDIA GPUs, which rounds factors to
-    10 bits, and float32 elsewhere. bfloat16: torch's autocast; topk and batchtopk become slower by it on a
-    CPU, as codes are dense then."""
+    10 bits, and float32 elsewhere. bfloat16: torch's autocast; it makes topk and batchtopk slower on a CPU,
+    as codes are dense then."""
 
-    l1_coefficient: float = Field(default=0.04, ge=0)
-    """Weight of the L1 norm of the code in the loss, lambda."""
-
-    sparsity_warmup: float = Field(default=0.0, ge=0, le=1)
-    """Share of the steps over which the penalty for density rises from 0; topk and batchtopk have none."""
-
-    reconstruction_loss: Literal["squared", "norm"] = "squared"
+    reconstruction_loss: Literal["squared", "norm"] = setting("squared", Group.ARCHITECTURE, is_hidden=True)
     """squared norm of each token's error, as in the paper, or the norm itself, as in its scripts."""
 
-    activation_scale: Literal["rms", "none"] = "rms"
-    """rms scales activations to a root mean square norm of sqrt(d_model); none leaves them."""
-
-    adapter_width: int | None = Field(default=None, ge=1)
-    """Hidden width of each range's adapter; by default half the model's width, as in the paper."""
-
-    adapter_share: float | None = Field(default=None, gt=0)
-    """Instead of adapter_width: parameters that hierarchical's adapters add, as a share of the others."""
-
-    adapter_gain: float = 1.0
-    """Initial gain of the adapters' layer norm; narrow adapters need 0."""
-
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Dropout on the output of hierarchical's adapters."""
-
-    layer_norm: Literal["both", "base", "adapter", "none"] = "both"
-    """Where hierarchical has a layer norm."""
-
-    layer_norm_affine: bool = True
-    """Give layer norms a gain and a bias."""
-
-    adapter_norm: Literal["after", "before"] = "after"
-    """Whether an adapter's layer norm comes after it, as in the paper, or before, as in its scripts."""
-
-    residual: bool = True
-    """Add adapters to the base code; without, they replace it as alpha rises."""
-
-    rectify: bool = False
-    """Put a ReLU after hierarchical's adapters, so that no activation is negative."""
-
-    penalty: Literal["text", "code", "base"] = "text"
-    """What lambda is put on in hierarchical: the base code and what adapters change, as in the paper's text,
-    the code that is decoded, or the base code alone, as in its scripts."""
-
-    base_loss_coefficient: float = Field(default=0.0, ge=0)
-    """Weight of a further loss of what hierarchical's base code alone reconstructs."""
-
-    decoder_bias: bool = False
-    """Give hierarchical a decoder bias; all others have one."""
-
-    decoder_norm: Literal["features", "outputs"] = "features"
+    decoder_norm: Literal["features", "outputs"] = setting("features", Group.ARCHITECTURE, is_hidden=True)
     """Keep the norm of each feature's direction at 1, or of each output's weights: the wrong axis, as in the
     paper's scripts."""
 
-    project_gradient: bool = False
-    """Leave out of the decoder's gradient what would change these norms."""
+    project_gradient: bool = setting(False, Group.ARCHITECTURE, is_hidden=True)
+    """Remove from the decoder's gradient what would change these norms."""
 
-    mask: Literal["hard", "gaussian"] = "hard"
-    """Which features a position may use with masked: those of its range, or weights that fall off over 1/8
-    of the context."""
+    activation_scale: Literal["rms", "none"] = setting("rms", Group.OPTIMIZER)
+    """rms scales activations to a root mean square norm of sqrt(d_model); none leaves them."""
 
-    mask_schedule: Literal["fixed", "curriculum"] = "fixed"
-    """Whether the mask is there from the start, or comes in with alpha."""
-
-    special_tokens: bool = False
+    special_tokens: bool = setting(False, Group.POSITION)
     """Train on BOS and other special tokens too."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = setting(0, Group.BASICS, ge=0)
     """Seed of initialisation and dropout."""
 
-    data_seed: int = Field(default=0, ge=0)
+    data_seed: int = setting(0, Group.DATA, ge=0)
     """Seed of the order of tokens."""
 
-    log_steps: int = Field(default=50, ge=1)
-    """A line of metrics every so many steps."""
+    log_steps: int = setting(50, Group.OUTPUT, ge=1)
+    """Steps between lines of metrics."""
 
-    checkpoint_steps: int = Field(default=1000, ge=1)
-    """A checkpoint to resume from every so many steps."""
+    checkpoint_steps: int = setting(1000, Group.OUTPUT, ge=1)
+    """Steps between checkpoints to resume from."""
 
-    device: str = "auto"
+    device: str = setting("auto", Group.RESOURCES)
     """Device to train on: cuda, cpu, or auto."""
 
+    def usual(self, d_model: int) -> dict[str, Any]:
+        """What the architecture's own settings are that were left open.
+
+        Args:
+            d_model: width of the activations.
+        """
+        return {}
+
+    @classmethod
+    def more_active(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What to change so that slightly more features are active: the control ``more-active``.
+
+        Args:
+            values: settings of an agnostic run, by name.
+        """
+        raise NotImplementedError
+
     @model_validator(mode="after")
-    def _agree(self) -> Self:
+    def _check_architecture(self) -> Self:
+        own = type(self).model_fields["architecture"].default
+        if self.architecture != own:
+            raise ValueError(f"these are settings of {own!r}, and architecture is {self.architecture!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
         warmup, ramp = self.warmup_steps, self.ramp_steps
         if warmup is not None and warmup > self.steps:
             raise ValueError(f"warmup_steps {warmup} does not fit into {self.steps} steps")
@@ -204,14 +170,8 @@ class TrainSettings(Settings):
                 raise ValueError(
                     f"a warm-up of {share:g} of the steps and a ramp_share of {self.ramp_share:g} exceed 1"
                 )
-        if self.adapter_width is not None and self.adapter_share is not None:
-            raise ValueError("adapter_width and adapter_share contradict each other; give one of them")
         if self.curriculum == "step" and (ramp is not None or self.ramp_share is not None):
             raise ValueError("curriculum step has no ramp; leave ramp_steps out, or take linear")
-        if self.sparsity_warmup and self.architecture in ("topk", "batchtopk"):
-            raise ValueError(
-                f"sparsity_warmup means nothing to {self.architecture}, whose L0 is set; leave it out"
-            )
         if self.learning_rate_warmup + self.learning_rate_decay > 1:
             raise ValueError(
                 "learning_rate_warmup and learning_rate_decay are shares of the same steps; above 1"

@@ -8,20 +8,35 @@ with the weights per step, and nothing for adapters while alpha is 0; three time
 optimizer of each run; two windows of the store, or the whole layer if it is kept decoded.
 """
 
-from .data_parallel import Team
-from .ongoing import Ongoing
-from .passes import side_by_side, train_together
-from .resident import LayerMemory
-from .resolving import resolve
-from .training import Trained, Training
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "LayerMemory",
-    "Ongoing",
-    "Team",
-    "Trained",
-    "Training",
-    "resolve",
-    "side_by_side",
-    "train_together",
-]
+if TYPE_CHECKING:
+    from .data_parallel import Team as Team
+    from .ongoing import Ongoing as Ongoing
+    from .passes import side_by_side as side_by_side
+    from .passes import train_together as train_together
+    from .resident import LayerMemory as LayerMemory
+    from .resolving import resolve as resolve
+    from .training import Trained as Trained
+    from .training import Training as Training
+
+_HOMES = {
+    "LayerMemory": "resident",
+    "Ongoing": "ongoing",
+    "Team": "data_parallel",
+    "Trained": "training",
+    "Training": "training",
+    "resolve": "resolving",
+    "side_by_side": "passes",
+    "train_together": "passes",
+}
+
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home when it is first asked for (PEP 562): the homes need torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

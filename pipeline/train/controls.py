@@ -1,7 +1,7 @@
-"""The controls of a run that knows positions: the same but for the one thing that is claimed to help.
+"""The controls of a position-aware run: the same but for the one thing that is claimed to help.
 
     agnostic      nothing positional; as many features as give it the nearest number of parameters
-    more-active   the agnostic one with one more active feature on a token
+    more-active   the agnostic one with one more active feature per token
     shared        the same adapters (encoders, masks), one and the same for every range
     shuffled      all as it is, but at training every row carries the position of another
 
@@ -9,11 +9,11 @@ Against ``agnostic`` a gain is not one of size, against ``more-active`` not that
 against ``shared`` not that of further weights, against ``shuffled`` not that of anything but position. All
 see the same tokens from the same seeds.
 
-What an architecture that is of ranges itself (``hierarchical``, ``masked``, ``separate``) is without them is
-``standard``, with the same losses. Where penalties make codes sparse there is no number of active features to
-set: there ``more-active`` has nine tenths of the L1 coefficient, and makes with ``agnostic`` the two points
-from which the FVU at an equal L0 is read. A run that has position means alone has no adapters to share: one
-mean for all positions is what shuffling leaves of them, so both controls are one training.
+What an architecture is without positions, and what makes slightly more of its features active, it declares
+itself. Where only a penalty makes codes sparse, ``more-active`` has nine tenths of it, and makes with
+``agnostic`` the two points from which the FVU at an equal L0 is read. A run that has position means alone has
+no adapters to share: one mean for all positions is what shuffling leaves of them, so both controls are one
+run.
 
 Settings here are plain values by name; nothing is computed but a size, on the caller's count.
 """
@@ -22,28 +22,17 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ...store.errors import SettingsError
+from ..sae.registry import ARCHITECTURES
+from ..settings.declared import needs_positions
 
 CONTROLS = ("agnostic", "shared", "shuffled", "more-active")
 """In the order in which they are trained."""
-
-_OF_RANGES = ("hierarchical", "masked", "separate")
-
-_POSITIONAL = {
-    *("position_mean", "position_adapter", "shared_adapters", "shuffle_positions"),
-    *("adapter_width", "adapter_gain", "adapter_norm", "dropout", "layer_norm", "layer_norm_affine"),
-    *("residual", "rectify", "penalty", "base_loss_coefficient", "decoder_bias"),
-    *("mask", "mask_schedule", "curriculum", "warmup_share", "warmup_steps", "ramp_share", "ramp_steps"),
-}
-"""Settings that mean nothing where nothing depends on position: they go back to their defaults."""
-
-_LESS_PENALTY = 0.9
-"""Of the L1 coefficient, where no number of active features can be set."""
 
 Values = Mapping[str, Any]
 
 
 def is_position_aware(settings: Values) -> bool:
-    """Whether a run of these settings is to be set beside controls; a control itself is not.
+    """Whether a run of these settings needs controls; a control itself does not.
 
     >>> is_position_aware({"architecture": "batchtopk", "position_mean": "lowrank:16"})
     True
@@ -52,25 +41,25 @@ def is_position_aware(settings: Values) -> bool:
     """
     if settings.get("shared_adapters") or settings.get("shuffle_positions"):
         return False
-    return _has_adapters(settings) or _has_means(settings)
+    return has_adapters(settings) or _has_means(settings)
 
 
 def refuse_unknown_positions(settings: Values, unknown: Collection[str], store: object) -> None:
-    """Refuse a training that depends on positions, from a store that does not know them.
+    """Refuse a run that depends on positions where the store does not know them.
 
     Args:
-        settings: of the training.
+        settings: of the run.
         unknown: what is not known of the store, as its manifest says.
-        store: how it is called in the error.
+        store: its name in the error.
 
     Raises:
-        SettingsError: it does.
+        SettingsError: the run depends on positions, and they are unknown.
     """
-    if "positions" in unknown and (_has_adapters(settings) or _has_means(settings)):
+    if "positions" in unknown and (has_adapters(settings) or _has_means(settings)):
         kind = settings["architecture"]
         names = ("position_mean", "position_adapter")
         parts = [name for name in names if settings.get(name, "none") != "none"]
-        what = kind if kind in _OF_RANGES else f"{kind} with a {' and a '.join(parts)}"
+        what = f"{kind} with a {' and a '.join(parts)}" if parts else kind
         raise SettingsError(
             f"{store} was imported without positions, and {what.replace('_', ' ')} depends on them; train "
             "one that does not, such as --architecture batchtopk"
@@ -93,7 +82,7 @@ def controls_of(settings: Values, n_parameters: Callable[[Values], int]) -> dict
     agnostic = _agnostic(settings, n_parameters)
     shuffled = {**settings, "shuffle_positions": True}
     found = {"agnostic": agnostic, "shuffled": shuffled, "more-active": _more_active(agnostic)}
-    if _has_adapters(settings):
+    if has_adapters(settings):
         found["shared"] = {**settings, "shared_adapters": True}
     elif _has_means(settings):
         found["shared"] = shuffled
@@ -101,9 +90,9 @@ def controls_of(settings: Values, n_parameters: Callable[[Values], int]) -> dict
 
 
 def nearest_size(wanted: int, size: int, n_parameters: Callable[[int], int]) -> int:
-    """How many features give a number of parameters that is the nearest to ``wanted``.
+    """The number of features whose number of parameters is nearest to ``wanted``.
 
-    Each feature adds the same number of them, so two counts tell: no search, and no rounding.
+    Each feature adds the same number of them, so two counts are enough: no search, and no rounding.
 
     Args:
         wanted: parameters.
@@ -113,16 +102,22 @@ def nearest_size(wanted: int, size: int, n_parameters: Callable[[int], int]) -> 
     >>> nearest_size(1000, 7, lambda size: 3 + 33 * size)
     30
     """
-    there = n_parameters(size)
-    each = n_parameters(size + 1) - there
+    at_size = n_parameters(size)
+    each = n_parameters(size + 1) - at_size
     # In whole numbers: the floor of the quotient plus a half.
-    return max(1, size + (2 * (wanted - there) + each) // (2 * each))
+    return max(1, size + (2 * (wanted - at_size) + each) // (2 * each))
 
 
 def _agnostic(settings: Values, n_parameters: Callable[[Values], int]) -> dict[str, Any]:
-    bare = {name: value for name, value in settings.items() if name not in _POSITIONAL}
-    if settings["architecture"] in _OF_RANGES:
-        bare["architecture"] = "standard"
+    kind = ARCHITECTURES[settings["architecture"]]
+    architecture = kind.agnostic_architecture or kind.architecture
+    fields = ARCHITECTURES[architecture].settings.model_fields
+    bare = {
+        name: value
+        for name, value in settings.items()
+        if name in fields and not needs_positions(fields[name])
+    }
+    bare["architecture"] = architecture
 
     def of_size(size: int) -> int:
         return n_parameters({**bare, "dictionary_size": size})
@@ -132,13 +127,14 @@ def _agnostic(settings: Values, n_parameters: Callable[[Values], int]) -> dict[s
 
 
 def _more_active(agnostic: Values) -> dict[str, Any]:
-    if agnostic["architecture"] == "standard":
-        return {**agnostic, "l1_coefficient": _LESS_PENALTY * agnostic["l1_coefficient"]}
-    return {**agnostic, "target_l0": agnostic["target_l0"] + 1}
+    own = ARCHITECTURES[agnostic["architecture"]].settings
+    return {**agnostic, **own.more_active(agnostic)}
 
 
-def _has_adapters(settings: Values) -> bool:
-    return settings["architecture"] in _OF_RANGES or settings.get("position_adapter", "none") != "none"
+def has_adapters(settings: Values) -> bool:
+    """Whether something learned differs by position range, and could be shared by all of them."""
+    by_itself = ARCHITECTURES[settings["architecture"]].agnostic_architecture is not None
+    return by_itself or settings.get("position_adapter", "none") != "none"
 
 
 def _has_means(settings: Values) -> bool:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..sae.calibration import calibrate_threshold
 from ..sae.saving import save_autoencoder
-from ..sae.topk import BatchTopK
 from .batch import Batch
 from .batches import ShuffledBatches
 from .checkpoints import CheckpointWriter
@@ -131,7 +130,7 @@ class Ongoing:
             return
         if team.n_processes > 1:
             batches = self.training.batches()
-        if isinstance(autoencoder, BatchTopK):
+        if autoencoder.is_calibrated:
             rows = (
                 self.state.inputs(batch, batch.on_device.to(torch.float32))
                 for batch in batches.steps(0, settings.steps)

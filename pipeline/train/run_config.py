@@ -9,6 +9,7 @@ from ... import __version__
 from ...store.reader import ActivationStore
 from ..errors import RunMismatchError
 from ..runs import Run, digest_of
+from ..sae.run_settings import as_in_run
 from ..settings import TrainSettings
 
 
@@ -53,11 +54,14 @@ def run_config(
     }
 
 
-def comparable_config(config: dict[str, Any], run: Run, store: ActivationStore, layer: int) -> dict[str, Any]:
+def comparable_config(
+    config: dict[str, Any], settings: TrainSettings, run: Run, store: ActivationStore, layer: int
+) -> dict[str, Any]:
     """``config`` as the run must have recorded it, with what may differ taken from the record.
 
     Args:
         config: ``run_config``; changed in place.
+        settings: that it was made with.
         run: a new one, or one to resume.
         store: that it reads.
         layer: of the store.
@@ -69,14 +73,11 @@ def comparable_config(config: dict[str, Any], run: Run, store: ActivationStore, 
         return config
     begun = run.config
     config["posae"] = begun.get("posae")
-    # A setting that is newer than the run had what is now its default.
-    fields, settings = TrainSettings.model_fields, begun.get("settings", {})
-    for name in config["settings"].keys() - settings.keys():
-        if config["settings"][name] == fields[name].default:
-            del config["settings"][name]
+    recorded = begun.get("settings", {})
+    config["settings"] = as_in_run(settings, recorded)
     # The store may have moved; its contents must be the same, by their digests. Digests of another layer say
     # nothing: that is another setting.
-    if settings.get("layer") == layer:
+    if recorded.get("layer") == layer:
         run.check_read(store, layer, "give that one to resume")
     for key in ("path", "read", "manifest", "model_revision"):
         config["store"][key] = begun.get("store", {}).get(key)

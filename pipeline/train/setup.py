@@ -165,7 +165,7 @@ class Setup:
         Raises:
             RunMismatchError: the run was begun on a store with other contents.
         """
-        return comparable_config(self.config, self.run, self.store, self.layer)
+        return comparable_config(self.config, self.settings, self.run, self.store, self.layer)
 
     @property
     def sae_lens_metadata(self) -> dict[str, Any]:

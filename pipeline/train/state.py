@@ -86,7 +86,7 @@ class State:
         for group in self.optimizer.param_groups:
             group["lr"] = s.learning_rate * factor
         self.autoencoder.alpha = self.curriculum.alpha(step)
-        rising = s.sparsity_warmup * s.steps
+        rising: float = getattr(s, "sparsity_warmup", 0) * s.steps
         self.autoencoder.sparsity_factor = min(1.0, (step + 1) / rising) if rising else 1.0
 
     @torch.no_grad()
@@ -168,7 +168,8 @@ class State:
             "auxiliary_loss": losses[3].item(),
             "alpha": self.autoencoder.alpha,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "l1_coefficient": self.autoencoder.sparsity_factor * self.settings.l1_coefficient,
+            "l1_coefficient": self.autoencoder.sparsity_factor
+            * getattr(self.settings, "l1_coefficient", 0.0),
             "l0": scores.l0,
             "fvu": null_if_not_finite(scores.fvu),
             "fvu_base": null_if_not_finite(scores.fvu_base),

@@ -18,9 +18,9 @@ including file says in ``[train]``, ``[evaluate]``, ``seeds`` and ``controls`` w
 says there.
 
 All is resolved, and every control's size found, before anything is trained. Runs of equal settings are one
-training, whatever they are called and in how many studies they stand. No torch here: what settings are on a
-store, and how many parameters they give, is asked of the caller. A training knows nothing of its neighbours;
-whoever shares a pass over the store among several needs only ``Plan.trainings``.
+training, whatever their names and in however many studies they are. What settings are on a store, and how
+many parameters they give, is asked of the caller. A training knows nothing of its neighbours; whoever shares
+a pass over the store among several needs only ``Plan.trainings``.
 """
 
 import json
@@ -36,17 +36,9 @@ from ... import __version__
 from ...store.errors import SettingsError
 from ...store.files import StoreFiles
 from ..errors import RunError
-from ..settings import (
-    TRAIN_PRESETS,
-    EvaluateSettings,
-    Settings,
-    TrainSettings,
-    build,
-    nearest,
-    read_toml,
-    resolve_settings,
-)
-from .controls import CONTROLS, controls_of, is_position_aware
+from ..sae.run_settings import all_declared, resolve_train_settings, settings_class
+from ..settings import EvaluateSettings, Settings, TrainSettings, build, nearest, read_toml
+from .controls import CONTROLS, controls_of, has_adapters, is_position_aware
 
 SWEEP = "sweep.json"
 """In the folder of a sweep: which run is whose control, of which study, and where."""
@@ -122,9 +114,7 @@ class _Given(NamedTuple):
         runs: dict[str, TrainSettings] = {}
         for name, own in self.runs.items():
             with _naming(f"{self.file}, run {name!r}"):
-                runs[name] = resolve_settings(
-                    TrainSettings, presets=TRAIN_PRESETS, config={**self.shared, **own}, options=options
-                )
+                runs[name] = resolve_train_settings(config={**self.shared, **own}, options=options)
         wanted = self.controls if controls is None else controls
         if wanted is None or isinstance(wanted, bool):
             wanted = () if wanted is False else CONTROLS
@@ -201,7 +191,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> Iterator[_Given]:
         )
     found = read_toml(path)
     for name in found:
-        if name in {"preset", *TrainSettings.model_fields} - {"seed", "data_seed"}:
+        if name in {"preset", *all_declared()} - {"seed", "data_seed"}:
             raise SettingsError(f"{path}: {name} stands outside of a table; put it under [train]")
     parsed = build(SweepFile, found, f"{path}:")
     seeds = parsed.seeds
@@ -283,8 +273,11 @@ class Plan:
         for name, settings in study.runs.items():
             with _naming(f"{study.source}, run {name!r}"):
                 run = self._fit(settings)
-                yield from (self._entry(name, run, pair) for pair in study.seeds)
-                if not is_position_aware(run.settings.model_dump()):
+                is_aware = is_position_aware(run.settings.model_dump())
+                with_controls = is_aware and bool(study.controls)
+                about = {"has_adapters": has_adapters(run.settings.model_dump())} if with_controls else {}
+                yield from (self._entry(name, run, pair) | about for pair in study.seeds)
+                if not is_aware:
                     continue
                 for control, found in self._controls(run.settings, study.controls).items():
                     about = {"control": control, "of": name}
@@ -294,12 +287,11 @@ class Plan:
     def _controls(self, settings: TrainSettings, wanted: Sequence[str]) -> dict[str, Fitted]:
         if not wanted:
             return {}
-        defaults = TrainSettings().model_dump()
 
         def fitted(values: Mapping[str, Any]) -> Fitted:
-            # Not validated anew: what is resolved names both a share and its steps.
-            given = settings.model_fields_set & values.keys()
-            return self._fit(TrainSettings.model_construct(given, **{**defaults, **values}))
+            # Not validated again: what is resolved names both a share and its steps.
+            were_set = settings.model_fields_set & values.keys()
+            return self._fit(settings_class(values).model_construct(were_set, **values))
 
         found = controls_of(settings.model_dump(), lambda values: fitted(values).n_parameters)
         return {control: fitted(values) for control, values in found.items() if control in wanted}
@@ -312,7 +304,7 @@ class Plan:
         before = self._by_name.setdefault((name, seed), planned)
         if before is not planned:
             old, new = before.settings.model_dump(), settings.model_dump()
-            differ = ", ".join(key for key in new if new[key] != old[key])
+            differ = ", ".join(key for key in new if new[key] != old.get(key))
             raise SettingsError(
                 f"another run of this name has another {differ}; give one of them another name"
             )

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 DEMO_MODEL = Path(__file__).parents[2] / "pipeline" / "harvest" / "demo_model"
 QUICK = ("--steps", "20", "--batch-size", "64", "--window-contexts", "8", "--dictionary-size", "8")
 COMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands")  # noqa: B009
-WITH_CONFIG = [name for name, command in COMMANDS.items() if "config" in {p.name for p in command.params}]
+PARAMETERS = {name: command.get_params(typer.Context(command)) for name, command in COMMANDS.items()}
+WITH_CONFIG = [name for name, parameters in PARAMETERS.items() if "config" in {p.name for p in parameters}]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def the_error(err: str) -> str:
 def test_every_command_with_settings_reads_its_table(posae: Posae, tmp_path: Path, name: str) -> None:
     config = tmp_path / "f.toml"
     config.write_text(f"[{name}]\nno_such_setting = 1\n")
-    needed = [word for p in COMMANDS[name].params if p.required for word in (*p.opts[-1:], "x")]
+    needed = [word for p in PARAMETERS[name] if p.required for word in (*p.opts[-1:], "x")]
     words = [word for word in needed if word.startswith("-") or word == "x"]
     ended = posae(name, *words, "--config", config)
     assert (ended.code, f"{config}: [{name}] has no setting 'no_such_setting'" in ended.err) == (1, True)

@@ -13,10 +13,11 @@ from posae.pipeline.harvest.harvest import Harvest
 from posae.pipeline.ranges import equal_ranges
 from posae.pipeline.report.explore import explore_runs
 from posae.pipeline.report.page.explored import Explored
+from posae.pipeline.sae.run_settings import train_presets, train_settings
 from posae.pipeline.sae.sparse import SparseCode
 from posae.pipeline.sae.standard import Standard
 from posae.pipeline.sae.topk import BatchTopK, TopK
-from posae.pipeline.settings import TRAIN_PRESETS, EvaluateSettings, HarvestSettings, TrainSettings, build
+from posae.pipeline.settings import EvaluateSettings, HarvestSettings, TrainSettings, build
 from posae.pipeline.train import Training
 from posae.store import ActivationStore
 
@@ -40,14 +41,14 @@ def harvest(path: Path, device: str) -> dict[str, bytes]:
 
 
 def small(preset: str, device: str) -> TrainSettings:
-    words: dict[str, Any] = {**TRAIN_PRESETS[preset], "ranges": "2", "steps": 20, "batch_size": 32}
+    words: dict[str, Any] = {**train_presets()[preset], "ranges": "2", "steps": 20, "batch_size": 32}
     words |= {"window_contexts": 16, "log_steps": 5, "checkpoint_steps": 5, "device": device}
     words |= {"learning_rate": 1e-3, "dead_after_tokens": 32, "curriculum": "plateau"}
     if words["architecture"] in ("topk", "batchtopk", "jumprelu"):
         words |= {"target_l0": 4, "position_mean": "exact"}
     if words["architecture"] == "hierarchical":
         words["dropout"] = 0.0  # drawn otherwise there
-    return build(TrainSettings, words, "")
+    return train_settings(words, "")
 
 
 def test_a_pretended_gpu_refuses_what_a_real_one_does() -> None:
@@ -77,7 +78,7 @@ def test_a_harvest_has_the_same_activations(tmp_path: Path) -> None:
     assert differ == {"zarr.json", "seal.json", "README.md"}, "the device is named"
 
 
-@pytest.mark.parametrize("preset", TRAIN_PRESETS)
+@pytest.mark.parametrize("preset", train_presets())
 def test_every_preset_trains_and_goes_on_to_about_the_same_scores(
     preset: str, good_store: Made, tmp_path: Path
 ) -> None:

@@ -6,18 +6,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pydantic.fields import FieldInfo
 
+from posae.pipeline.sae.registry import ARCHITECTURES
+from posae.pipeline.sae.run_settings import (
+    all_options,
+    resolve_train_settings,
+    train_presets,
+    train_settings,
+)
+from posae.pipeline.sae.words import train_words
 from posae.pipeline.settings import (
     HARVEST_PRESETS,
-    TRAIN_PRESETS,
     CopySettings,
     HarvestSettings,
     TrainSettings,
     build,
     nearest,
-    resolve_settings,
-    train_words,
 )
+from posae.pipeline.settings.declared import group_of
 from posae.pipeline.train import resolve
 from posae.store import ActivationStore
 from posae.store.errors import SettingsError
@@ -27,16 +34,20 @@ if TYPE_CHECKING:
 
 
 def train(options: dict[str, Any], preset: str | None = None, config: Path | None = None) -> TrainSettings:
-    return resolve_settings(
-        TrainSettings, presets=TRAIN_PRESETS, preset=preset, config=config, options=options
-    )
+    return resolve_train_settings(preset=preset, config=config, options=options)
 
 
 def test_later_sources_win(tmp_path: Path) -> None:
     config = tmp_path / "posae.toml"
     config.write_text("[train]\nl1_coefficient = 0.5\nsteps = 77\n[harvest]\nseed = 3\n")
     found = train({"steps": 88, "seed": None}, preset="paper", config=config)
-    assert (found.l1_coefficient, found.steps, found.seed, found.learning_rate) == (0.5, 88, 0, 3e-4)
+    values = found.model_dump()
+    assert [values[name] for name in ("l1_coefficient", "steps", "seed", "learning_rate")] == [
+        0.5,
+        88,
+        0,
+        3e-4,
+    ]
 
 
 def test_neither_preset_nor_architecture_is_the_paper() -> None:
@@ -56,16 +67,25 @@ def test_a_preset_in_the_file_counts_unless_one_is_given(tmp_path: Path) -> None
     assert train({}, preset="paper", config=config).architecture == "hierarchical"
 
 
-@pytest.mark.parametrize("stage", [HarvestSettings, TrainSettings])
-def test_every_setting_has_a_description(stage: type[HarvestSettings] | type[TrainSettings]) -> None:
-    assert [name for name, field in stage.model_fields.items() if not field.description] == []
+@pytest.mark.parametrize("fields", [HarvestSettings.model_fields, all_options()], ids=["harvest", "train"])
+def test_every_setting_has_a_description(fields: dict[str, FieldInfo]) -> None:
+    assert [name for name, field in fields.items() if not field.description] == []
 
 
-@pytest.mark.parametrize("presets", [HARVEST_PRESETS, TRAIN_PRESETS], ids=["harvest", "train"])
+def test_every_setting_of_a_run_has_a_group() -> None:
+    assert [name for name, field in all_options().items() if group_of(field) is None] == []
+
+
+def test_every_preset_is_described_and_the_first_of_each_architecture_is_its_own() -> None:
+    for name, kind in ARCHITECTURES.items():
+        assert all(preset.about.endswith(".") for preset in kind.presets.values())
+        assert train({"architecture": name}) == train({}, preset=next(iter(kind.presets)))
+
+
+@pytest.mark.parametrize("presets", [HARVEST_PRESETS, train_presets()], ids=["harvest", "train"])
 def test_every_preset_resolves(presets: dict[str, dict[str, Any]]) -> None:
-    stage = HarvestSettings if presets is HARVEST_PRESETS else TrainSettings
     for values in presets.values():
-        build(stage, values, "")
+        build(HarvestSettings, values, "") if presets is HARVEST_PRESETS else train_settings(values)
 
 
 def test_gemma_presets_are_the_two_models_and_the_pile() -> None:
@@ -90,13 +110,27 @@ def test_gemma_presets_are_the_two_models_and_the_pile() -> None:
         ({"window_contexts": 12}, "window_contexts"),
         ({"architecture": "transcoder"}, "architecture"),
         ({"curriculum": "step", "ramp_steps": 10}, "has no ramp"),
-        ({"architecture": "topk", "sparsity_warmup": 0.1}, "whose L0 is set"),
+        (
+            {"architecture": "topk", "sparsity_warmup": 0.1},
+            "sparsity_warmup is a setting of hierarchical, standard, jumprelu, masked, separate, and means "
+            "nothing to topk; leave it out",
+        ),
+        (
+            {"architecture": "topk", "adapter_width": 8},
+            "adapter_width is a setting of hierarchical, ",
+        ),
         ({"adapter_width": 4, "adapter_share": 0.15}, "contradict"),
     ],
 )
 def test_impossible_settings_are_refused(values: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingsError, match=said):
-        build(TrainSettings, values, "[train]")
+        train_settings(values, "[train]")
+
+
+def test_settings_of_another_architecture_are_dropped_where_they_are_its_defaults() -> None:
+    found = train({"adapter_gain": 1.0, "mask": "hard", "bandwidth": 0.03, "architecture": "topk"})
+    assert found == train({"architecture": "topk"})
+    assert not found.model_dump().keys() & {"adapter_gain", "mask", "bandwidth"}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +154,7 @@ def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, said: str)
     ("values", "said"),
     [
         ({"steps": 0}, "steps must be at least 1, not 0"),
-        ({"bandwidth": 0}, "bandwidth must be above 0, not 0"),
+        ({"clip_norm": 0}, "clip_norm must be above 0, not 0"),
         ({"warmup_share": 1.5}, "warmup_share must be at most 1, not 1.5"),
         ({"dropout": 1}, "dropout must be below 1, not 1"),
         ({"window_contexts": 12}, "window_contexts must be a multiple of 8, not 12"),
@@ -177,7 +211,7 @@ def as_options(words: list[str]) -> tuple[str, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("preset", "options"),
     [
-        *((preset, {}) for preset in TRAIN_PRESETS),
+        *((preset, {}) for preset in train_presets()),
         ("paper", {"steps": 77, "seed": 4, "residual": False, "ranges": "0:1,1:6", "dropout": 0.0}),
         ("paper", {"steps": 100, "warmup_steps": 0}),
         ("paper", {"steps": 100, "ramp_steps": 20}),

@@ -17,7 +17,7 @@ from posae.pipeline.report.page.figures import MAX_POINTS, drawn, phases
 from posae.pipeline.report.paper.claims import CLAIMS
 from posae.pipeline.report.report import as_json, collect, write
 from posae.pipeline.report.tables import Series, beyond, by_range, of_study
-from posae.pipeline.settings import TRAIN_PRESETS
+from posae.pipeline.sae.run_settings import train_presets
 from posae.store.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -446,7 +446,7 @@ def test_nothing_is_loaded_to_draw_with_before_a_page_is_wanted() -> None:
 
 
 def test_a_page_says_where_each_run_comes_from(made: "type[MadeRuns]", tmp_path: Path) -> None:
-    run = made.run({**TRAIN_PRESETS["paper"], "seed": 3, "steps": 100})
+    run = made.run({**train_presets()["paper"], "seed": 3, "steps": 100})
     settings = {**run.config["settings"], "activation_scale": "rms"}
     store = {**run.config["store"], "path": "/data/a b.zarr", "read": {"tokens": "12ab"}, "model": HOSTILE}
     config = {"posae": "0.0.9", "torch": "2.0", "settings": settings, "store": store}

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from posae.pipeline import load_autoencoder
-from posae.pipeline.settings import TRAIN_PRESETS, PlantSettings, TrainSettings, build
+from posae.pipeline.sae.run_settings import train_presets, train_settings
+from posae.pipeline.settings import PlantSettings, build
 from posae.pipeline.stores.plant import Planting
 from posae.pipeline.train import Training
 from posae.pipeline.train.batches import ordered_batches
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ...conftest import MakeStore
 
 LENGTH, D_MODEL, N_HELD_OUT, SEEDS = 16, 16, 64, (0, 1)
-COMMON = TRAIN_PRESETS["batchtopk"] | {
+COMMON = train_presets()["batchtopk"] | {
     "dictionary_size": 32,
     "batch_size": 256,
     "window_contexts": 64,
@@ -89,7 +90,7 @@ class Laboratory:
 
         def training(folder: str, given: dict[str, Any]) -> Training:
             words = COMMON | case.training | {"target_l0": case.active} | given
-            return Training(store, self.folder / folder, build(TrainSettings, words, ""))
+            return Training(store, self.folder / folder, train_settings(words, ""))
 
         def size(given: dict[str, Any]) -> int:
             return training("unused", given).new_autoencoder(None).n_parameters()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from posae.pipeline.settings import TrainSettings, build
+from posae.pipeline.sae.run_settings import train_settings
 from posae.pipeline.train import Training
 from posae.pipeline.train.data_parallel import Several, joined
 from posae.store import ActivationStore
@@ -25,4 +25,4 @@ if __name__ == "__main__":
         team = Staying()
         for name, settings in json.loads(text).items():
             opened = ActivationStore.open(store)
-            Training(opened, Path(folder) / name, build(TrainSettings, settings, "[train]")).train(team=team)
+            Training(opened, Path(folder) / name, train_settings(settings, "[train]")).train(team=team)

@@ -13,7 +13,7 @@ import torch
 
 from posae.pipeline.errors import RunMismatchError
 from posae.pipeline.runs import WEIGHTS, Run
-from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
+from posae.pipeline.sae.run_settings import train_presets, train_settings
 from posae.pipeline.train import Training
 from posae.pipeline.train.data_parallel import Team, refuse_shared
 from posae.store import ActivationStore
@@ -26,7 +26,7 @@ COMMON: dict[str, Any] = {
     **{"ranges": "2", "warmup_steps": 8, "ramp_steps": 8, "learning_rate": 1e-3, "device": "cpu"},
 }
 KINDS: dict[str, dict[str, Any]] = {
-    "paper": TRAIN_PRESETS["paper"],
+    "paper": train_presets()["paper"],
     "standard": {"architecture": "standard"},
     "topk": {"architecture": "topk", "target_l0": 4, "dead_after_tokens": 24},
     "batchtopk": {"architecture": "batchtopk", "target_l0": 4, "dictionary_size": 64},
@@ -60,7 +60,7 @@ def test_weights_are_those_of_one_process(n_processes: int, good_store: Made, tm
     assert once.read_bytes() == again.read_bytes()
     store = ActivationStore.open(good_store.root)
     for name, settings in RUNS.items():
-        alone = Training(store, tmp_path / "alone" / name, build(TrainSettings, settings, "[train]"))
+        alone = Training(store, tmp_path / "alone" / name, train_settings(settings, "[train]"))
         alone.train()
         there = Run(tmp_path / "shared" / name)
         assert_same(tensors(alone.run.folder), tensors(there.folder), name)
@@ -103,7 +103,7 @@ class Second(Team):
 def test_a_process_follows_the_first_and_refuses_to_train_something_else(
     good_store: Made, tmp_path: Path
 ) -> None:
-    store, settings = ActivationStore.open(good_store.root), build(TrainSettings, COMMON, "[train]")
+    store, settings = ActivationStore.open(good_store.root), train_settings(COMMON, "[train]")
     first, second = (Training(store, tmp_path / name, settings) for name in ("first", "second"))
     first.n_contexts -= 1  # the store grew while the second was started
     second.take_after(Second(first.config))

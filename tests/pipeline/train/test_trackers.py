@@ -13,7 +13,7 @@ import pytest
 
 from posae.pipeline.progress import Silent
 from posae.pipeline.runs import Run
-from posae.pipeline.settings import TrainSettings, build
+from posae.pipeline.sae.run_settings import train_settings
 from posae.pipeline.train import Ongoing, Training, train_together
 from posae.pipeline.train.trackers import TrackerName, Trackers
 from posae.store import ActivationStore
@@ -33,7 +33,7 @@ def cut_off(steps: int) -> Impatient:
 
 
 def train(store: Made, folder: Path, *names: TrackerName, progress: Silent | None = None) -> Run:
-    settings = build(TrainSettings, {**QUICK, "architecture": "topk", "target_l0": 4, "ranges": "2"}, "")
+    settings = train_settings({**QUICK, "architecture": "topk", "target_l0": 4, "ranges": "2"}, "")
     training = Training(ActivationStore.open(store.root), folder, settings)
     with Trackers(names, {folder: training.config}) as trackers:
         training.train(progress, watch=trackers)
@@ -72,7 +72,7 @@ def test_wandb_has_runs_side_by_side_and_goes_on_in_the_same(
     store = ActivationStore.open(good_store.root)
     for cut in (18, None):
         group = [
-            Training(store, tmp_path / str(seed), build(TrainSettings, {**QUICK, "seed": seed}, ""))
+            Training(store, tmp_path / str(seed), train_settings({**QUICK, "seed": seed}, ""))
             for seed in (0, 1)
         ]
         begun = [ongoing for one in group if (ongoing := Ongoing.begin(one))]

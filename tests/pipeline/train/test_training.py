@@ -15,8 +15,9 @@ from posae.pipeline.errors import RunError, RunMismatchError
 from posae.pipeline.progress import Silent
 from posae.pipeline.report.measured import Measured
 from posae.pipeline.runs import Run
+from posae.pipeline.sae.run_settings import train_presets, train_settings
 from posae.pipeline.sae.saving import load_autoencoder
-from posae.pipeline.settings import TRAIN_PRESETS, TrainSettings, build
+from posae.pipeline.settings import TrainSettings
 from posae.pipeline.train import LayerMemory, Ongoing, Team, Training, resolve, side_by_side, train_together
 from posae.pipeline.train.batches import shuffled_batches
 from posae.pipeline.train.schedules import Curriculum
@@ -29,7 +30,7 @@ from ..impatient import Impatient
 
 
 def settings(**values: Any) -> TrainSettings:
-    return build(TrainSettings, {"steps": 40, "batch_size": 32, "window_contexts": 16, **values}, "[train]")
+    return train_settings({"steps": 40, "batch_size": 32, "window_contexts": 16, **values}, "[train]")
 
 
 def train(store: Made, folder: Path, **values: Any) -> Training:
@@ -40,7 +41,7 @@ def train(store: Made, folder: Path, **values: Any) -> Training:
 
 def small(preset: str, **values: Any) -> dict[str, Any]:
     """A preset that fits the small store."""
-    found = {**TRAIN_PRESETS[preset], "target_l0": 4, "ranges": "2"}
+    found = {**train_presets()[preset], "target_l0": 4, "ranges": "2"}
     found["position_mean"] = "lowrank:2" if "position_mean" in found else "none"
     if found["architecture"] not in ("topk", "batchtopk", "jumprelu"):
         del found["target_l0"]
@@ -51,7 +52,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "sae_weights.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("preset", TRAIN_PRESETS)
+@pytest.mark.parametrize("preset", train_presets())
 def test_every_preset_trains(preset: str, good_store: Made, tmp_path: Path) -> None:
     training = train(good_store, tmp_path / "run", **small(preset))
     lines = training.run.metrics()
@@ -59,7 +60,7 @@ def test_every_preset_trains(preset: str, good_store: Made, tmp_path: Path) -> N
     assert all(np.isfinite(line["loss"]) for line in lines)
 
 
-@pytest.mark.parametrize("preset", TRAIN_PRESETS)
+@pytest.mark.parametrize("preset", train_presets())
 def test_products_in_bfloat16_train_float32_weights_to_about_the_same(
     preset: str, good_store: Made, tmp_path: Path
 ) -> None:
@@ -81,7 +82,7 @@ def test_each_ends_with_the_weights_that_it_has_alone(good_store: Made, tmp_path
     store = ActivationStore.open(good_store.root)
     words = {
         preset: small(preset, steps=20 + number, ranges=("2", "0:1,1:6")[number % 2], checkpoint_steps=5)
-        for number, preset in enumerate(TRAIN_PRESETS)
+        for number, preset in enumerate(train_presets())
     }
     words["shuffled"] = small("posae", shuffle_positions=True)
     group: list[Training] = []
@@ -153,8 +154,8 @@ def test_the_share_of_adapters_becomes_their_width(good_store: Made) -> None:
     store = ActivationStore.open(good_store.root)
     for share in (0.5, 2.0):
         found = resolve(store, settings(adapter_share=share, dictionary_size=64))
-        assert found.adapter_width is not None
-        assert found.adapter_share is None
+        assert found.model_dump()["adapter_width"] is not None
+        assert found.model_dump()["adapter_share"] is None
         autoencoder = Training(store, Path("unused"), found).new_autoencoder(None)
         overhead = autoencoder.n_parameters() / autoencoder.base_parameters() - 1
         one_wider = 4 * 129 / autoencoder.base_parameters()

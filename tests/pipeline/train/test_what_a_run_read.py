@@ -11,7 +11,8 @@ import pytest
 from posae.pipeline.errors import RunMismatchError
 from posae.pipeline.evaluate.evaluate import evaluate
 from posae.pipeline.report.report import collect
-from posae.pipeline.settings import EvaluateSettings, TrainSettings, build
+from posae.pipeline.sae.run_settings import train_settings
+from posae.pipeline.settings import EvaluateSettings
 from posae.pipeline.stores.assembling import copy_part
 from posae.pipeline.train import Training
 from posae.store import ActivationStore
@@ -63,7 +64,7 @@ def train(store: Path, run: Path, **changed: Any) -> None:
         "window_contexts": 8,
         "ranges": "2",
     }
-    Training(ActivationStore.open(store), run, build(TrainSettings, words | changed, "[train]")).train()
+    Training(ActivationStore.open(store), run, train_settings(words | changed, "[train]")).train()
 
 
 @pytest.fixture
