@@ -53,7 +53,8 @@ def evaluate(
 
 def probing_table(found: dict[str, Any]) -> Table:
     """Accuracy of probes on k activations and on k features: a line a task, and the mean of all."""
-    is_seen = (found.get("data") or {}).get("contexts") == "all"
+    data: dict[str, Any] = found.get("data") or {}
+    is_seen = data.get("contexts") == "all"
     seen = "; rows include contexts that the run was trained on" if is_seen else ""
     table = Table(
         title=f"sparse probing ({found['source']}), accuracy in %: chance is 50, ± one standard error{seen}",

@@ -194,7 +194,7 @@ def test_a_feature_shows_what_its_run_says_of_it(open_page: "OpenPage", tmp_path
     assert seen["colours"][8].startswith(orange)
     assert not any(seen["colours"][:7])
     assert "runs/first, layer 12. Of 8,000 features 7,000 fired on 1,200 ordinary tokens" in seen["about"]
-    assert "half those of the largest specificity" in seen["about"]
+    assert "half have the largest specificity" in seen["about"]
     assert seen["whole"] == LENGTH
     listed, about, names = seen["other"]
     assert listed == [4, 2, 0]

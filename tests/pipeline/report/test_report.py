@@ -212,7 +212,12 @@ def test_an_fvu_above_one_is_noted(made: "type[MadeRuns]", tmp_path: Path) -> No
 def scored_on(
     made: "type[MadeRuns]", n_seen: int | None, *, is_own: bool = False, contexts: str = "held-out"
 ) -> Measured:
-    store = {"path": "/half.zarr", "read": {}, "trained_from": is_own, "seen_contexts": n_seen}
+    store: dict[str, Any] = {
+        "path": "/half.zarr",
+        "read": {},
+        "trained_from": is_own,
+        "seen_contexts": n_seen,
+    }
     probing = {"source": "offline", "data": {"contexts": contexts}}
     return made.run(store=store, contexts=[488, 512], probing=probing)
 
