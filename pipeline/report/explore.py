@@ -1,12 +1,12 @@
-"""The features of finished runs, for the page of a report: where each fires, and on what text.
+"""The features of finished runs, for the page of a report: where each one fires, and on what text.
 
-Two passes over the first contexts of the held-out part of a run's store. The first adds up what every
-feature did; the second reads again those contexts in which the chosen features are largest. Nothing is
-written.
+Two passes over the first contexts of the held-out part of a run's store. The first accumulates statistics
+of every feature; the second reads the contexts with the largest activations of the chosen features again.
+Nothing is written.
 
-Cost: encoding each context twice, and once more where position adapters are taken off to see what they
-change. Memory: a batch of codes a few times over; at most 28 bytes to each feature and position (44 with
-adapters); and of the chosen features a byte to each position of their excerpts.
+Cost: each context is encoded twice, and once more without position adapters where there are some. Memory: a
+few batches of codes; at most 28 bytes per feature and position (44 with adapters); and a byte per position of
+each excerpt.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -48,10 +48,10 @@ N_EXCERPTS = 10
 """Contexts shown for each feature."""
 N_NEIGHBOURS = 6
 MAX_BINS = 64
-"""Of a feature's density by position."""
+"""Bins of a feature's density by position."""
 
 _CODE_NUMBERS = 2**22
-"""Numbers of a code that are in memory at once, about: 16 MB, and a few such beside; on a GPU more."""
+"""About how many numbers of a code are in memory at once: 16 MB, a few times over; more on a GPU."""
 
 
 def explore_runs(
@@ -62,25 +62,25 @@ def explore_runs(
     tokenizer: str | None = None,
     progress: Progress | None = None,
 ) -> list[Explored | Unexplored]:
-    """Explore each run; of one that cannot be, why.
+    """The features of each run, or the reason why they cannot be shown.
 
     Args:
-        runs: what each is called, and its folder.
-        n_features: how many features of a run are shown, at most; at least 1.
-        n_contexts: how many held-out contexts are looked through, at most; at least 1.
-        tokenizer: hub id or folder of the stores' tokenizer; by default what each store names.
-        progress: told what is done.
+        runs: label and folder of each.
+        n_features: maximum features to show of a run; at least 1.
+        n_contexts: maximum held-out contexts to scan; at least 1.
+        tokenizer: hub id or folder of the stores' tokenizer; by default the one that each store names.
+        progress: reports progress.
     """
     progress = progress or Silent()
     readers = _Readers(tokenizer, progress)
-    found: list[Explored | Unexplored] = []
+    explored: list[Explored | Unexplored] = []
     for label, folder in runs:
         try:
-            found.append(_explored(label, folder, n_features, n_contexts, readers, progress))
+            explored.append(_explored(label, folder, n_features, n_contexts, readers, progress))
         except PosaeError as error:
             progress.say(f"no explorer of {label}: {error}")
-            found.append(Unexplored(label, str(folder), str(error)))
-    return found
+            explored.append(Unexplored(label, str(folder), str(error)))
+    return explored
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ def _explored(
 
 
 def _profiles(looked_at: "_LookedAt", progress: Progress) -> Profiles:
-    """What every feature did; the first pass."""
+    """Statistics of every feature; the first pass."""
     autoencoder, length = looked_at.autoencoder, looked_at.store.context_length
     has_base = _has_adapters(autoencoder)
     keeper = ProfileKeeper(
@@ -136,7 +136,7 @@ def _profiles(looked_at: "_LookedAt", progress: Progress) -> Profiles:
         progress.advance(len(contexts) * length)
     profiles = keeper.profiles()
     if not profiles.n_rows.any():
-        raise StoreIncompleteError(f"{looked_at.store.root} holds only special tokens out of training")
+        raise StoreIncompleteError(f"{looked_at.store.root} has only special tokens in its held-out contexts")
     return profiles
 
 
@@ -147,11 +147,11 @@ def _features(
     n_features: int,
     progress: Progress,
 ) -> list[ExploredFeature]:
-    """The features that are shown, with their excerpts; the second pass."""
+    """The features to show, with their excerpts; the second pass."""
     by_range = profiles.by_range([r.start for r in ranges])
-    told, base = by_range.specificity, by_range.base_mean
+    specificity, base = by_range.specificity, by_range.base_mean
     density = profiles.density()
-    chosen = choose_features(profiles.firings.sum(axis=0), told.information, n_features)
+    chosen = choose_features(profiles.firings.sum(axis=0), specificity.information, n_features)
     density_by_position, mean_by_position = _binned(profiles, chosen)
     levels = _levels(looked_at, profiles, chosen, progress)
     nearest, cosines = neighbours(looked_at.autoencoder.W_dec, chosen, N_NEIGHBOURS)
@@ -160,9 +160,9 @@ def _features(
         ExploredFeature(
             number=feature,
             density=float(density[feature]),
-            specificity=float(told.information[feature]),
-            is_above_chance=bool(told.is_above[feature]),
-            specialisation=float(told.specialisation[feature]),
+            specificity=float(specificity.information[feature]),
+            is_above_chance=bool(specificity.is_above[feature]),
+            specialisation=float(specificity.specialisation[feature]),
             density_by_position=density_by_position[:, place].tolist(),
             mean_by_position=mean_by_position[:, place].tolist(),
             density_by_range=by_range.density[:, feature].tolist(),
@@ -196,14 +196,14 @@ class _Layer(BaseModel):
 
 
 class _Config(BaseModel):
-    """What is needed of ``config.json``."""
+    """The keys of ``config.json`` that are used."""
 
     settings: _Layer
     store: _Store
 
 
 class _LookedAt(NamedTuple):
-    """A run, and the contexts that its features are shown on."""
+    """A run, and the contexts that are scanned for its features."""
 
     store: ActivationStore
     layer: int
@@ -219,11 +219,11 @@ class _LookedAt(NamedTuple):
             config = _Config.model_validate(run.config)
         except ValidationError:
             raise RunError(
-                f"{run.folder / 'config.json'} does not say which store the run read; train it anew"
+                f"{run.folder / 'config.json'} does not say which store the run read; train it again"
             ) from None
         if not run.is_finished:
             raise RunNotFoundError(
-                f"{run.folder} has not finished training; run posae train again, it goes on"
+                f"{run.folder} has not finished training; run posae train again to resume it"
             )
         place, layer = _place(run, config.store.path), config.settings.layer
         try:
@@ -237,7 +237,9 @@ class _LookedAt(NamedTuple):
         first, last = store.held_out_part(layer)
         start = max(first, config.store.training_contexts)
         if start >= last:
-            raise StoreIncompleteError(f"{store.root} holds no contexts out of training to look through")
+            raise StoreIncompleteError(
+                f"{store.root} has no held-out contexts; harvest more, with --held-out above 0"
+            )
         device = choose_device("auto", with_float64=True)
         autoencoder = load_autoencoder(run.folder).to(device)
         if not all(bool(torch.isfinite(weight).all()) for weight in autoencoder.state_dict().values()):
@@ -255,13 +257,13 @@ class _LookedAt(NamedTuple):
     def batches(
         self, contexts: NDArray[np.int64]
     ) -> Iterator[tuple[NDArray[np.int64], Tensor, NDArray[np.bool_]]]:
-        """Whole contexts in order, a few at a time.
+        """Whole contexts in order, in batches.
 
         Args:
-            contexts: which, ascending; [contexts].
+            contexts: indices, ascending; [contexts].
 
         Yields:
-            Which these are; their activations, bfloat16 [contexts, positions, d_model]; and which of their
+            Their indices; their activations, bfloat16 [contexts, positions, d_model]; and which of their
             tokens are ordinary, [contexts, positions].
         """
         chunk = self.store.manifest.chunk_contexts
@@ -276,13 +278,13 @@ class _LookedAt(NamedTuple):
 
 
 def _place(run: Run, path: str) -> str:
-    """Where the store lies: where it was last scored, if that is the store that the run was trained from."""
+    """Path of the store: where it was last scored, if that is the one that the run was trained from."""
     try:
         scored: Any = run.evaluation.get("store")
     except RunError:
         return path
-    told = cast("dict[str, Any]", scored) if isinstance(scored, dict) else {}
-    return str(told.get("path") or path) if told.get("trained_from") else path
+    store = cast("dict[str, Any]", scored) if isinstance(scored, dict) else {}
+    return str(store.get("path") or path) if store.get("trained_from") else path
 
 
 def _code(
@@ -320,10 +322,10 @@ def _levels(
     progress.begin("reading excerpts", len(wanted) * length, "tokens")
     for contexts, x, is_ordinary in looked_at.batches(wanted):
         code = _code(looked_at.autoencoder, x, is_ordinary)[..., features]
-        found = in_levels(code, peaks)
+        in_batch = in_levels(code, peaks)
         kept, place = np.nonzero((which >= contexts[0]) & (which <= contexts[-1]))
         row = np.searchsorted(contexts, which[kept, place])
-        levels[place, kept] = found[row, :, place]
+        levels[place, kept] = in_batch[row, :, place]
         progress.advance(len(contexts) * length)
     progress.end()
     return levels
@@ -332,14 +334,14 @@ def _levels(
 def _decoders(
     autoencoder: Autoencoder, chosen: NDArray[np.int64], ranges: Sequence[PositionRange]
 ) -> NDArray[np.float32] | None:
-    """What decoder adapters do to the chosen directions; float32 [ranges, chosen], None without any."""
+    """Cosines of chosen directions with the adapted ones; float32 [ranges, chosen], None without any."""
     adapter = autoencoder.position_adapter
     if adapter.decoder_in is None or adapter.decoder_out is None:
         return None
     features = torch.as_tensor(chosen).to(autoencoder.W_dec.device)
     inner, decoder = adapter.decoder_in[:, features], autoencoder.W_dec[features]
     cosines = turned(decoder, inner, adapter.decoder_out, autoencoder.alpha)
-    # What all ranges share is shown in each.
+    # An adapter shared by all ranges is shown in each.
     return np.broadcast_to(cosines, (len(ranges), len(chosen))) if len(cosines) == 1 else cosines
 
 
@@ -354,12 +356,12 @@ def _binned(profiles: Profiles, chosen: NDArray[np.int64]) -> tuple[NDArray[np.f
 
 
 class _Readers:
-    """The stores' tokenizers, or why there are none; each is sought once."""
+    """The stores' tokenizers, or why there are none; each is loaded once."""
 
     def __init__(self, named: str | None, progress: Progress) -> None:
         self._named = named
         self._progress = progress
-        self._found: dict[tuple[str, str | None, str], tuple[Any, str | None]] = {}
+        self._tokenizers: dict[tuple[str, str | None, str], tuple[Any, str | None]] = {}
 
     def of(self, store: ActivationStore) -> tuple[Any, str | None]:
         """A store's tokenizer, or None and why."""
@@ -367,13 +369,13 @@ class _Readers:
         name = self._named or manifest.language_model
         revision = None if self._named else manifest.model_revision
         key = (name, revision, manifest.tokenizer_hash)
-        if key not in self._found:
-            self._found[key] = self._sought(*key)
-            if note := self._found[key][1]:
-                self._progress.say(f"token ids in place of text: {note}")
-        return self._found[key]
+        if key not in self._tokenizers:
+            self._tokenizers[key] = self._loaded(*key)
+            if note := self._tokenizers[key][1]:
+                self._progress.say(f"token ids are shown instead of text: {note}")
+        return self._tokenizers[key]
 
-    def _sought(self, name: str, revision: str | None, wanted_hash: str) -> tuple[Any, str | None]:
+    def _loaded(self, name: str, revision: str | None, wanted_hash: str) -> tuple[Any, str | None]:
         if not self._named and name != "demo":
             if not is_hub_id(name, revision):
                 return (
@@ -394,6 +396,6 @@ class _Readers:
 
 
 def _text(tokenizer: Any, token: int) -> str:
-    """What a token reads as; of a part of a character its name in the vocabulary."""
+    """A token's text; for a part of a character, its name in the vocabulary."""
     text = str(tokenizer.decode([token]))
     return str(tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text

@@ -198,7 +198,7 @@ def test_a_feature_shows_what_its_run_says_of_it(open_page: "OpenPage", tmp_path
     assert seen["whole"] == LENGTH
     listed, about, names = seen["other"]
     assert listed == [4, 2, 0]
-    assert "shown are all of them. Token ids stand in place of text: no tokenizer." in about
+    assert "this page shows all of them. Token ids are shown instead of text: no tokenizer." in about
     assert names == ["positions", "density", "mean activation"]
     assert seen["below"] == "feature 2"
 
