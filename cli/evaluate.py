@@ -39,7 +39,11 @@ def evaluate(
     with LiveProgress() as progress:
         found = score(run, settings, progress)
     if as_json:
-        typer.echo(json.dumps(found))
+        from ..pipeline.report.measured import Measured
+        from ..pipeline.report.notes import notes
+
+        on_run = [note.text for note in notes([Measured(str(run), evaluation=found)])]
+        typer.echo(json.dumps(found | ({"notes": on_run} if on_run else {})))
     else:
         console.print(comparison([run]))
         show_scores(parse_evaluation(found, run))
@@ -49,8 +53,11 @@ def evaluate(
 
 def probing_table(found: dict[str, Any]) -> Table:
     """Accuracy of probes on k activations and on k features: a line a task, and the mean of all."""
+    data: dict[str, Any] = found.get("data") or {}
+    is_seen = data.get("contexts") == "all"
+    seen = "; rows include contexts that the run was trained on" if is_seen else ""
     table = Table(
-        title=f"sparse probing ({found['source']}), accuracy in %: chance is 50, ± one standard error",
+        title=f"sparse probing ({found['source']}), accuracy in %: chance is 50, ± one standard error{seen}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,

@@ -1,4 +1,4 @@
-"""What evaluation found, as people see it in a terminal; ``posae evaluate --json`` prints all of it."""
+"""Scores of one run in a terminal; ``posae evaluate --json`` prints all of them."""
 
 from collections.abc import Sequence
 
@@ -10,22 +10,22 @@ from ..store.plain_text import counted
 from .display import console, show_by_position
 
 
-def show_scores(found: Evaluation) -> None:
-    """What no comparison of runs shows: a line for each kind of score, and FVU by position drawn."""
+def show_scores(scores: Evaluation) -> None:
+    """Scores that no comparison of runs shows: a line for each kind, and a chart of FVU by position."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, text in _told(found).items():
+    for name, text in _lines(scores).items():
         table.add_row(name, Text(text))
     console.print(table)
-    if found.fvu_by_position:
+    if scores.fvu_by_position:
         console.print("\n[bold]FVU by position[/]")
-        show_by_position([value or 0.0 for value in found.fvu_by_position], digits=4)
+        show_by_position([value or 0.0 for value in scores.fvu_by_position], digits=4)
 
 
-def _told(found: Evaluation) -> dict[str, str]:
+def _lines(found: Evaluation) -> dict[str, str]:
     outliers, density, drift = found.norm_outliers, found.density_histogram, found.drift
-    told = {
+    lines = {
         "tokens": f"{found.n_rows:,} in contexts {found.contexts[0]:,} to {found.contexts[1] - 1:,}",
         "FVU": f"{_number(found.fvu)}; with special tokens {_number(found.fvu_with_special)}",
         "L0": f"{found.l0:.2f}; above .001 in size {found.l0_above:.2f}; by range "
@@ -34,48 +34,51 @@ def _told(found: Evaluation) -> dict[str, str]:
         ),
     }
     if outliers:
-        told["FVU"] += (
+        lines["FVU"] += (
             f", without {outliers.n_rows:,} norm outliers (above {outliers.threshold:.1f}) "
             f"{_number(found.fvu_without_outliers)}"
         )
     if found.store.get("trained_from") is False:
-        told["store"] = f"{found.store['path']}, {_unlike_its_own(found)}"
+        lines["store"] = f"{found.store['path']}, {_about_another_store(found)}"
+    elif found.store.get("trained_from", True) is None:
+        lines["store"] = "whether the run was trained on the contexts scored is unknown"
     if found.fvu_base is not None:
-        told["base code"] = f"FVU {_number(found.fvu_base)} alone; retention {_number(found.retention, 3)}"
+        lines["base code"] = f"FVU {_number(found.fvu_base)} alone; retention {_number(found.retention, 3)}"
     if drift:
-        told["drift"] = (
+        lines["drift"] = (
             f"cosine {drift.cosine_mean:.3f} with the end of warm-up, {drift.kept_share:.1%} above .9"
         )
     if density:
         often = sum(density.counts[density.edges.index(-1.0) :])
-        told["features"] = f"{density.never:,} never fired, {often:,} on more than a tenth of the tokens"
+        lines["features"] = f"{density.never:,} never fired, {often:,} on more than a tenth of the tokens"
     if found.position_features:
-        told["position"] = (
-            f"{found.position_features.features:,} features stand for a position, "
-            f"{found.position_features.slots:.2f} of a token's active ones"
+        lines["position"] = (
+            f"{found.position_features.features:,} features encode a position, "
+            f"{found.position_features.slots:.2f} of them active per token"
         )
-    told |= _about_specificity(found) | _about_groups(found) | _about_ce_loss(found)
+    lines |= _about_specificity(found) | _about_groups(found) | _about_ce_loss(found)
     if found.training_seconds is not None:
         cpu = (
             f", {found.training_cpu_seconds:,.0f} s of CPU" if found.training_cpu_seconds is not None else ""
         )
-        told["training"] = f"{found.training_seconds:,.0f} s{cpu}"
-    return told
+        lines["training"] = f"{found.training_seconds:,.0f} s{cpu}"
+    return lines
 
 
-def _unlike_its_own(found: Evaluation) -> str:
+def _about_another_store(found: Evaluation) -> str:
     """What a store that the run was not trained from has in common with the one that it was."""
     store = found.store
     n_seen, n_contexts = store.get("seen_contexts"), found.contexts[1] - found.contexts[0]
     text = "which the run was not trained from"
     if n_seen:
-        text += f", though on {n_seen:,} of the {counted(n_contexts, 'context')} scored here: no unseen text"
+        contexts = counted(n_contexts, "context")
+        text += f"; but it was trained on {n_seen:,} of the {contexts} scored: not held-out scores"
     elif n_seen is None:
-        text += "; whether it was trained on the same text cannot be told"
+        text += "; whether it was trained on the same contexts is unknown"
     if store.get("same_model") is False:
         text += "; made with another model"
     elif store.get("same_model") is None:
-        text += "; whether the same model made it cannot be told"
+        text += "; whether the same model made it is unknown"
     return text
 
 
@@ -86,7 +89,7 @@ def _about_specificity(found: Evaluation) -> dict[str, str]:
     return {
         "specificity": f"{scores.mean:.5f} bits of range in firing, {_number(scores.null_mean, 5)} by "
         f"chance; {_percent(scores.above_null_share)} of features above chance, "
-        f"{_percent(scores.above_null_share_turned)} with contexts turned; its rank correlation with "
+        f"{_percent(scores.above_null_share_turned)} with contexts rotated; rank correlation with "
         f"interpretability {_number(scores.curve.rank_correlation, 2)}"
     }
 
@@ -94,7 +97,7 @@ def _about_specificity(found: Evaluation) -> dict[str, str]:
 def _about_groups(found: Evaluation) -> dict[str, str]:
     groups = found.clusters
     if groups is None:
-        return {"groups": "too few features fired often enough to tell"}
+        return {"groups": "unknown: too few features fired often enough"}
     chance = f"silhouette {groups.score:.2f}, without groups up to {groups.null_score:.2f}"
     if groups.best_n == 1:
         return {"groups": f"none by where features fire ({chance})"}

@@ -1,5 +1,6 @@
-"""What runs show: what they measured, how they compare, what becomes of claims, and how it is shown.
+"""Reports on runs: what was measured, how runs compare, verdicts on claims, and how all of it is shown.
 
-``measured`` alone knows the shape of a run's files; ``comparison`` sets runs beside their controls;
-``claims`` judges what the paper says; ``page`` and ``markdown`` write it down. No file is read here.
+``measured`` alone knows the shape of a run's files; ``comparison`` compares runs with their controls;
+``paper.claims`` judges what the paper says; ``page`` and ``markdown`` write it down. Only ``report`` and
+``explore`` read files.
 """

@@ -1,12 +1,12 @@
-"""The features of finished runs, for the page of a report: where each fires, and on what text.
+"""The features of finished runs, for the page of a report: where each one fires, and on what text.
 
-Two passes over the first contexts of the held-out part of a run's store. The first adds up what every
-feature did; the second reads again those contexts in which the chosen features are largest. Nothing is
-written.
+Two passes over the first contexts of the held-out part of a run's store. The first accumulates statistics
+of every feature; the second reads the contexts with the largest activations of the chosen features again.
+Nothing is written.
 
-Cost: encoding each context twice, and once more where position adapters are taken off to see what they
-change. Memory: a batch of codes a few times over; at most 28 bytes to each feature and position (44 with
-adapters); and of the chosen features a byte to each position of their excerpts.
+Cost: each context is encoded twice, and once more without position adapters where there are some. Memory: a
+few batches of codes; at most 28 bytes per feature and position (44 with adapters); and a byte per position of
+each excerpt.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,10 +43,10 @@ N_EXCERPTS = 10
 """Contexts shown for each feature."""
 N_NEIGHBOURS = 6
 MAX_BINS = 64
-"""Of a feature's density by position."""
+"""Bins of a feature's density by position."""
 
 _CODE_NUMBERS = 2**22
-"""Numbers of a code that are in memory at once, about: 16 MB, and a few such beside; on a GPU more."""
+"""About how many numbers of a code are in memory at once: 16 MB, a few times over; more on a GPU."""
 
 
 def explore_runs(
@@ -57,25 +57,25 @@ def explore_runs(
     tokenizer: str | None = None,
     progress: Progress | None = None,
 ) -> list[Explored | Unexplored]:
-    """Explore each run; of one that cannot be, why.
+    """The features of each run, or the reason why they cannot be shown.
 
     Args:
-        runs: what each is called, and its folder.
-        n_features: how many features of a run are shown, at most; at least 1.
-        n_contexts: how many held-out contexts are looked through, at most; at least 1.
-        tokenizer: hub id or folder of the stores' tokenizer; by default what each store names.
-        progress: told what is done.
+        runs: label and folder of each.
+        n_features: maximum features to show of a run; at least 1.
+        n_contexts: maximum held-out contexts to scan; at least 1.
+        tokenizer: hub id or folder of the stores' tokenizer; by default the one that each store names.
+        progress: reports progress.
     """
     progress = progress or Silent()
     tokenizers = _Tokenizers(tokenizer, progress)
-    found: list[Explored | Unexplored] = []
+    explored: list[Explored | Unexplored] = []
     for label, folder in runs:
         try:
-            found.append(_explored(label, folder, n_features, n_contexts, tokenizers, progress))
+            explored.append(_explored(label, folder, n_features, n_contexts, tokenizers, progress))
         except PosaeError as error:
             progress.say(f"no explorer of {label}: {error}")
-            found.append(Unexplored(label, str(folder), str(error)))
-    return found
+            explored.append(Unexplored(label, str(folder), str(error)))
+    return explored
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def _explored(
 
 
 def _profiles(held_out: HeldOut, progress: Progress) -> Profiles:
-    """What every feature did; the first pass."""
+    """Statistics of every feature; the first pass."""
     autoencoder, length = held_out.autoencoder, held_out.store.context_length
     has_base = _has_adapters(autoencoder)
     keeper = ProfileKeeper(
@@ -131,7 +131,7 @@ def _profiles(held_out: HeldOut, progress: Progress) -> Profiles:
         progress.advance(len(contexts) * length)
     profiles = keeper.profiles()
     if not profiles.n_rows.any():
-        raise StoreIncompleteError(f"{held_out.store.root} holds only special tokens out of training")
+        raise StoreIncompleteError(f"{held_out.store.root} has only special tokens in its held-out contexts")
     return profiles
 
 
@@ -142,11 +142,11 @@ def _features(
     n_features: int,
     progress: Progress,
 ) -> list[ExploredFeature]:
-    """The features that are shown, with their excerpts; the second pass."""
+    """The features to show, with their excerpts; the second pass."""
     by_range = profiles.by_range([r.start for r in ranges])
-    told, base = by_range.specificity, by_range.base_mean
+    specificity, base = by_range.specificity, by_range.base_mean
     density = profiles.density()
-    chosen = choose_features(profiles.firings.sum(axis=0), told.information, n_features)
+    chosen = choose_features(profiles.firings.sum(axis=0), specificity.information, n_features)
     density_by_position, mean_by_position = _binned(profiles, chosen)
     levels = _levels(held_out, profiles, chosen, progress)
     nearest, cosines = neighbours(held_out.autoencoder.W_dec, chosen, N_NEIGHBOURS)
@@ -155,9 +155,9 @@ def _features(
         ExploredFeature(
             number=feature,
             density=float(density[feature]),
-            specificity=float(told.information[feature]),
-            is_above_chance=bool(told.is_above[feature]),
-            specialisation=float(told.specialisation[feature]),
+            specificity=float(specificity.information[feature]),
+            is_above_chance=bool(specificity.is_above[feature]),
+            specialisation=float(specificity.specialisation[feature]),
             density_by_position=density_by_position[:, place].tolist(),
             mean_by_position=mean_by_position[:, place].tolist(),
             density_by_range=by_range.density[:, feature].tolist(),
@@ -260,10 +260,10 @@ def _levels(
     progress.begin("reading excerpts", len(wanted) * length, "tokens")
     for contexts, x, is_ordinary in _batches(held_out, wanted):
         code = _code(held_out.autoencoder, x, is_ordinary)[..., features]
-        found = in_levels(code, peaks)
+        in_batch = in_levels(code, peaks)
         kept, place = np.nonzero((which >= contexts[0]) & (which <= contexts[-1]))
         row = np.searchsorted(contexts, which[kept, place])
-        levels[place, kept] = found[row, :, place]
+        levels[place, kept] = in_batch[row, :, place]
         progress.advance(len(contexts) * length)
     progress.end()
     return levels
@@ -272,14 +272,14 @@ def _levels(
 def _decoders(
     autoencoder: Autoencoder, chosen: NDArray[np.int64], ranges: Sequence[PositionRange]
 ) -> NDArray[np.float32] | None:
-    """What decoder adapters do to the chosen directions; float32 [ranges, chosen], None without any."""
+    """Cosines of chosen directions with the adapted ones; float32 [ranges, chosen], None without any."""
     adapter = autoencoder.position_adapter
     if adapter.decoder_in is None or adapter.decoder_out is None:
         return None
     features = torch.as_tensor(chosen).to(autoencoder.W_dec.device)
     inner, decoder = adapter.decoder_in[:, features], autoencoder.W_dec[features]
     cosines = turned(decoder, inner, adapter.decoder_out, autoencoder.alpha)
-    # What all ranges share is shown in each.
+    # An adapter shared by all ranges is shown in each.
     return np.broadcast_to(cosines, (len(ranges), len(chosen))) if len(cosines) == 1 else cosines
 
 
@@ -294,7 +294,7 @@ def _binned(profiles: Profiles, chosen: NDArray[np.int64]) -> tuple[NDArray[np.f
 
 
 class _Tokenizers:
-    """The stores' tokenizers, or why one is missing; each is loaded once."""
+    """The stores' tokenizers, or why there are none; each is loaded once."""
 
     def __init__(self, named: str | None, progress: Progress) -> None:
         self._named = named
@@ -306,7 +306,7 @@ class _Tokenizers:
         if store.address not in self._loaded:
             self._loaded[store.address] = self._load(store)
             if note := self._loaded[store.address][1]:
-                self._progress.say(f"token ids in place of text: {note}")
+                self._progress.say(f"token ids are shown instead of text: {note}")
         return self._loaded[store.address]
 
     def _load(self, store: ActivationStore) -> tuple[Any, str | None]:
@@ -317,6 +317,6 @@ class _Tokenizers:
 
 
 def _text(tokenizer: Any, token: int) -> str:
-    """What a token reads as; of a part of a character its name in the vocabulary."""
+    """A token's text; for a part of a character, its name in the vocabulary."""
     text = str(tokenizer.decode([token]))
     return str(tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text

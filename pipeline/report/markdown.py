@@ -1,4 +1,4 @@
-"""Tables in Markdown, for documents."""
+"""A report as Markdown."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from .tables import Table
 
 
 def markdown(tables: Sequence[Table], notes: Sequence[Note] = ()) -> str:
-    r"""All notes, and all tables, each under its title; what the words hold is escaped.
+    r"""All notes, then all tables, each under its title; text is escaped.
 
     >>> print(markdown([Table("FVU", ["run", "0:32"], [["a|b", "0.1"]])], [Note("a*")]), end="")
     note: a\*
@@ -18,7 +18,7 @@ def markdown(tables: Sequence[Table], notes: Sequence[Note] = ()) -> str:
     | --- | ---: |
     | a\|b | 0.1 |
     """
-    return "\n".join([*(f"note: {_escaped(note.words)}\n" for note in notes), *map(_table, tables)])
+    return "\n".join([*(f"note: {_escaped(note.text)}\n" for note in notes), *map(_table, tables)])
 
 
 def _table(table: Table) -> str:
@@ -30,7 +30,7 @@ def _table(table: Table) -> str:
 
 
 def _escaped(text: str) -> str:
-    r"""Text that stays text in Markdown.
+    r"""Text without meaning to Markdown.
 
     >>> _escaped("<b> *a* [x](y)")
     '\\<b> \\*a\\* \\[x\\](y)'

@@ -1,8 +1,7 @@
-"""What one run measured, and what it was measured for: the only place that knows the shape of a run's files.
+"""What was measured of each run, and for which study: the only module that knows the shape of a run's files.
 
-A run may be of an older posae, or not finished: what a file lacks, or holds in another form, is None, and
-whoever asks says that it cannot be told. Nothing is computed before it is asked for; a figure over steps
-reads the lines of ``metrics.jsonl`` once.
+A run may be unfinished, or written by an older posae: what a file lacks, or holds in another form, is None.
+Nothing is computed before it is asked for; a figure over steps reads the lines of ``metrics.jsonl`` once.
 """
 
 import math
@@ -11,13 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 from ..settings.flat import without_foreign
+from .verdicts import MIN_STEPS
 
 SETTLED = 0.1
-"""Figures over steps leave out this share of the steps, the first: that is the start, not the training."""
+"""Figures over steps leave out this share of the steps, the first ones."""
 
 
 def number(value: Any, *keys: str) -> float | None:
-    """The number at the end of ``keys``, each a key of the object before.
+    """The number at the end of ``keys``, each a key of the object before; None if it is not finite.
 
     >>> number({"drift": {"cosine_mean": 0.5}}, "drift", "cosine_mean"), number({"drift": None}, "drift", "x")
     (0.5, None)
@@ -29,7 +29,7 @@ def number(value: Any, *keys: str) -> float | None:
 
 
 def numbers(value: Any) -> list[float | None]:
-    """A list of numbers, None where an entry is none; empty where there is no list."""
+    """A list of numbers, with None for every other entry; empty where there is no list."""
     return [number(item) for item in cast("list[Any]", value)] if isinstance(value, list) else []
 
 
@@ -46,9 +46,9 @@ class Measured:
     """One run: what its files say.
 
     Attributes:
-        folder: as it was named.
-        config: of ``config.json``.
-        evaluation: of ``evaluation.json``; empty where there is none.
+        folder: as the user gave it.
+        config: content of ``config.json``.
+        evaluation: content of ``evaluation.json``; empty where there is none.
         metrics: the lines of ``metrics.jsonl``.
         missing: why it has no scores; None where it has.
     """
@@ -65,22 +65,34 @@ class Measured:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What it was trained with."""
-        found: Any = self.config.get("settings")
-        return without_foreign(cast("dict[str, Any]", found)) if isinstance(found, dict) else {}
+        """Its training settings."""
+        settings: Any = self.config.get("settings")
+        return without_foreign(cast("dict[str, Any]", settings)) if isinstance(settings, dict) else {}
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """One of its settings; ``default`` where its posae did not have it."""
+        """One of its settings; ``default`` where the posae that trained it did not have it."""
         return self.settings.get(name, default)
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of the whole run; 0 where they are not known."""
+        return int(number(self.settings, "steps") or 0)
+
+    @property
+    def has_too_few_steps(self) -> bool:
+        """Whether it is too short for a verdict."""
+        return 0 < self.n_steps < MIN_STEPS
 
     def steps(self, name: str) -> list[Line]:
         """One figure over all logged steps, where it was finite."""
-        found: list[Line] = []
+        lines: list[Line] = []
         for line in self.metrics:
             value, step, tokens = number(line, name), number(line, "step"), number(line, "tokens")
             if value is not None and step is not None:
-                found.append(Line(int(step), tokens or 0.0, value))
-        return found
+                lines.append(Line(int(step), tokens or 0.0, value))
+        return lines
+
+    # What it was scored on
 
     @property
     def is_of_another_store(self) -> bool:
@@ -88,31 +100,52 @@ class Measured:
         store: Any = self.evaluation.get("store")
         return isinstance(store, dict) and cast("dict[str, Any]", store).get("trained_from") is False
 
+    @property
+    def n_seen_contexts(self) -> int | None:
+        """How many of the contexts that it was scored on it was trained on; None where that is not known."""
+        n_seen = self.score("store", "seen_contexts")
+        return None if n_seen is None else int(n_seen)
+
+    @property
+    def n_scored_contexts(self) -> int | None:
+        """How many contexts it was scored on."""
+        span = self.series("contexts")
+        return (
+            int(span[1] - span[0]) if len(span) == 2 and span[0] is not None and span[1] is not None else None
+        )
+
+    @property
+    def is_probed_on_seen_contexts(self) -> bool:
+        """Whether the rows of its probes come from contexts that it was trained on, too."""
+        probing: Any = self.evaluation.get("probing")
+        data: Any = cast("Mapping[str, Any]", probing).get("data") if isinstance(probing, Mapping) else None
+        return isinstance(data, Mapping) and cast("Mapping[str, Any]", data).get("contexts") == "all"
+
     # Size
 
     @property
     def architecture(self) -> str:
-        """Its name."""
+        """Its architecture."""
         return str(self.evaluation.get("architecture") or self.setting("architecture", ""))
 
     @property
     def d_model(self) -> int | None:
         """Width of the activations that it was trained on."""
-        found = number(self.config, "store", "d_model")
-        return None if found is None else int(found)
+        width = number(self.config, "store", "d_model")
+        return None if width is None else int(width)
 
     @property
     def overhead(self) -> float | None:
-        """Parameters that only its position-awareness needs, as a share of the others."""
+        """Parameters added for position, as a share of the others."""
         base = self.score("n_base_parameters")
         total = self.score("n_parameters")
         return total / base - 1 if total is not None and base else None
 
     @property
     def ranges(self) -> list[str]:
-        """Position ranges that it was scored by."""
-        found = self.evaluation.get("ranges")
-        return [str(item) for item in cast("list[Any]", found)] if isinstance(found, list) else []
+        """Position ranges of its scores by range."""
+        ranges = self.evaluation.get("ranges")
+        return [str(item) for item in cast("list[Any]", ranges)] if isinstance(ranges, list) else []
 
     # Over steps
 
@@ -137,9 +170,9 @@ class Measured:
 
     @property
     def converged(self) -> bool | None:
-        """Whether every logged loss is finite, the last tenth is below the first, and so is the FVU below 1.
+        """Whether all logged losses are finite, their last tenth is below the first, and the FVU is below 1.
 
-        None where too little was logged, or nothing scored.
+        None where too little was logged, or nothing was scored.
         """
         losses = [line.get("loss") for line in self.metrics]
         if len(losses) < 4 or self.score("fvu") is None:
@@ -157,11 +190,11 @@ class Measured:
 
         Args:
             fvu: as a fraction.
-            cost: a key of ``metrics.jsonl`` that counts up: tokens, cpu_seconds.
+            cost: a cumulative key of ``metrics.jsonl``: tokens, cpu_seconds.
         """
         for line in self.metrics:
-            found = number(line, "fvu")
-            if found is not None and found <= fvu:
+            of_batch = number(line, "fvu")
+            if of_batch is not None and of_batch <= fvu:
                 return number(line, cost)
         return None
 
@@ -177,12 +210,12 @@ class Measured:
 
     @property
     def decoder_kept(self) -> float | None:
-        """Share of the features whose direction is still that of the end of the base phase."""
+        """Share of the features that kept their direction since the end of the base phase."""
         return self.score("drift", "kept_share")
 
     @property
     def best_clusters(self) -> tuple[int, float, float] | None:
-        """Into how many clusters profiles of firing by position fall best, how well, and by chance."""
+        """Best number of clusters of firing profiles by position; its silhouette, and that by chance."""
         n, score, null = (self.score("clusters", key) for key in ("best_n", "score", "null_score"))
         return None if n is None or score is None or null is None else (int(n), score, null)
 
@@ -194,8 +227,8 @@ class Measured:
             k: how many features a probe sees: 1, 2, 5 or all.
             task: one task; by default the mean of all.
         """
-        where = ("mean",) if task is None else ("tasks", task, "mean")
-        return self.score("probing", *where, what, k, "accuracy")
+        keys = ("mean",) if task is None else ("tasks", task, "mean")
+        return self.score("probing", *keys, what, k, "accuracy")
 
     @property
     def probing_source(self) -> str | None:
@@ -213,14 +246,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class StudyRun:
-    """A run as it stands in a study.
+    """A run in a study.
 
     Attributes:
         name: the same for all its seeds.
         seed: runs of one seed are paired.
-        control: None, or what it controls for: agnostic, shared, shuffled, more-active.
+        control: None, or which control it is: agnostic, shared, shuffled, more-active.
         of: name of the run that it is a control of.
-        run: what it measured.
+        run: its files.
         has_adapters: of a position-aware run, whether something learned differs by position range; None
             where its sweep is of a version that did not record it.
     """
@@ -239,9 +272,9 @@ class Study:
 
     Attributes:
         study: its name, such as layer-norm.
-        title: in words.
+        title: a few words.
         claim: what the paper says, or None.
-        runs: all of its runs, the unfinished ones too.
+        runs: all of its runs, unfinished ones included.
     """
 
     study: str
@@ -250,7 +283,7 @@ class Study:
     claim: str | None = None
 
     def names(self) -> list[str]:
-        """Names of its runs, each once."""
+        """Names of its runs."""
         return list(dict.fromkeys(run.name for run in self.runs))
 
     def series(self, name: str) -> dict[int, Measured]:
@@ -258,21 +291,21 @@ class Study:
         return {run.seed: run.run for run in self.runs if run.name == name and run.run.missing is None}
 
     def control(self, of: str, role: str) -> dict[int, Measured] | None:
-        """The runs that control ``of`` for one thing, by seed; None where there are none."""
+        """One control of the run ``of``, by seed; None where the study has none."""
         runs = [run for run in self.runs if run.of == of and run.control == role]
-        found = {run.seed: run.run for run in runs if run.run.missing is None}
-        return found if runs else None
+        scored = {run.seed: run.run for run in runs if run.run.missing is None}
+        return scored if runs else None
 
 
 def mean_and_deviation(values: Iterable[float | None]) -> tuple[float, float] | None:
-    """Mean and standard deviation (n - 1; 0 of one) of what is told; None where nothing is.
+    """Mean and standard deviation (n - 1; 0 of one value) of the values that are not None.
 
     >>> mean_and_deviation([1.0, None, 3.0])
     (2.0, 1.4142135623730951)
     """
-    told = [value for value in values if value is not None]
-    if not told:
+    known = [value for value in values if value is not None]
+    if not known:
         return None
-    mean = sum(told) / len(told)
-    n_free = max(1, len(told) - 1)
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in told) / n_free)
+    mean = sum(known) / len(known)
+    n_free = max(1, len(known) - 1)
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in known) / n_free)

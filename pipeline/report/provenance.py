@@ -1,6 +1,6 @@
-"""Where runs come from, as a page tells it: store and digests, model, data, versions, settings, command.
+"""Where runs come from, for a page: store and digests, model, data, versions, settings, command.
 
-Everything is what a run's own files say; what an older or an odd one does not tell is left out.
+Everything comes from a run's own files; what the files of an older posae lack is left out.
 """
 
 import html
@@ -11,39 +11,39 @@ from typing import Any, NamedTuple, cast
 from .measured import Measured
 
 _OPEN = 3
-"""So many runs are shown unfolded."""
+"""With more runs, all are folded."""
 
-Words = Callable[[Mapping[str, Any], int], Sequence[str] | None]
-"""The words after ``posae train STORE RUN`` that give some settings at some d_model, or None."""
+Arguments = Callable[[Mapping[str, Any], int], Sequence[str] | None]
+"""The arguments after ``posae train STORE RUN`` for some settings at some d_model, or None."""
 
 
 class Provenance(NamedTuple):
-    """Of one run."""
+    """Where one run comes from."""
 
     label: str
     summary: str
     facts: Sequence[tuple[str, str]]
     """Name and value."""
     settings: Sequence[tuple[str, str, str | None]]
-    """Name, value, and the default where that is another."""
+    """Name, value, and the default where it differs."""
     command: str | None
-    """What makes it again; None where no words give its settings."""
+    """The command that trains it again; None where no arguments give its settings."""
 
 
-def provenance(label: str, run: Measured, defaults: Mapping[str, Any], words: Words) -> Provenance:
-    """What is told of a run.
+def provenance(label: str, run: Measured, defaults: Mapping[str, Any], arguments: Arguments) -> Provenance:
+    """Where a run comes from.
 
     Args:
-        label: what it is called.
+        label: of the run.
         run: its files.
-        defaults: of every setting of a training.
-        words: what finds the words of a command.
+        defaults: of every training setting.
+        arguments: finds the arguments of a command.
     """
     store = _object(run.config.get("store"))
     read = _object(store.get("read"))
     scored = _object(run.evaluation.get("store"))
     span = run.evaluation.get("contexts")
-    told: list[tuple[str, Any]] = [
+    known: list[tuple[str, Any]] = [
         ("folder", run.folder),
         ("store", store.get("path")),
         ("identity of the store", scored.get("identity") if scored.get("trained_from") else None),
@@ -53,6 +53,7 @@ def provenance(label: str, run: Measured, defaults: Mapping[str, Any], words: Wo
         ("hook point", store.get("hook_point")),
         ("layer", run.setting("layer")),
         ("contexts trained on", store.get("training_contexts")),
+        ("scored contexts that it was trained on", run.n_seen_contexts),
         (
             "contexts scored on",
             ":".join(map(str, cast("list[Any]", span))) if isinstance(span, list) else None,
@@ -62,27 +63,27 @@ def provenance(label: str, run: Measured, defaults: Mapping[str, Any], words: Wo
         ("torch", run.config.get("torch")),
         ("device", run.config.get("device")),
     ]
-    facts = [(name, str(value)) for name, value in told if value is not None]
-    known = dict(facts)
+    facts = [(name, str(value)) for name, value in known if value is not None]
+    by_name = dict(facts)
     summary = ", ".join(
-        f"{name} {known[key]}" if name else known[key]
+        f"{name} {by_name[key]}" if name else by_name[key]
         for name, key in (("", "model"), ("on", "data"), ("layer", "layer"), ("store", "store"))
-        if key in known
+        if key in by_name
     )
     settings = [
         (name, _value(value), _other(defaults.get(name), value)) for name, value in run.settings.items()
     ]
     d_model = run.d_model
-    found = words(run.settings, d_model) if d_model and run.settings else None
+    options = arguments(run.settings, d_model) if d_model and run.settings else None
     path = store.get("path")
     command = None
-    if found is not None and isinstance(path, str):
-        command = shlex.join(["posae", "train", path, run.folder, *found])
+    if options is not None and isinstance(path, str):
+        command = shlex.join(["posae", "train", path, run.folder, *options])
     return Provenance(label, summary, facts, settings, command)
 
 
 def section(runs: Sequence[Provenance]) -> str:
-    """HTML of all runs, folded where they are many."""
+    """HTML of all runs, folded where there are many."""
     return "".join(_run(run, is_open=len(runs) <= _OPEN) for run in runs)
 
 
@@ -95,7 +96,7 @@ def _run(run: Provenance, *, is_open: bool) -> str:
     command = (
         f'<pre class="command">{html.escape(run.command)}</pre>'
         if run.command
-        else '<p class="about">No words of this posae\'s command line give all of its settings.</p>'
+        else '<p class="about">No command of this version of posae gives all of its settings.</p>'
     )
     return (
         f'<details class="run"{" open" if is_open else ""}>'
@@ -119,12 +120,12 @@ def _object(value: Any) -> Mapping[str, Any]:
 
 
 def _other(default: Any, value: Any) -> str | None:
-    """The default, where the value is another; the trainer fills in what has none."""
+    """The default, where the value differs; None also for settings that training fills in."""
     return None if default is None or default == value else _value(default)
 
 
 def _value(value: Any) -> str:
-    """A setting as it is written in a TOML file, about."""
+    """A setting, about as a TOML file has it."""
     if isinstance(value, bool):
         return str(value).lower()
     return "none" if value is None else str(value)

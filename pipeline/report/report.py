@@ -1,7 +1,7 @@
-"""What runs and sweeps show: read from their folders, set beside each other, and judged.
+"""A report on runs and sweeps: read from their folders, compared, and judged.
 
-A folder with a ``sweep.json`` is a sweep, any other a run. Nothing is computed again: a report costs the
-reading of the runs' JSON files. A run without scores stays in the report, with the reason.
+A folder with a ``sweep.json`` is a sweep, any other a run. A report reads the JSON files of runs and computes
+no scores. A run without scores stays in the report, with the reason.
 """
 
 import math
@@ -53,13 +53,13 @@ class _Sweep(BaseModel):
 
 @dataclass(frozen=True)
 class Report:
-    """All that is known of some runs.
+    """Everything that a report shows.
 
     Attributes:
         runs: each once: those named by themselves, and those of the studies.
         studies: of the sweeps.
         findings: whether position helped, for each run that has controls.
-        claims: of the paper, judged; empty where no sweep is.
+        claims: of the paper, judged; empty without a sweep.
     """
 
     runs: Sequence[Measured]
@@ -73,29 +73,29 @@ class Report:
         return {run.folder: run.missing for run in self.runs if run.missing is not None}
 
     def notes(self) -> list[Note]:
-        """What a reader of the tables should know: what cannot be compared, is bad, or is left out."""
+        """Notes on scores that cannot be compared, are not held out, or are bad; and on claims left out."""
         n_left_out = sum(not claim.is_asked for claim in self.claims)
         shows_claims = 0 < n_left_out < len(self.claims)
         return [*notes(self.runs), *([left_out(n_left_out)] if shows_claims else [])]
 
     def series(self) -> list[Series]:
-        """What is a row of a table, or a line of a figure: a run, or all seeds of one."""
+        """Rows of tables and lines of figures: a run, or all seeds of one."""
         of_studies = tables.series_of_studies(self.studies)
-        there = {run.folder for one in of_studies for run in one.runs}
-        return [*of_studies, *tables.series_of_runs(run for run in self.runs if run.folder not in there)]
+        in_studies = {run.folder for one in of_studies for run in one.runs}
+        return [*of_studies, *tables.series_of_runs(run for run in self.runs if run.folder not in in_studies)]
 
     def measurements(self) -> list[Table]:
-        """What was measured, in tables."""
-        found = [tables.scores(self.series()), *tables.by_range(self.series())]
-        found += [tables.of_study(study) for study in self.studies]
-        return [table for table in found if table.rows]
+        """Tables of what was measured."""
+        measured = [tables.scores(self.series()), *tables.by_range(self.series())]
+        measured += [tables.of_study(study) for study in self.studies]
+        return [table for table in measured if table.rows]
 
     def written(self) -> list[Table]:
-        """The same with what a terminal has no room for: CE-loss recovered and probing."""
+        """The same with tables that do not fit a terminal: CE-loss recovered and probing."""
         return [*self.measurements(), *tables.beyond(self.series())]
 
     def named(self) -> list[tuple[str, Path]]:
-        """What each row of a table is called, and the folder of its run; of several seeds the first."""
+        """The label of each row and the folder of its run, of several seeds the first."""
         return [(one.label, Path(one.runs[0].folder)) for one in self.series()]
 
     def provenance(self) -> list[Provenance]:
@@ -117,17 +117,17 @@ class Report:
         ]
 
     def answers(self) -> list[Table]:
-        """What is missing, and what follows from what is there."""
-        found = [tables.missing(self.runs), tables.position(self.findings), tables.claims(self.claims)]
-        return [table for table in found if table.rows]
+        """Tables of runs without scores, and of verdicts."""
+        answers = [tables.missing(self.runs), tables.position(self.findings), tables.claims(self.claims)]
+        return [table for table in answers if table.rows]
 
 
 def collect(folders: Iterable[Path]) -> Report:
     """Read runs and sweeps.
 
     Raises:
-        RunNotFoundError: a folder is no run and no sweep, or none of all has scores.
-        RunError: a file is not what posae writes.
+        RunNotFoundError: a folder is neither a run nor a sweep, or no run has scores.
+        RunError: a file is not one that posae wrote.
     """
     runs: dict[str, Measured] = {}
     studies: list[Study] = []
@@ -145,37 +145,37 @@ def collect(folders: Iterable[Path]) -> Report:
 
 
 def _no_run(folder: Path) -> str:
-    """What a folder is where it is no run, and what to do."""
+    """What a folder is that is not a run, and what to do."""
     if not folder.exists():
-        return "is not there; give folders of runs, or of sweeps"
+        return "does not exist; name folders of runs or sweeps"
     if not folder.is_dir():
-        return "is a file, not a run; give folders of runs, or of sweeps"
+        return "is a file, not a run; name folders of runs or sweeps"
     if (folder / ROOT_PATH).exists():
         return f"is a store, not a run; train one from it: posae train {folder} RUN"
-    if found := runs_below(folder):
-        return f"is no run; runs lie below, give these: {folder}/{found}"
+    if pattern := runs_below(folder):
+        return f"is not a run, but contains runs; name these: {folder}/{pattern}"
     for below in ("*", "*/*"):
         for name, what in ((EVALUATION, "runs"), (SWEEP, "sweeps")):
             if next(folder.glob(f"{below}/{name}"), None):
-                return f"is no run; {what} lie below, give these: {folder}/{below}"
-    return "is no run; train one: posae train STORE RUN"
+                return f"is not a run, but contains {what}; name these: {folder}/{below}"
+    return "is not a run; train one: posae train STORE RUN"
 
 
 def _run(folder: Path, *, is_named: bool = False) -> Measured:
-    """What a run's files say; where it is not one that posae began, that it is missing.
+    """What a run's files say, or why it has no scores.
 
     Args:
         folder: of the run.
-        is_named: whether somebody named the folder; one that a sweep names was not begun yet.
+        is_named: whether the user named the folder; one that only a sweep names may not be started yet.
     """
     run = Run(folder)
     if not (folder / EVALUATION).exists():
         if is_named and not run.is_begun and not run.is_finished:
             return Measured(str(folder), metrics=run.metrics(), missing=_no_run(folder))
-        begin = f"run posae evaluate {folder}"
+        remedy = f"run posae evaluate {folder}"
         if not run.is_finished:
-            begin = "run posae train again, it goes on" if run.is_begun else "train it first"
-        missing = f"has no scores yet; {begin}"
+            remedy = "run posae train again to resume it" if run.is_begun else "train it first"
+        missing = f"has no scores yet; {remedy}"
         config = run.config if run.is_begun else {}
         return Measured(str(folder), config, metrics=run.metrics(), missing=missing)
     config = run.config if run.is_begun else {}
@@ -201,20 +201,20 @@ def _studies(folder: Path, runs: dict[str, Measured]) -> Iterable[Study]:
 
 
 def _inside(path: Path, folder: str) -> str:
-    """A folder that a sweep names, unless it leads out of the sweep's own."""
+    """The folder of a run, which must lie inside the sweep's."""
     parts = PurePosixPath(folder).parts
     if not parts or PurePosixPath(folder).is_absolute() or ".." in parts:
-        raise RunError(f"{path} names a folder outside its own, {folder!r}; it is not from posae")
+        raise RunError(f"{path} names a folder outside its own, {folder!r}; posae did not write it")
     return folder
 
 
 def as_json(report: Report) -> list[Any] | dict[str, Any]:
-    """All of a report as JSON: of plain runs a list of their scores, else an object with all there is.
+    """A report as JSON: without sweeps a list of each run's scores, else an object with everything.
 
-    A run that a note is about has the note among its scores, under ``notes``.
+    Notes on a run are among its scores, under ``notes``.
     """
-    told = notes(report.runs)
-    scores = [_scores(run, [note.words for note in told if run.folder in note.runs]) for run in report.runs]
+    on_runs = notes(report.runs)
+    scores = [_scores(run, [note.text for note in on_runs if run.folder in note.runs]) for run in report.runs]
     if not report.studies:
         return scores
     return {
@@ -236,7 +236,7 @@ def as_json(report: Report) -> list[Any] | dict[str, Any]:
                 "study": f.study,
                 "run": f.name,
                 "answer": f.answer.value,
-                "words": f.words,
+                "words": f.reason,
                 "gain": _interval(f.gain),
                 "gains": {name: _interval(gain) for name, gain in f.gains.items()},
                 "missing": list(f.missing),
@@ -258,27 +258,27 @@ def as_json(report: Report) -> list[Any] | dict[str, Any]:
     }
 
 
-def _scores(run: Measured, told: Sequence[str]) -> dict[str, Any]:
-    found = {"missing": run.missing} if run.missing else run.evaluation
-    return {"run": run.folder, **found, **({"notes": told} if told else {})}
+def _scores(run: Measured, on_run: Sequence[str]) -> dict[str, Any]:
+    scores = {"missing": run.missing} if run.missing else run.evaluation
+    return {"run": run.folder, **scores, **({"notes": on_run} if on_run else {})}
 
 
-def _interval(found: Interval | None) -> dict[str, float | int | None] | None:
-    if found is None:
+def _interval(gain: Interval | None) -> dict[str, float | int | None] | None:
+    if gain is None:
         return None
     ends = {
-        name: end if math.isfinite(end) else None for name, end in (("low", found.low), ("high", found.high))
+        name: end if math.isfinite(end) else None for name, end in (("low", gain.low), ("high", gain.high))
     }
-    return {"mean": found.mean, **ends, "seeds": found.n}
+    return {"mean": gain.mean, **ends, "seeds": gain.n}
 
 
 def write(report: Report, path: Path, explored: Sequence[Explored | Unexplored] = ()) -> None:
-    """Write a report to a file: a page with figures, or Markdown, by the name's ending.
+    """Write a report to a file: a page with figures (.html), or Markdown (.md).
 
     Args:
-        report: what is written.
+        report: to write.
         path: ends in .html or .md.
-        explored: features that a page shows besides.
+        explored: features that a page shows.
 
     Raises:
         SettingsError: another ending.
@@ -298,9 +298,7 @@ def write(report: Report, path: Path, explored: Sequence[Explored | Unexplored] 
     elif path.suffix == ".md":
         text = markdown([*report.written(), *report.answers()], report.notes())
     else:
-        raise SettingsError(
-            f"{path} is neither a page (.html) nor Markdown (.md); give it one of these endings"
-        )
+        raise SettingsError(f"{path} is neither a page (.html) nor Markdown (.md); use one of these endings")
     files = StoreFiles(path.parent)
     files.make_root()
     files.write(path.name, text.encode())

@@ -1,4 +1,4 @@
-"""Which runs a claim is about: known by their settings, never by their names."""
+"""Which runs a claim is about, chosen by their settings, never by their names."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -9,11 +9,11 @@ Wanted = Callable[[Measured], bool]
 
 SEEDS = ("seed", "data_seed")
 WARMUP = ("warmup_steps", "warmup_share", "ramp_steps", "ramp_share")
-"""A warm-up that is longer leaves less for the ramp."""
+"""A longer warm-up leaves less for the ramp."""
 
 
 def of_study(studies: Sequence[Study], name: str) -> list[Measured]:
-    """The runs of one study that have scores and are no controls."""
+    """The runs of one study that have scores and are not controls."""
     return [
         entry.run
         for study in studies
@@ -24,9 +24,9 @@ def of_study(studies: Sequence[Study], name: str) -> list[Measured]:
 
 
 def of_the_paper(studies: Sequence[Study]) -> list[Measured]:
-    """The seeds of the paper's setting: of all studies the runs trained as the paper says, each once.
+    """The seeds of the paper's setting: the runs of all studies trained as the paper says, each once.
 
-    Where these differ in what the paper leaves open, those with the most seeds.
+    Where these differ in settings that the paper leaves open, the setting with the most seeds.
     """
     alike: dict[str, dict[str, Measured]] = {}
     for study in studies:
@@ -37,7 +37,7 @@ def of_the_paper(studies: Sequence[Study]) -> list[Measured]:
 
 
 def is_the_papers(run: Measured) -> bool:
-    """Whether its settings are those of the paper's text, but for k, steps and batches."""
+    """Whether its settings are those of the paper's text, except for k, steps and batches."""
     as_stated = {
         "shared_adapters": False,
         "shuffle_positions": False,
@@ -75,35 +75,35 @@ def is_the_papers(run: Measured) -> bool:
 def pairs(
     runs: Iterable[Measured], settings: Sequence[str], changed: Wanted, usual: Wanted
 ) -> list[tuple[Measured, Measured]]:
-    """Each run that is ``changed``, with the ``usual`` one that differs from it in ``settings`` alone."""
-    found = list(runs)
-    by_rest = {_rest(run, *settings): run for run in found if usual(run)}
+    """Each ``changed`` run with the ``usual`` one that differs from it in ``settings`` alone."""
+    candidates = list(runs)
+    by_rest = {_rest(run, *settings): run for run in candidates if usual(run)}
     return [
         (run, by_rest[_rest(run, *settings)])
-        for run in found
+        for run in candidates
         if changed(run) and _rest(run, *settings) in by_rest
     ]
 
 
 def _rest(run: Measured, *left_out: str) -> str:
-    """All settings but some."""
+    """All settings but those left out, and the store, as a key."""
     kept = {name: value for name, value in run.settings.items() if name not in left_out}
     return json.dumps([kept, run.config.get("store", {})], sort_keys=True)
 
 
 def warmup_share(run: Measured) -> float | None:
-    """Warm-up as a share of the steps; 0.1 is the paper's."""
+    """Warm-up as a share of the steps; 0.1 in the paper."""
     steps, warmup = run.setting("steps"), run.setting("warmup_steps")
     return round(warmup / steps, 3) if steps and isinstance(warmup, int) else None
 
 
 def beside_agnostic(studies: Sequence[Study]) -> list[tuple[Measured, Measured]]:
-    """Runs as the paper says, each once, with the agnostic control of the same seed."""
+    """Runs of the paper's setting, each once, with the agnostic control of the same seed."""
     papers = {run.folder for run in of_the_paper(studies)}
-    found: dict[str, tuple[Measured, Measured]] = {}
+    by_folder: dict[str, tuple[Measured, Measured]] = {}
     for study in studies:
         for entry in study.runs:
             control = (study.control(entry.name, "agnostic") or {}).get(entry.seed)
             if entry.run.folder in papers and control is not None:
-                found.setdefault(entry.run.folder, (entry.run, control))
-    return list(found.values())
+                by_folder.setdefault(entry.run.folder, (entry.run, control))
+    return list(by_folder.values())

@@ -1,37 +1,38 @@
-"""Runs as tables of words, the same for a terminal, a page and Markdown.
+"""Runs as tables of text, the same for a terminal, a page and Markdown.
 
-A row is one run, or where a sweep made it with several seeds the mean of them, ± their standard deviation.
+A row is one run or, of a sweep with several seeds, their mean ± standard deviation.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePath
 from typing import NamedTuple
 
-from .comparison import Finding
+from .comparison import Finding, over_agnostic
+from .gains import L0_TOLERANCE
 from .measured import Measured, Study, mean_and_deviation
 from .paper.claims import Judged
 from .verdicts import Answer
 
 MAX_RANGES = 8
-"""As many as fit beside each other."""
+"""Position ranges that fit beside each other."""
 
 
 class Table(NamedTuple):
-    """Words in rows."""
+    """Rows of text."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     n_left: int = 1
-    """How many columns, the first, hold words; the others hold figures."""
+    """How many columns, the first ones, hold text; the others hold figures."""
 
     def without(self, name: str) -> "Table":
-        """The same less one column."""
+        """The same table without one column."""
         place = list(self.columns).index(name)
         return self._columns([n for n in range(len(self.columns)) if n != place])
 
     def halves(self) -> "list[Table]":
-        """Two tables with the same words, and half of the figures each."""
+        """Two tables with the same text, and half of the figures each."""
         first, n = self.n_left, len(self.columns)
         middle = (first + n + 1) // 2
         return [self._columns([*range(first), *part]) for part in (range(first, middle), range(middle, n))]
@@ -43,24 +44,24 @@ class Table(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Runs that differ in nothing but their seed."""
+    """Runs that differ only in their seed."""
 
     label: str
     runs: Sequence[Measured]
     is_control: bool = False
 
     def mean(self, value: Callable[[Measured], float | None]) -> tuple[float, float] | None:
-        """Mean and standard deviation over those that tell."""
+        """Mean and standard deviation over the runs that have the value."""
         return mean_and_deviation(map(value, self.runs))
 
     def list_mean(self, *keys: str) -> list[float | None]:
-        """Means of the entries of a list of ``evaluation.json``; None where a run does not tell."""
+        """Means of the entries of a list of ``evaluation.json``; None where a run lacks the entry."""
         lists = [run.series(*keys) for run in self.runs]
-        if not lists or len({len(found) for found in lists}) > 1:
+        if not lists or len({len(values) for values in lists}) > 1:
             return []
         return [
-            sum(told) / len(told)
-            if len(told := [v for v in values if v is not None]) == len(values)
+            sum(known) / len(known)
+            if len(known := [v for v in values if v is not None]) == len(values)
             else None
             for values in zip(*lists, strict=True)
         ]
@@ -68,15 +69,27 @@ class Series(NamedTuple):
 
 POSITION_ANSWERS = {
     Answer.HOLDS: "helped",
-    Answer.DOES_NOT_HOLD: "did not help",
-    Answer.CANNOT_BE_TOLD: "cannot be told",
+    Answer.SIZE_UNCLEAR: "size unclear",
+    Answer.SMALLER: "gain below 1 %",
+    Answer.NO_DIFFERENCE: "no difference",
+    Answer.CONTRADICTED: "did not help",
+    Answer.NOT_ENOUGH_DATA: "not enough data",
 }
+"""What an answer is called where the claim is that position helps."""
+
+COLOURS = {
+    text: "green" if answer is Answer.HOLDS else "red" if answer.is_refuted else "yellow"
+    for answer in Answer
+    for text in (answer.value, POSITION_ANSWERS[answer])
+}
+"""Of the text of each answer: green where the claim holds, red where it is refuted."""
 
 
 def series_of_runs(runs: Iterable[Measured]) -> list[Series]:
-    """Each run with scores for itself, called by its folder's name, and by its layer where these differ.
+    """Each run with scores by itself, labelled with its folder's name, and with its layer where these differ.
 
-    A run that was scored on another store than it was trained from says so.
+    The label says if a run was scored on another store than it was trained from, or on contexts that it was
+    trained on.
     """
     scored = [run for run in runs if run.missing is None]
     layers = {run.score("layer") for run in scored}
@@ -84,7 +97,8 @@ def series_of_runs(runs: Iterable[Measured]) -> list[Series]:
         Series(
             PurePath(run.folder).name
             + ("" if len(layers) == 1 else f", layer {run.score('layer') or 0:.0f}")
-            + (", on another store" if run.is_of_another_store else ""),
+            + (", on another store" if run.is_of_another_store else "")
+            + (", trained on its contexts" if run.n_seen_contexts else ""),
             [run],
         )
         for run in scored
@@ -92,23 +106,24 @@ def series_of_runs(runs: Iterable[Measured]) -> list[Series]:
 
 
 def series_of_studies(studies: Iterable[Study]) -> list[Series]:
-    """All seeds of each name, each training once, called as it is first called."""
-    found: dict[tuple[str, ...], Series] = {}
+    """All seeds of each name. Runs that several studies name have the label of the first."""
+    by_runs: dict[tuple[str, ...], Series] = {}
     for study in studies:
         for name in study.names():
             runs = list(study.series(name).values())
             is_control = any(run.name == name and run.control for run in study.runs)
             if runs:
-                found.setdefault(tuple(sorted(run.folder for run in runs)), Series(name, runs, is_control))
-    return list(found.values())
+                by_runs.setdefault(tuple(sorted(run.folder for run in runs)), Series(name, runs, is_control))
+    return list(by_runs.values())
 
 
 def scores(series: Sequence[Series]) -> Table:
-    """Size, sparsity and what is left unexplained, a line each."""
-    layers = {run.score("layer") for one in series for run in one.runs}
+    """Size, L0, FVU and dead features, a row each."""
+    runs = [run for one in series for run in one.runs]
+    layers = {run.score("layer") for run in runs}
     layer = f", layer {layers.pop() or 0:.0f}" if len(layers) == 1 else ""
     columns = ["run", "architecture", "features", "parameters", "L0", "FVU", "dead"]
-    timed = any(run.score("training_seconds") is not None for one in series for run in one.runs)
+    timed = any(run.score("training_seconds") is not None for run in runs)
     rows = [
         [
             one.label,
@@ -122,25 +137,28 @@ def scores(series: Sequence[Series]) -> Table:
         ]
         for one in series
     ]
-    title = f"scores on the held-out part{layer}"
+    n_seen = sum(bool(run.n_seen_contexts) for run in runs)
+    where = "on contexts that were trained on" if n_seen == len(runs) else "on the held-out part"
+    some = ", some on contexts that were trained on" if 0 < n_seen < len(runs) else ""
+    title = f"scores {where}{some}{layer}"
     return Table(title, [*columns, *(["time"] if timed else [])], rows, n_left=2)
 
 
 def by_range(series: Sequence[Series]) -> list[Table]:
-    """FVU by position range: a table for runs of the same ranges, of at most ``MAX_RANGES`` of them."""
-    found: list[Table] = []
+    """FVU by position range: a table for all runs of the same ranges, of at most ``MAX_RANGES`` of them."""
+    tables: list[Table] = []
     for ranges in dict.fromkeys(tuple(one.runs[0].ranges) for one in series):
-        told = [(one.label, one.list_mean("fvu_by_range")) for one in series]
+        means = [(one.label, one.list_mean("fvu_by_range")) for one in series]
         same = [
             (label, values)
-            for (label, values), one in zip(told, series, strict=True)
+            for (label, values), one in zip(means, series, strict=True)
             if tuple(one.runs[0].ranges) == ranges and len(values) == len(ranges)
         ]
         for start in range(0, len(ranges), MAX_RANGES):
             part = slice(start, start + MAX_RANGES)
             rows = [[label, *map(_number, values[part])] for label, values in same]
-            found.append(Table("FVU by position range", ["run", *ranges[part]], rows))
-    return found
+            tables.append(Table("FVU by position range", ["run", *ranges[part]], rows))
+    return tables
 
 
 Measure = tuple[str, Callable[[Measured], float | None]]
@@ -159,18 +177,18 @@ _BEYOND: dict[str, tuple[Measure, ...]] = {
 
 
 def beyond(series: Sequence[Series]) -> list[Table]:
-    """What is measured only where ``posae evaluate`` is asked to; a line to each run that has some of it."""
-    found: list[Table] = []
+    """Scores that ``posae evaluate`` measures only on request; a row for each run that has some."""
+    tables: list[Table] = []
     for title, all_measures in _BEYOND.items():
-        measures = [(name, value) for name, value in all_measures if any(map(_told(value), series))]
-        told = [(one.label, [one.mean(value) for _, value in measures]) for one in series]
+        measures = [(name, value) for name, value in all_measures if any(map(_has(value), series))]
+        means = [(one.label, [one.mean(value) for _, value in measures]) for one in series]
         rows = [
-            [label, *(f"{mean[0]:.3f}" if mean else "-" for mean in means)]
-            for label, means in told
-            if any(means)
+            [label, *(f"{mean[0]:.3f}" if mean else "-" for mean in some)]
+            for label, some in means
+            if any(some)
         ]
-        found.append(Table(title, ["run", *(name for name, _ in measures)], rows))
-    return [table for table in found if table.rows]
+        tables.append(Table(title, ["run", *(name for name, _ in measures)], rows))
+    return [table for table in tables if table.rows]
 
 
 _RETENTION: Measure = ("retention", lambda run: run.score("retention"))
@@ -179,8 +197,8 @@ _KEPT: Measure = ("decoder kept", lambda run: run.decoder_kept)
 _VARIANCE: Measure = ("gradient variance", lambda run: run.gradient_variance)
 _CONVERGED: Measure = ("converged", lambda run: None if run.converged is None else float(run.converged))
 
-_POSITION: Measure = ("of position", lambda run: run.score("position_features", "features"))
-_SLOTS: Measure = ("their slots", lambda run: run.score("position_features", "slots"))
+_POSITION: Measure = ("position features", lambda run: run.score("position_features", "features"))
+_SLOTS: Measure = ("of them per token", lambda run: run.score("position_features", "slots"))
 
 MEASURES: dict[str, tuple[Measure, ...]] = {
     "position": (_POSITION, _SLOTS),
@@ -194,22 +212,21 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
     "curricula": (_RETENTION, _BASE, _KEPT),
     "published-code": (_BASE,),
 }
-"""What a study is about, beside the FVU."""
 
 
 def of_study(study: Study) -> Table:
-    """The runs of one study, with what it is about."""
+    """The runs of one study, with the measures of its question."""
     series = [Series(name, list(study.series(name).values())) for name in study.names()]
     roles = {run.name: run.control for run in study.runs}
-    # Of a study with no other controls the column says what these are for.
+    # A study with no other controls has the agnostic one for its column alone.
     hidden = {"agnostic"} if {*roles.values()} <= {None, "agnostic"} else set[str | None]()
     series = [one for one in series if one.runs and roles[one.label] not in hidden]
     measures = [
-        (name, value) for name, value in MEASURES.get(study.study, ()) if any(map(_told(value), series))
+        (name, value) for name, value in MEASURES.get(study.study, ()) if any(map(_has(value), series))
     ]
-    beside = [_beside_agnostic(study, one) for one in series]
+    gains = [_over_agnostic(study, one.label) for one in series]
     columns = ["run", "seeds", "parameters", "L0", "FVU"]
-    columns += [*(["to agnostic"] if any(beside) else []), *(name for name, _ in measures)]
+    columns += [*([GAIN] if any(gains) else []), *(name for name, _ in measures)]
     rows = [
         [
             one.label,
@@ -217,38 +234,43 @@ def of_study(study: Study) -> Table:
             _count(one, "n_parameters"),
             _decimals(one, "l0", 1),
             _fvu(one),
-            *([change] if any(beside) else []),
+            *([gain] if any(gains) else []),
             *(_significant(one.mean(value)) for _, value in measures),
         ]
-        for one, change in zip(series, beside, strict=True)
+        for one, gain in zip(series, gains, strict=True)
     ]
     title = f"{study.study}: {study.title}" if study.title not in ("", study.study) else study.study
     return Table(title, columns, rows)
 
 
-def _beside_agnostic(study: Study, one: Series) -> str:
-    """How much more it leaves unexplained than the agnostic control of the same seed; empty without one."""
-    controls = study.control(one.label, "agnostic") or {}
-    pairs = [
-        (run.score("fvu"), controls[seed].score("fvu"))
-        for seed, run in study.series(one.label).items()
-        if seed in controls
-    ]
-    found = mean_and_deviation(ours / theirs - 1 for ours, theirs in pairs if ours is not None and theirs)
-    return f"{found[0]:+.1%}" if found else ""
+GAIN = "to agnostic at equal L0"
 
 
-def position(found: Sequence[Finding]) -> Table:
+def _over_agnostic(study: Study, name: str) -> str:
+    """How much more it leaves unexplained than its agnostic control: the figure of ``comparison``.
+
+    Empty without a control.
+    """
+    if not (study.control(name, "agnostic") or {}).keys() & study.series(name).keys():
+        return ""
+    comparison = over_agnostic(study, name)
+    return comparison.gain.negated().change_alone() if comparison and comparison.gain else "L0 differs"
+
+
+def position(findings: Sequence[Finding]) -> Table:
     """Whether position helped the runs that have more than an agnostic control; all, if none has."""
-    full = [finding for finding in found if {"shuffled", "more-active"} - {*finding.missing}]
-    rows = [[finding.name, POSITION_ANSWERS[finding.answer], finding.words] for finding in full or found]
-    return Table("did position help", ["run", "answer", "why"], rows, n_left=3)
+    full = [finding for finding in findings if {"shuffled", "more-active"} - {*finding.missing}]
+    rows = [[finding.name, POSITION_ANSWERS[finding.answer], finding.reason] for finding in full or findings]
+    title = f"did position help, at equal L0 (within {L0_TOLERANCE:.0%}, or between two measured points)"
+    return Table(title, ["run", "answer", "why"], rows, n_left=3)
 
 
-def claims(found: Sequence[Judged]) -> Table:
-    """What became of the paper's claims; of those that no run is about nothing."""
+def claims(judged: Sequence[Judged]) -> Table:
+    """Verdicts on the paper's claims, without those that no run is about."""
     rows = [
-        [f"“{one.claim.says}”", one.verdict.answer.value, one.verdict.reason] for one in found if one.is_asked
+        [f"“{one.claim.says}”", one.verdict.answer.value, one.verdict.reason]
+        for one in judged
+        if one.is_asked
     ]
     return Table("the paper's claims", ["the paper says", "verdict", "measured"], rows, n_left=3)
 
@@ -259,35 +281,35 @@ def missing(runs: Iterable[Measured]) -> Table:
     return Table("without scores", ["run", "why"], rows, n_left=2)
 
 
-def _told(value: Callable[[Measured], float | None]) -> Callable[[Series], bool]:
+def _has(value: Callable[[Measured], float | None]) -> Callable[[Series], bool]:
     return lambda one: one.mean(value) is not None
 
 
 def _count(one: Series, score: str) -> str:
-    found = one.mean(lambda run: run.score(score))
-    return f"{found[0]:,.0f}" if found else "-"
+    mean = one.mean(lambda run: run.score(score))
+    return f"{mean[0]:,.0f}" if mean else "-"
 
 
 def _overhead(one: Series) -> str:
-    found = one.mean(lambda run: run.overhead)
-    return f" (+{found[0]:.0%})" if found and found[0] else ""
+    mean = one.mean(lambda run: run.overhead)
+    return f" (+{mean[0]:.0%})" if mean and mean[0] else ""
 
 
 def _decimals(one: Series, score: str, digits: int) -> str:
-    found = one.mean(lambda run: run.score(score))
-    return f"{found[0]:.{digits}f}" if found else "-"
+    mean = one.mean(lambda run: run.score(score))
+    return f"{mean[0]:.{digits}f}" if mean else "-"
 
 
 def _dead(one: Series) -> str:
-    found = one.mean(lambda run: run.score("dead_fraction"))
-    return f"{found[0]:.1%}" if found else "-"
+    mean = one.mean(lambda run: run.score("dead_fraction"))
+    return f"{mean[0]:.1%}" if mean else "-"
 
 
 def _fvu(one: Series) -> str:
-    found = one.mean(lambda run: run.score("fvu"))
-    if not found:
+    mean = one.mean(lambda run: run.score("fvu"))
+    if not mean:
         return "-"
-    return f"{found[0]:.4f}" + (f" ± {found[1]:.4f}" if len(one.runs) > 1 else "")
+    return f"{mean[0]:.4f}" + (f" ± {mean[1]:.4f}" if len(one.runs) > 1 else "")
 
 
 def _number(value: float | None) -> str:
@@ -295,11 +317,11 @@ def _number(value: float | None) -> str:
 
 
 def _time(one: Series) -> str:
-    found = one.mean(lambda run: run.score("training_seconds"))
-    return f"{found[0]:,.0f} s" if found else "-"
+    mean = one.mean(lambda run: run.score("training_seconds"))
+    return f"{mean[0]:,.0f} s" if mean else "-"
 
 
-def _significant(found: tuple[float, float] | None) -> str:
-    if not found:
+def _significant(mean: tuple[float, float] | None) -> str:
+    if not mean:
         return "-"
-    return f"{found[0]:.3g}" if abs(found[0]) < 1000 else f"{found[0]:,.0f}"
+    return f"{mean[0]:.3g}" if abs(mean[0]) < 1000 else f"{mean[0]:,.0f}"

@@ -140,13 +140,17 @@ def test_scores_on_a_part_of_what_was_trained_on_say_so(posae: Posae, tmp_path: 
     assert posae("train", store, run, *QUICK).code == 0
     assert posae("copy", store, half, "--contexts", "0:32").code == 0
     told = " ".join(posae("evaluate", run, "--store", half).out.split())
-    assert "not trained from, though on 8 of the 8 contexts scored here: no unseen text" in told
+    assert "not trained from; but it was trained on 8 of the 8 contexts scored: not held-out scores" in told
+    assert "scores on contexts that were trained on, layer 1" in told
+    assert "held-out part" not in told
+    notes = json.loads(posae("evaluate", run, "--store", half, "--json").out)["notes"]
+    assert any(f"{run} was trained on 8 of the 8 contexts that it is scored on" in note for note in notes)
     model = tuned(tmp_path / "tuned")
     other = tmp_path / "other.zarr"
     assert posae("harvest", other, "--model", model, "--skip-contexts", 64, *SMALL, "--layers", 1).code == 0
     told = " ".join(posae("evaluate", run, "--store", other).out.split())
     assert "not trained from; made with another model" in told
-    assert "unseen" not in told
+    assert "held-out scores" not in told
 
 
 def test_activations_of_the_same_name_and_size_are_not_taken_for_those_imported(

@@ -35,6 +35,7 @@ def test_a_run_is_probed_from_its_store_alone(posae: Posae, tmp_path: Path) -> N
     ended = posae("evaluate", run, "--probing", "offline")
     assert ended.code == 0
     assert "sparse probing (offline)" in ended.out
+    assert "rows include contexts that the run was trained on" in " ".join(ended.out.split())
     assert "token class" in ended.out
     found = json.loads((run / "evaluation.json").read_text())["probing"]
     assert found["data"]["text"] == "documents"

@@ -76,7 +76,7 @@ def test_every_score_has_its_place(capsys: pytest.CaptureFixture[str]) -> None:
         "FVU 0.7500 alone; retention 0.500",
         "cosine 0.250 with the end of warm-up, 12.5% above .9",
         "1 never fired, 4 on more than a tenth of the tokens",
-        "6 features stand for a position, 1.50 of a token's active ones",
+        "6 features encode a position, 1.50 of them active per token",
         "4 by where features fire, of 1, 2, 3, 4 features (silhouette 0.75, without groups up to 0.50)",
         "2.000 nats, spliced 3.000, with zeros 7.000; recovered 0.8000 (by range -, 0.8000); KL 0.5000",
         "61 s, 122 s of CPU",

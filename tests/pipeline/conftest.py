@@ -20,9 +20,9 @@ D_MODEL = 128
 PAPER: dict[str, Any] = {
     "architecture": "hierarchical",
     "layer": 2,
-    "steps": 100,
-    "warmup_steps": 10,
-    "ramp_steps": 90,
+    "steps": 1000,
+    "warmup_steps": 100,
+    "ramp_steps": 900,
     "learning_rate": 3e-4,
     "clip_norm": 1.0,
     "l1_coefficient": 0.04,
@@ -68,7 +68,7 @@ def metrics(
     """Lines of ``metrics.jsonl``.
 
     Args:
-        n_lines: one every five steps.
+        n_lines: one every fifty steps.
         loss: at a share of the training.
         spread: standard deviation of the gradient's norm.
         costs: CPU-seconds to a step.
@@ -76,7 +76,7 @@ def metrics(
     """
     found: list[dict[str, Any]] = []
     for number in range(1, n_lines + 1):
-        step, share = 5 * number, number / n_lines
+        step, share = 50 * number, number / n_lines
         line = {
             "step": step,
             "tokens": 64 * step,

@@ -1,4 +1,4 @@
-"""Features as an explorer shows them: plain numbers and words of one run, made by ``explore.py``."""
+"""What the feature explorer shows of one run: numbers and text, made by ``explore.py``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,28 +9,28 @@ from numpy.typing import NDArray
 
 
 class Excerpt(NamedTuple):
-    """A context in which a feature is large."""
+    """A context in which a feature has one of its largest activations."""
 
     context: int
     """Its index in the store; ``Explored.tokens`` has its tokens."""
     peak: float
     """The largest activation in size, with its sign."""
     position: int
-    """Where that stands."""
+    """Its position."""
     levels: NDArray[np.int8]
     """Activation at each position, in 127ths of the size of the feature's largest; [positions]."""
 
 
 @dataclass(frozen=True)
 class ExploredFeature:
-    """One feature, over the ordinary tokens that were looked at.
+    """One feature, over the ordinary tokens that were scanned.
 
     Attributes:
         number: its row in the decoder.
         density: share of tokens on which it fires.
         specificity: mutual information of firing and position range, in bits.
         is_above_chance: whether that exceeds 99 of 100 permutations of the positions.
-        specialisation: bits that a firing tells of the range, less what chance would.
+        specialisation: bits of information about the range per firing, above chance.
         density_by_position: share of tokens on which it fires, in bins of neighbouring positions.
         mean_by_position: mean activation in the same bins, over all their tokens.
         density_by_range: the same in each range.
@@ -61,19 +61,19 @@ class Explored:
     """Features of one run.
 
     Attributes:
-        label: what the run is called.
+        label: of the run.
         folder: of the run.
         layer: that it was trained on.
-        contexts: the first held-out context that was looked at, and one past the last.
+        contexts: the first held-out context that was scanned, and one past the last.
         n_tokens: ordinary tokens among them.
         context_length: positions of a context.
         ranges: position ranges, as [start, stop).
         dictionary_size: features of the run.
         n_fired: how many of them fired at least once.
-        features: those that are shown, ascending.
+        features: those shown, ascending.
         tokens: ids of each context that an excerpt names; int32 [positions] each.
-        texts: what each of these ids reads as; None where no tokenizer could be had.
-        note: why there is no text; None where there is.
+        texts: text of each of these ids; None without a tokenizer.
+        note: why there is no text; else None.
     """
 
     label: str

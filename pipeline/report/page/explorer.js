@@ -1,14 +1,13 @@
 // The feature explorer of a report's page. Python writes each run as one JSON block (explorer.py); this
-// reads a block when its run is chosen, and makes elements for one page of the list and one feature, so that
-// thousands of features cost nothing until they are looked at. Text goes into the page as text nodes and
-// attributes only.
+// parses a block when its run is chosen, and makes elements only for one page of the list and for one feature.
+// Text goes into the page as text nodes and attributes only.
 "use strict";
 (() => {
-  const PAGE = 40; // features of the list that are elements at once
-  const WINDOW = [24, 12]; // tokens shown before and after the largest, unless whole contexts are asked for
-  const TICK = 16; // positions between two numbers in the text
-  const LEVELS = 127; // excerpts hold activations in so many steps of the feature's largest
-  const STRONG = 64; // about half of it: a token that a search finds
+  const PAGE = 40; // features per page of the list
+  const WINDOW = [24, 12]; // tokens shown before and after the largest activation, unless whole contexts are
+  const TICK = 16; // positions between numbers in the text
+  const LEVELS = 127; // excerpts hold activations as this many steps up to the feature's largest
+  const STRONG = 64; // about half of the largest: tokens that a search finds
 
   const root = document.getElementById("explorer");
   const blocks = document.querySelectorAll("script.explored");
@@ -18,18 +17,18 @@
   const pane = root.querySelector(".feature");
 
   const COLUMNS = [
-    // Name, what it means, what is sorted by, and how it is written.
+    // Name, explanation, sort key, and text.
     ["feature", "row of the decoder", (f) => f.number, (f) => String(f.number)],
     ["density", "share of tokens on which it fires", (f) => f.density, (f) => share(f.density)],
-    ["specificity", "what firing tells of the position range, in bits",
+    ["specificity", "mutual information of firing and position range, in bits",
       (f) => f.specificity, (f) => small(f.specificity)],
-    ["bits/firing", "specialisation: bits that one firing tells of the position range, above chance",
+    ["bits/firing", "specialisation: bits of information about the position range per firing, above chance",
       (f) => f.specialisation, (f) => bits(f.specialisation)],
-    ["peak", "the largest activation in size",
+    ["peak", "largest activation, by absolute value",
       (f) => Math.abs(f.excerpts[0][1]), (f) => number(f.excerpts[0][1])],
   ];
 
-  let run, shown, chosen;
+  let run, shown, chosen, wanted;
   let sorting = { column: 2, falls: true };
   let page = 0;
   const parsed = new Map();
@@ -70,21 +69,21 @@
 
   function read(which) {
     if (!parsed.has(which)) {
-      const found = JSON.parse(blocks[which].textContent);
-      found.byNumber = new Map(found.features.map((feature) => [feature.number, feature]));
-      parsed.set(which, found);
+      const data = JSON.parse(blocks[which].textContent);
+      data.byNumber = new Map(data.features.map((feature) => [feature.number, feature]));
+      parsed.set(which, data);
     }
     return parsed.get(which);
   }
 
   function levels(excerpt) {
     const bytes = atob(excerpt[3]);
-    const found = new Int8Array(bytes.length);
-    for (let i = 0; i < bytes.length; i++) found[i] = bytes.charCodeAt(i); // a search decodes every excerpt
-    return found;
+    const values = new Int8Array(bytes.length);
+    for (let i = 0; i < bytes.length; i++) values[i] = bytes.charCodeAt(i); // fast: a search decodes all
+    return values;
   }
 
-  /** The tokens on which a feature is large in its excerpts, the largest first, each once. */
+  /** The tokens on which a feature is strong in its excerpts, each once, the strongest first. */
   function strongTokens(feature) {
     if (!feature.strong) {
       const largest = new Map();
@@ -103,17 +102,17 @@
   // The list
 
   function choose() {
-    const words = controls.token.value.toLowerCase();
-    const wanted = /^\s*#\d+\s*$/.test(words) ? Number(words.trim().slice(1)) : null;
-    const found = run.features.filter((feature) => wanted !== null ? feature.number === wanted
-      : !words || strongTokens(feature).some((text) => text.toLowerCase().includes(words)));
+    const query = controls.token.value.toLowerCase();
+    wanted = /^\s*#\d+\s*$/.test(query) ? Number(query.trim().slice(1)) : null;
+    const matches = run.features.filter((feature) => wanted !== null ? feature.number === wanted
+      : !query || strongTokens(feature).some((text) => text.toLowerCase().includes(query)));
     const value = COLUMNS[sorting.column][2];
     const sign = sorting.falls ? -1 : 1;
-    found.sort((a, b) => sign * (value(a) - value(b)) || a.number - b.number);
-    shown = found;
+    matches.sort((a, b) => sign * (value(a) - value(b)) || a.number - b.number);
+    shown = matches;
     page = 0;
-    controls.told.value = words ? `${found.length} of ${run.features.length} features` : "";
-    if (!found.includes(chosen)) chosen = found[0];
+    controls.matches.value = query ? `${matches.length} of ${run.features.length} features` : "";
+    if (!matches.includes(chosen)) chosen = matches[0];
     showList();
     showFeature();
   }
@@ -133,9 +132,17 @@
     body.replaceChildren(...shown.slice(page * PAGE, (page + 1) * PAGE).map(listed));
     const nPages = Math.ceil(shown.length / PAGE);
     const last = Math.min(shown.length, (page + 1) * PAGE);
-    const where = shown.length ? `${page * PAGE + 1}-${last} of ${shown.length}` : "no such feature";
+    const where = shown.length ? `${page * PAGE + 1}-${last} of ${shown.length}` : noMatch();
     const [earlier, later] = [turn("‹", page > 0, -1), turn("›", page + 1 < nPages, 1)];
     pager.replaceChildren(earlier, element("span", {}, where), later);
+  }
+
+  /** Why the list is empty. */
+  function noMatch() {
+    if (wanted === null) return "no feature matches";
+    if (wanted >= run.nFeatures) return `no feature #${wanted}: the run has ${count(run.nFeatures)}`;
+    return `#${wanted} is not among the ${count(run.features.length)} features shown: it never fired, `
+      + "or the page needs a larger --features";
   }
 
   function listed(feature) {
@@ -186,7 +193,7 @@
       `fires on ${share(chosen.density)} of tokens`,
       `peak ${number(peak)} at position ${position} of context ${context}`,
       `specificity ${small(chosen.specificity)} bits, ${chosen.isAboveChance ? "above" : "not above"} chance`,
-      `${bits(chosen.specialisation)} bits to a firing`,
+      `${bits(chosen.specialisation)} bits per firing`,
     ];
     pane.append(
       element("h3", {}, `feature ${chosen.number}`),
@@ -195,11 +202,11 @@
         profile("mean activation by position", chosen.meanByPosition, number)),
       rangeTable(),
       element("h4", {}, "nearest directions, by cosine"), neighbours(),
-      element("h4", {}, "where it is largest"), ...chosen.excerpts.map(excerpt),
+      element("h4", {}, "largest activations"), ...chosen.excerpts.map(excerpt),
     );
   }
 
-  /** Bars by position, up from a line at 0 and down. */
+  /** Bars by position, up and down from a line at 0. */
   function profile(name, values, show) {
     const [low, high] = [Math.min(0, ...values), Math.max(0, ...values)];
     const most = high > -low ? high : low;
@@ -239,7 +246,7 @@
     const rows = [["density", density.map(share)], ["mean activation", mean.map(number)]];
     if (base) {
       rows.push(["without adapter", base.map(number)]);
-      rows.push(["what the adapter adds", mean.map((value, r) => signed(value - base[r]))]);
+      rows.push(["added by the adapter", mean.map((value, r) => signed(value - base[r]))]);
     }
     if (cosine) rows.push(["cosine of adapted direction", cosine.map((x) => x.toFixed(3))]);
     return element("div", { class: "wide" }, element("table", { class: "ranges" },
@@ -253,16 +260,16 @@
     return element("p", { class: "neighbours" }, ...chosen.neighbours.map(([other, cosine]) => {
       const feature = run.byNumber.get(other);
       const text = `${other} (${cosine.toFixed(2)})`;
-      if (!feature) return element("span", { title: "not among the features of this page" }, text);
+      if (!feature) return element("span", { title: "not among the features shown" }, text);
       const button = element("button", { type: "button" }, text);
       button.addEventListener("click", () => select(feature));
       return button;
     }));
   }
 
-  function excerpt(found) {
-    const [context, peak, position] = found;
-    const values = levels(found);
+  function excerpt(shownExcerpt) {
+    const [context, peak, position] = shownExcerpt;
+    const values = levels(shownExcerpt);
     const tokens = run.tokens[context];
     const [start, stop] = controls.whole.checked ? [0, tokens.length]
       : [Math.max(0, position - WINDOW[0]), Math.min(tokens.length, position + WINDOW[1] + 1)];
@@ -281,15 +288,15 @@
   }
 
   function token(index, position, level, unit, isPeak) {
-    const told = `position ${position}, token ${run.ids[index]}: ${level ? number(level * unit) : "0"}`;
-    const made = element("span", { title: told }, visible(run.texts[index]));
+    const about = `position ${position}, token ${run.ids[index]}: ${level ? number(level * unit) : "0"}`;
+    const made = element("span", { title: about }, visible(run.texts[index]));
     const colour = level > 0 ? "213, 94, 0" : "0, 114, 178";
     if (level) made.style.background = `rgba(${colour}, ${(0.85 * Math.abs(level)) / LEVELS})`;
     if (isPeak) made.className = "peak";
     return made;
   }
 
-  /** The whole context as bars, a mark at the largest, and lines where ranges begin. */
+  /** The whole context as bars, with a mark at the largest and lines where ranges begin. */
   function ruler(values, position) {
     const wide = 128 / values.length;
     let bars = "";
@@ -306,22 +313,22 @@
     return made;
   }
 
-  /** A token's text with what cannot be seen made visible. */
+  /** A token's text with whitespace made visible. */
   function visible(text) {
     return text.replace(/\n/g, "↵").replace(/\t/g, "→").replace(/\r/g, "␍") || "∅";
   }
 
-  // Begin
+  // Start
 
-  /** What was looked at, and which features these are. */
+  /** What was scanned, and which features are shown. */
   function about() {
     const [start, stop] = run.contexts;
     const isAll = run.features.length === run.nFired;
-    const shown = isAll ? "all of them" : `${count(run.features.length)} of them: half those of the largest `
-      + "specificity, the others spread evenly from the rarest to the densest";
+    const shown = isAll ? "all of them" : `${count(run.features.length)} of them: half have the largest `
+      + "specificity, the others are spread evenly by density";
     return `${run.folder}, layer ${run.layer}. Of ${count(run.nFeatures)} features ${count(run.nFired)} fired `
-      + `on ${count(run.nTokens)} ordinary tokens of the held-out contexts ${start}:${stop}; shown are ${shown}.`
-      + (run.note ? ` Token ids stand in place of text: ${run.note}.` : "");
+      + `on ${count(run.nTokens)} ordinary tokens of the held-out contexts ${start}:${stop}; this page shows ${shown}.`
+      + (run.note ? ` Token ids are shown instead of text: ${run.note}.` : "");
   }
 
   function open() {

@@ -1,11 +1,10 @@
-"""The feature explorer of a page: a frame in HTML, each run's features as JSON, and ``explorer.js``.
+"""The feature explorer of a page: an HTML frame, each run's features as JSON, and ``explorer.js``.
 
-Words reach the page in two ways: escaped as HTML here, or as JSON in which ``<``, ``>`` and ``&`` are written
-as escapes, so that no text of a store can end the block that it stands in; the script puts them into the page
-as text, never as HTML.
+Text of a store is escaped as HTML here, or written as JSON in which ``<``, ``>`` and ``&`` are escapes, so
+that it cannot end its block; the script inserts it as text, never as HTML.
 
-Cost: of a page about 2 kB to each feature and 128 positions, base64 of one byte to each position of its
-excerpts, and 5 bytes to each token of a context that is shown.
+Size: about 2 kB per feature at 128 positions, one byte in base64 per position of its excerpts, and 5 bytes
+per token of a context that is shown.
 """
 
 import base64
@@ -25,14 +24,14 @@ _FRAME = """
 <label>run <select name="run">{options}</select></label>
 <label>token <input type="search" name="token" placeholder="text, or #12 for a feature" size="26"></label>
 <label><input type="checkbox" name="whole"> whole contexts</label>
-<output name="told"></output>
+<output name="matches"></output>
 </form>
 <p class="about"></p>
 <div class="panes">
 <div class="list"><table><thead></thead><tbody></tbody></table><div class="pager"></div></div>
 <div class="feature" aria-live="polite"></div>
 </div>
-<noscript><p>The explorer needs JavaScript, from this page alone.</p></noscript>
+<noscript><p>The explorer needs JavaScript; the script is part of this page.</p></noscript>
 </div>
 """
 
@@ -43,7 +42,7 @@ def style() -> str:
 
 
 def explorer(runs: Sequence[Explored | Unexplored]) -> str:
-    """The explorer's HTML, with all that it needs but the style."""
+    """The explorer's HTML, with its script and data, without the style."""
     missing = "".join(
         f'<p class="about"><b>{html.escape(run.label)}</b> has no explorer: {html.escape(run.reason)}</p>\n'
         for run in runs
@@ -64,10 +63,10 @@ def explorer(runs: Sequence[Explored | Unexplored]) -> str:
 
 
 def _as_json(run: Explored) -> str:
-    """All of a run that the script reads; it names no key that is not here."""
+    """The data of one run, for the script."""
     ids = sorted({int(token) for row in run.tokens.values() for token in row})
     index_of = {token: index for index, token in enumerate(ids)}
-    found = {
+    data = {
         "label": run.label,
         "folder": run.folder,
         "layer": run.layer,
@@ -83,11 +82,11 @@ def _as_json(run: Explored) -> str:
         "tokens": {context: [index_of[int(token)] for token in row] for context, row in run.tokens.items()},
         "features": [_feature(feature) for feature in run.features],
     }
-    text = json.dumps(found, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # In JSON these three stand only inside strings, where an escape says the same.
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # In JSON these three occur only in strings, where an escape means the same.
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    # A lone surrogate is no text that a file can hold.
+    # A lone surrogate cannot be encoded.
     return text.encode(errors="replace").decode()
 
 
@@ -118,7 +117,7 @@ def _feature(feature: ExploredFeature) -> dict[str, Any]:
 
 
 def _short(value: float) -> float:
-    """Four digits: what a page can show.
+    """Rounded to four digits, for display.
 
     >>> _short(0.123456)
     0.1235

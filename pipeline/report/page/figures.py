@@ -1,7 +1,7 @@
-"""Figures of runs, as the plain objects that Plotly draws: {"data": …, "layout": …}. Nothing is drawn here.
+"""Figures of runs as Plotly's JSON, {"data": …, "layout": …}; the browser draws them.
 
-Labels come from folders and settings: Plotly takes a few HTML tags in text, so they are escaped. A line has
-at most ``MAX_POINTS`` points, evenly chosen, the last one kept.
+Labels come from folders and settings. Plotly interprets some HTML tags in text, so they are escaped. A line
+has at most ``MAX_POINTS`` points, evenly spaced, the last one included.
 """
 
 import html
@@ -33,15 +33,15 @@ _LAYOUT = {
     "showlegend": True,
 }
 
-# That the colour-blind can tell apart: Okabe's and Ito's, and grey.
+# Okabe and Ito's palette, which the colour-blind can distinguish, and grey.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222", "#999999")
 _DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 def over_steps(series: Sequence[Series], name: str, title: str) -> Figure | None:
-    """One figure of ``metrics.jsonl`` over steps, of each series the first seed, and the phases.
+    """One key of ``metrics.jsonl`` over steps, for the first seed of each series, with the phases.
 
-    Figure 1a of the paper, with the loss. Controls are in the legend, to be switched on.
+    With the loss, Figure 1a of the paper. Controls are hidden until they are clicked in the legend.
     """
     lines = [
         _line(series, one, [(line.step, line.value) for line in _thinned(steps)])
@@ -59,12 +59,12 @@ def schedules(series: Sequence[Series]) -> Figure | None:
     rows = (("learning_rate", "learning rate"), ("l1_coefficient", "λ"), ("alpha", "alpha"))
     data: list[dict[str, Any]] = []
     for number, (name, _) in enumerate(rows):
-        seen: set[tuple[Line, ...]] = set()
+        drawn_lines: set[tuple[Line, ...]] = set()
         for one in series:
             steps = tuple(_thinned(one.runs[0].steps(name)))
-            if one.is_control or not steps or steps in seen:
+            if one.is_control or not steps or steps in drawn_lines:
                 continue
-            seen.add(steps)
+            drawn_lines.add(steps)
             line = _line(series, one, [(step.step, step.value) for step in steps])
             data.append(
                 line
@@ -86,7 +86,7 @@ def schedules(series: Sequence[Series]) -> Figure | None:
 
 
 def phases(series: Sequence[Series]) -> list[dict[str, Any]]:
-    """Where alpha leaves 0 and where it reaches 1, of the first series with a curriculum; as shapes."""
+    """Shapes from where alpha leaves 0 to where it reaches 1, of the first series with a curriculum."""
     for one in series:
         run = one.runs[0]
         warmup, ramp, alpha = run.setting("warmup_steps"), run.setting("ramp_steps"), run.steps("alpha")
@@ -120,9 +120,9 @@ def _phase(start: int, stop: int, text: str, grey: int) -> dict[str, Any]:
 
 def fvu_by_position(series: Sequence[Series]) -> Figure | None:
     """FVU at each position, mean over seeds."""
-    told = [(one, one.list_mean("fvu_by_position")) for one in series]
+    means = [(one, one.list_mean("fvu_by_position")) for one in series]
     lines = [
-        _line(series, one, enumerate(values)) for one, values in told if any(v is not None for v in values)
+        _line(series, one, enumerate(values)) for one, values in means if any(v is not None for v in values)
     ]
     if not lines:
         return None
@@ -130,14 +130,14 @@ def fvu_by_position(series: Sequence[Series]) -> Figure | None:
 
 
 def densities(series: Sequence[Series]) -> Figure | None:
-    """How many features fire on what share of tokens, the first seed of each."""
+    """Histogram of features by the share of tokens on which they fire, for the first seed of each series."""
     lines: list[dict[str, Any]] = []
     for one in series:
         edges = one.runs[0].series("density_histogram", "edges")
         counts = one.runs[0].series("density_histogram", "counts")
-        told = [10**edge for edge in edges if edge is not None]
-        if counts and len(told) == len(edges) == len(counts) + 1:
-            steps = list(zip(told, [*counts, counts[-1]], strict=True))
+        shares = [10**edge for edge in edges if edge is not None]
+        if counts and len(shares) == len(edges) == len(counts) + 1:
+            steps = list(zip(shares, [*counts, counts[-1]], strict=True))
             lines.append(_line(series, one, steps) | {"line": {**_look(series, one), "shape": "hv"}})
     if not lines:
         return None
@@ -146,7 +146,7 @@ def densities(series: Sequence[Series]) -> Figure | None:
 
 
 def trade_off(series: Sequence[Series]) -> Figure | None:
-    """Interpretability against specialisation, of features in groups."""
+    """Interpretability against specialisation, for groups of features."""
     lines: list[dict[str, Any]] = []
     for one in series:
         x, y = (
@@ -157,7 +157,7 @@ def trade_off(series: Sequence[Series]) -> Figure | None:
             lines.append(_line(series, one, zip(x, y, strict=True)) | {"mode": "lines+markers"})
     if not lines:
         return None
-    x_title = {"text": "specialisation: bits to a firing that the position range tells, above chance"}
+    x_title = {"text": "specialisation: bits about the position range per firing, above chance"}
     y_title = "interpretability: purity of top tokens"
     return _figure(lines, x_title, {**_AXIS, "title": {"text": y_title}})
 
@@ -205,30 +205,30 @@ Draw = Callable[[Sequence[Series]], Figure | None]
 FIGURES: tuple[tuple[str, str, Draw], ...] = (
     (
         "Figure 1a: loss over steps",
-        "Each loss holds its own penalty: compare courses, not heights. Controls are switched on by a click.",
+        "Penalties differ: compare shapes, not levels. Click a control in the legend to show it.",
         lambda series: over_steps(series, "loss", "loss of a training batch"),
     ),
     (
         "FVU over steps",
-        "Of one training batch each; comparable at equal L0.",
+        "Of one training batch each; comparable only at equal L0.",
         lambda series: over_steps(series, "fvu", "FVU of a training batch"),
     ),
     (
         "Figure 1b: learning rate, sparsity penalty λ and alpha over steps",
-        "Equal schedules are drawn once.",
+        "Schedules that were logged alike are drawn once.",
         schedules,
     ),
-    ("FVU by position", "On the held-out part, mean over seeds.", fvu_by_position),
-    ("Density of features", "On the held-out part.", densities),
+    ("FVU by position", "On the contexts scored, mean over seeds.", fvu_by_position),
+    ("Density of features", "On the contexts scored, first seed of each.", densities),
     (
         "Interpretability and specialisation",
-        "Features sorted by how much they keep to some positions, in groups of equal size.",
+        "Features sorted by specialisation in positions, in groups of equal size.",
         trade_off,
     ),
 )
-"""Title, a line about it, and how it is made."""
+"""Title, caption, and function."""
 
 
 def drawn(series: Sequence[Series]) -> list[tuple[str, str, Figure]]:
-    """All figures for which there is something to draw."""
+    """All figures that have data."""
     return [(title, about, figure) for title, about, draw in FIGURES if (figure := draw(series)) is not None]

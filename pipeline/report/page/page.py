@@ -1,8 +1,7 @@
-"""A report as one HTML file that needs nothing else: tables, verdicts, figures that Plotly draws, features.
+"""A report as one self-contained HTML file: tables, verdicts, figures drawn by Plotly, features.
 
-The library is written into the page, so it is about 5 MB and opens without a network; a policy in its head
-forbids the browser to fetch anything. All words are escaped; figures are JSON in which ``<`` and ``/`` are
-written as escapes.
+Plotly is embedded, so the page has about 5 MB and opens without a network; its content security policy
+forbids the browser to fetch anything. All text is escaped; in the JSON of figures, ``<`` and ``/`` are.
 """
 
 import html
@@ -13,7 +12,7 @@ from plotly.io import to_html  # pyright: ignore[reportMissingTypeStubs, reportU
 from ..notes import Note
 from ..provenance import Provenance
 from ..provenance import section as provenance_section
-from ..tables import Series, Table
+from ..tables import COLOURS, Series, Table
 from .explored import Explored, Unexplored
 from .explorer import explorer
 from .explorer import style as explorer_style
@@ -24,7 +23,7 @@ _POLICY = (
     "form-action 'none'; base-uri 'none'"
 )
 
-# Plotly would offer to send a figure's data to its makers.
+# By default Plotly offers to upload a figure's data to its makers.
 _CONFIG = {"displaylogo": False, "responsive": True, "plotlyServerURL": "", "showSendToCloud": False}
 
 _STYLE = """
@@ -51,11 +50,7 @@ pre.command { background: #f4f4f4; padding: .5rem .8rem; white-space: pre-wrap; 
 }
 """
 
-_CLASSES = {
-    **dict.fromkeys(("holds", "helped"), "yes"),
-    **dict.fromkeys(("does not hold", "did not help"), "no"),
-    "cannot be told": "unknown",
-}
+_CLASSES = {"green": "yes", "red": "no", "yellow": "unknown"}
 
 
 def page(
@@ -66,8 +61,8 @@ def page(
     provenance: Sequence[Provenance] = (),
     notes: Iterable[Note] = (),
 ) -> str:
-    """The page: notes and answers first, then measurements, figures, features, and where it comes from."""
-    figures = [_figure(number, *found) for number, found in enumerate(drawn(series))]
+    """The page: notes and answers first, then measurements, figures, features, and provenance."""
+    figures = [_figure(number, *figure) for number, figure in enumerate(drawn(series))]
     sections = [*map(_table, answers), *map(_table, measurements), *figures]
     if explored:
         sections.append(("Feature explorer", explorer(explored)))
@@ -90,7 +85,7 @@ def page(
 <body>
 <h1>posae report</h1>
 {_contents(titles)}
-{"".join(f'<p class="note">note: {html.escape(note.words)}</p>' for note in notes)}
+{"".join(f'<p class="note">note: {html.escape(note.text)}</p>' for note in notes)}
 {body}
 </body>
 </html>
@@ -114,12 +109,13 @@ def _table(table: Table) -> tuple[str, str]:
 
 
 def _cell(tag: str, text: str, number: int, table: Table) -> str:
-    kind = "figure" if number >= table.n_left else _CLASSES.get(text, "") if tag == "td" and number else ""
+    is_answer = tag == "td" and 0 < number < table.n_left and text in COLOURS
+    kind = "figure" if number >= table.n_left else _CLASSES[COLOURS[text]] if is_answer else ""
     return f"<{tag}{f' class={chr(34)}{kind}{chr(34)}' if kind else ''}>{html.escape(text)}</{tag}>"
 
 
 def _figure(number: int, title: str, about: str, figure: Figure) -> tuple[str, str]:
-    """Its title and its HTML; the first brings the library along."""
+    """Its title and its HTML; the first one embeds the library."""
     drawing: str = to_html(
         figure,
         config=_CONFIG,

@@ -1,1 +1,1 @@
-"""What the paper claims, and what runs say about each claim."""
+"""The paper's claims, and what runs say about each."""

@@ -1,31 +1,45 @@
-"""What the paper says of features: kept, stable, in clusters, interpretable. See ``claims``."""
+"""The paper's claims about features: retained, stable, clustered, interpretable. See ``claims``."""
 
 from collections.abc import Sequence
 
 from ..measured import Measured, Study
 from ..selection import beside_agnostic, of_study, of_the_paper, pairs
-from ..verdicts import Answer, Verdict, changes, interval, judge, of_one_seed, opposite, percent, together
+from ..verdicts import (
+    Answer,
+    Verdict,
+    all_of,
+    changes,
+    interval,
+    judge,
+    judge_absence,
+    judge_count,
+    judge_threshold,
+    percent,
+    too_few_seeds,
+)
 
 RETAINED = 0.15
-"""By what share the paper says that the residual improves retention."""
+"""Share by which the paper says that the residual improves retention."""
+MOST = 0.5
+"""Share of the features from which on a base counts as stable; the paper names none."""
 
 POSITION_TASKS = ("bracket depth", "indentation", "distance to line start", "first use")
 
 
 def retention_by_residual(studies: Sequence[Study]) -> Verdict | None:
-    """Relative, in pairs of one seed."""
-    found = pairs(
+    """Relative change, in pairs of one seed."""
+    both = pairs(
         of_study(studies, "residual"),
         ("residual",),
         lambda run: run.setting("residual") is True,
         lambda run: run.setting("residual") is False,
     )
-    values = [(a.score("retention"), b.score("retention")) for a, b in found]
+    values = [(a.score("retention"), b.score("retention")) for a, b in both]
     effect = interval(with_it / without - 1 for with_it, without in values if with_it is not None and without)
     if effect is None:
         return None
-    words = changes({"retention": effect})
-    return Verdict(judge(effect, RETAINED), f"with the residual against without: {words}")
+    answer = judge(effect, RETAINED)
+    return Verdict(answer, f"with the residual against without: {changes({'retention': effect})}")
 
 
 def decoder_is_stable(studies: Sequence[Study]) -> Verdict | None:
@@ -34,49 +48,45 @@ def decoder_is_stable(studies: Sequence[Study]) -> Verdict | None:
     if kept is None:
         return None
     return Verdict(
-        judge(kept.moved(0.5), 0.0),
-        f"{kept.words()} of the features keep their direction from the base phase on{of_one_seed(kept)}",
+        judge_threshold(kept, MOST),
+        f"{kept.text()} of the features keep their direction after the base phase{too_few_seeds(kept.n)}",
     )
 
 
 def base_survives(studies: Sequence[Study]) -> Verdict | None:
-    """The base code leaves no more unexplained at the end than when the adapters came in."""
+    """The base code leaves no more unexplained at the end than at the end of the base phase."""
     runs = of_the_paper(studies)
     lost = interval(kept - 1 for run in runs if (kept := run.base_kept) is not None)
     if lost is None:
         return None
-    words = changes({"FVU of the base code alone": lost})
-    return Verdict(opposite(judge(lost)), f"from the base phase to the end: {words}")
+    change = changes({"FVU of the base code alone": lost})
+    return Verdict(judge_absence(lost), f"from the end of the base phase to the end: {change}")
 
 
 def four_clusters(studies: Sequence[Study]) -> Verdict | None:
-    """Four is best, and better than where firings fall at random, in every seed."""
-    found = [clusters for run in of_the_paper(studies) if (clusters := run.best_clusters) is not None]
-    if not found:
+    """Four is the best number, and better than with randomly placed firings, in every seed."""
+    clusters = [best for run in of_the_paper(studies) if (best := run.best_clusters) is not None]
+    if not clusters:
         return None
-    four = [n == 4 and score > null for n, score, null in found]
-    words = ", ".join(f"{n} ({score:.2f}, {null:.2f})" for n, score, null in found)
-    reason = f"best number of clusters in each seed (its silhouette, and by chance): {words}"
-    if len(found) < 2:
-        return Verdict(Answer.CANNOT_BE_TOLD, f"{reason}; one seed cannot be told from noise")
-    if all(four):
-        return Verdict(Answer.HOLDS, reason)
-    return Verdict(Answer.CANNOT_BE_TOLD if any(four) else Answer.DOES_NOT_HOLD, reason)
+    n_four = sum(n == 4 and score > null for n, score, null in clusters)
+    seeds = ", ".join(f"{n} ({score:.2f}, {null:.2f})" for n, score, null in clusters)
+    reason = f"best number of clusters in each seed (its silhouette, and by chance): {seeds}"
+    return Verdict(judge_count(n_four, len(clusters)), reason + too_few_seeds(len(clusters)))
 
 
 def is_overcomplete(studies: Sequence[Study]) -> Verdict | None:
-    """Counted."""
+    """Counted, so one run suffices."""
     sizes = [(run.score("dictionary_size"), run.d_model) for run in of_the_paper(studies)]
-    told = [(int(k), d) for k, d in sizes if k and d]
-    if not told:
+    known = [(int(k), d) for k, d in sizes if k and d]
+    if not known:
         return None
-    k, d = min(told)
-    answer = Answer.HOLDS if k > d else Answer.DOES_NOT_HOLD
-    return Verdict(answer, f"{k:,} features, and activations of {d:,} numbers")
+    k, d = min(known)
+    answer = Answer.HOLDS if k > d else Answer.CONTRADICTED
+    return Verdict(answer, f"{k:,} features, and activations of width {d:,}")
 
 
 def probes_like_activations(studies: Sequence[Study]) -> Verdict | None:
-    """The paper's figures are of raw activations; the question that is left is whether codes do as well."""
+    """The paper's figures are of raw activations, so the question is whether codes do as well."""
     runs = of_the_paper(studies)
     lost = interval(
         raw - codes
@@ -86,33 +96,34 @@ def probes_like_activations(studies: Sequence[Study]) -> Verdict | None:
     )
     if lost is None:
         return None
-    words = ", ".join(
-        f"{name} {percent(mean.mean)} / {percent(first.mean)} / {percent(fifth.mean)}"
+    accuracies = ", ".join(
+        f"{name} {percent(on_all.mean)} / {percent(first.mean)} / {percent(fifth.mean)}"
         for name in ("activations", "codes")
-        if (mean := interval(run.probe(name, "all") for run in runs))
+        if (on_all := interval(run.probe(name, "all") for run in runs))
         and (first := interval(run.probe(name, "1") for run in runs))
         and (fifth := interval(run.probe(name, "5") for run in runs))
     )
     source = ", ".join(sorted({str(run.probing_source) for run in runs if run.probing_source}))
     return Verdict(
-        opposite(judge(lost)),
-        f"all / top-1 / top-5, {source} tasks: {words}; codes lose {lost.words()} on all{of_one_seed(lost)}",
+        judge_absence(lost),
+        f"all / top-1 / top-5, {source} tasks: {accuracies}; codes lose {lost.text()} on all"
+        f"{too_few_seeds(lost.n)}",
     )
 
 
 def less_interpretable(studies: Sequence[Study]) -> Verdict | None:
-    """One feature, and five, tell a class less well than those of the agnostic control."""
-    effects = {k: interval(_probe_loss(studies, k)) for k in ("1", "5")}
-    told = {k: effect for k, effect in effects.items() if effect}
-    if not told:
+    """Probes on one feature, and on five, are less accurate than those of the agnostic control."""
+    losses = {f"top-{k}": interval(_probe_losses(studies, k)) for k in ("1", "5")}
+    known = {name: loss for name, loss in losses.items() if loss}
+    if not known:
         return None
-    words = changes({f"top-{k}": effect for k, effect in told.items()})
-    answer = together(judge(effect) for effect in told.values())
-    return Verdict(answer, f"accuracy lost against the agnostic control: {words}")
+    joint = {name: loss.jointly(len(known)) for name, loss in known.items()}
+    answer = all_of(judge(loss) for loss in joint.values())
+    return Verdict(answer, f"accuracy lost against the agnostic control: {changes(joint)}")
 
 
 def position_tasks(studies: Sequence[Study]) -> Verdict | None:
-    """Five features tell a class of a position-sensitive task better than those of the agnostic control."""
+    """Probes on five features are more accurate on position-sensitive tasks than the agnostic control's."""
     gains = interval(_task_gain(ours, theirs) for ours, theirs in beside_agnostic(studies))
     if gains is None:
         return None
@@ -122,10 +133,10 @@ def position_tasks(studies: Sequence[Study]) -> Verdict | None:
 def _task_gain(ours: Measured, theirs: Measured) -> float | None:
     """Mean over the tasks that both were probed on."""
     both = [(ours.probe("codes", "5", task), theirs.probe("codes", "5", task)) for task in POSITION_TASKS]
-    told = [a - b for a, b in both if a is not None and b is not None]
-    return sum(told) / len(told) if told else None
+    gains = [a - b for a, b in both if a is not None and b is not None]
+    return sum(gains) / len(gains) if gains else None
 
 
-def _probe_loss(studies: Sequence[Study], k: str) -> list[float]:
+def _probe_losses(studies: Sequence[Study], k: str) -> list[float]:
     probes = [(theirs.probe("codes", k), ours.probe("codes", k)) for ours, theirs in beside_agnostic(studies)]
     return [theirs - ours for theirs, ours in probes if theirs is not None and ours is not None]

@@ -1,10 +1,11 @@
-"""The paper's claims on made-up runs: each of the three answers of each."""
+"""The paper's claims on made-up runs: each answer that a claim can have."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from posae.pipeline.report.comparison import findings
 from posae.pipeline.report.measured import Measured, Study, StudyRun
 from posae.pipeline.report.paper.claims import CLAIMS, judged
 from posae.pipeline.report.verdicts import Answer, Verdict
@@ -12,7 +13,8 @@ from posae.pipeline.report.verdicts import Answer, Verdict
 if TYPE_CHECKING:
     from ..conftest import MadeRuns
 
-HOLDS, FALLS, UNTOLD = Answer.HOLDS, Answer.DOES_NOT_HOLD, Answer.CANNOT_BE_TOLD
+HOLDS, SMALLER, CONTRADICTED = Answer.HOLDS, Answer.SMALLER, Answer.CONTRADICTED
+NONE, UNTOLD = Answer.NO_DIFFERENCE, Answer.NOT_ENOUGH_DATA
 JUDGES = {claim.name: claim.judge for claim in CLAIMS}
 
 BROKEN: list[dict[str, Any]] = [{"step": step, "loss": float("nan")} for step in range(20)]
@@ -84,11 +86,11 @@ def test_a_study_without_scores_is_named() -> None:
     found = judged([Study("layer-norm", "LayerNorm", (waiting,))])
     verdict = next(one.verdict for one in found if one.claim.name == "layer norm")
     assert verdict.answer is UNTOLD
-    assert verdict.reason.startswith("runs of study layer-norm have no scores yet; go on: ")
+    assert verdict.reason.startswith("runs of study layer-norm have no scores yet; resume: ")
 
 
 @pytest.mark.parametrize(
-    ("without", "n", "answer"), [(2.0, 3, HOLDS), (1.1, 3, FALLS), (0.5, 3, FALLS), (2.0, 1, UNTOLD)]
+    ("without", "n", "answer"), [(2.0, 3, HOLDS), (1.1, 3, SMALLER), (0.5, 3, CONTRADICTED), (2.0, 1, UNTOLD)]
 )
 def test_layer_norm_must_lower_the_variance_as_claimed(
     trial: Trial, without: float, n: int, answer: Answer
@@ -117,7 +119,7 @@ def test_layer_norm_falls_where_one_scale_of_activations_falls(trial: Trial) -> 
         )
     ]
     verdict = judge("layer norm", trial.study("layer-norm", *runs))
-    assert verdict.answer is FALLS
+    assert verdict.answer is NONE
     assert "scale rms: 4 " in verdict.reason
     assert "scale none: 1 " in verdict.reason
 
@@ -126,7 +128,7 @@ def test_layer_norm_falls_where_one_scale_of_activations_falls(trial: Trial) -> 
     ("without", "answer"),
     [
         ((0.7, 0.71, 0.7), HOLDS),
-        ((0.85, 0.86, 0.85), FALLS),
+        ((0.85, 0.86, 0.85), SMALLER),
         ((0.5, 0.9, 0.8), UNTOLD),
         ((0.7, None, None), UNTOLD),
     ],
@@ -138,7 +140,7 @@ def test_the_residual_must_retain_15_percent_more(trial: Trial, without: Values,
 
 @pytest.mark.parametrize(
     ("eight", "answer"),
-    [((0.11, 0.11, 0.111), HOLDS), ((0.095, 0.096, 0.095), FALLS), ((0.09, 0.12, 0.1), UNTOLD)],
+    [((0.11, 0.11, 0.111), HOLDS), ((0.095, 0.096, 0.095), CONTRADICTED), ((0.09, 0.12, 0.1), UNTOLD)],
 )
 def test_four_ranges_must_beat_every_other_number(trial: Trial, eight: Values, answer: Answer) -> None:
     four = trial.runs(fvu=0.1)
@@ -153,8 +155,8 @@ def warmups(trial: Trial, none: Values, half: Values, n: int = 3) -> Study:
     return trial.study(
         "warmup",
         trial.runs(fvu=0.1, n=n),
-        trial.runs({"warmup_steps": 0, "ramp_steps": 100}, fvu=none, n=n),
-        trial.runs({"warmup_steps": 50, "ramp_steps": 50}, fvu=half, n=n),
+        trial.runs({"warmup_steps": 0, "ramp_steps": 1000}, fvu=none, n=n),
+        trial.runs({"warmup_steps": 500, "ramp_steps": 500}, fvu=half, n=n),
     )
 
 
@@ -162,7 +164,7 @@ CALM, NOISY = (0.101, 0.1, 0.1005), (0.08, 0.13, 0.1)
 
 
 @pytest.mark.parametrize(
-    ("none", "answer"), [((0.12, 0.121, 0.12), HOLDS), ((0.1, 0.1, 0.1), FALLS), (NOISY, UNTOLD)]
+    ("none", "answer"), [((0.12, 0.121, 0.12), HOLDS), ((0.1, 0.1, 0.1), NONE), (NOISY, UNTOLD)]
 )
 def test_warm_up_must_help(trial: Trial, none: Values, answer: Answer) -> None:
     assert judge("warm-up", warmups(trial, none, CALM)).answer is answer
@@ -170,7 +172,7 @@ def test_warm_up_must_help(trial: Trial, none: Values, answer: Answer) -> None:
 
 @pytest.mark.parametrize(
     ("half", "answer"),
-    [((0.12, 0.121, 0.12), HOLDS), ((0.08, 0.081, 0.08), HOLDS), (CALM, FALLS), (NOISY, UNTOLD)],
+    [((0.12, 0.121, 0.12), HOLDS), ((0.08, 0.081, 0.08), HOLDS), (CALM, SMALLER), (NOISY, UNTOLD)],
 )
 def test_pacing_is_sensitive_where_the_fvu_moves_by_a_tenth(
     trial: Trial, half: Values, answer: Answer
@@ -183,29 +185,31 @@ def test_pacing_is_sensitive_where_the_fvu_moves_by_a_tenth(
 def test_one_seed_never_tells_of_pacing(trial: Trial) -> None:
     verdict = judge("pacing", warmups(trial, (0.5,), (0.5,), n=1))
     assert verdict.answer is UNTOLD
-    assert verdict.reason.endswith("one seed cannot be told from noise")
+    assert verdict.reason.endswith("; 1 of the 3 seeds that a verdict needs")
 
 
 @pytest.mark.parametrize(
-    ("none", "answer"), [((0.12, 0.121, 0.12), HOLDS), ((0.1, 0.1, 0.1), FALLS), (NOISY, UNTOLD)]
+    ("none", "answer"), [((0.12, 0.121, 0.12), HOLDS), ((0.1, 0.1, 0.1), NONE), (NOISY, UNTOLD)]
 )
 def test_dropout_must_help(trial: Trial, none: Values, answer: Answer) -> None:
     study = trial.study("dropout", trial.runs(fvu=0.1), trial.runs({"dropout": 0.0}, fvu=none, fvu_base=0.5))
     assert judge("dropout", study).answer is answer
 
 
-@pytest.mark.parametrize(("n_parameters", "answer"), [(38_000, HOLDS), (99_000, FALLS), (None, UNTOLD)])
+@pytest.mark.parametrize(
+    ("n_parameters", "answer"), [(38_000, HOLDS), (99_000, CONTRADICTED), (None, UNTOLD)]
+)
 def test_overhead_is_counted(trial: Trial, n_parameters: int | None, answer: Answer) -> None:
     stated = trial.runs(n_parameters=n_parameters, n=1)
     narrow = trial.runs({"adapter_width": 5}, n_parameters=37_950, n=1)
     found = JUDGES["overhead"]([trial.study("overhead", stated, narrow)])
     assert (found.answer if found else UNTOLD) is answer
-    if answer is FALLS:
+    if answer is CONTRADICTED:
         assert found is not None
         assert found.reason == "adapters of the stated width, d/2 = 64, add 200.0 %; a width of 5 adds 15.0 %"
 
 
-@pytest.mark.parametrize(("lines", "answer"), [(None, HOLDS), (BROKEN, FALLS), (RISING, FALLS)])
+@pytest.mark.parametrize(("lines", "answer"), [(None, HOLDS), (BROKEN, CONTRADICTED), (RISING, CONTRADICTED)])
 def test_training_is_stable_where_every_loss_is_finite_and_falls(
     trial: Trial, lines: list[dict[str, Any]] | None, answer: Answer
 ) -> None:
@@ -219,7 +223,7 @@ def test_a_training_of_few_lines_tells_no_stability(trial: Trial) -> None:
 
 
 @pytest.mark.parametrize(
-    ("speed", "answer"), [((2.0, 2.1, 2.0), FALLS), ((1.0, 1.0, 1.0), FALLS), ((0.6, 0.62, 0.6), HOLDS)]
+    ("speed", "answer"), [((2.0, 2.1, 2.0), CONTRADICTED), ((1.0, 1.0, 1.0), NONE), ((0.6, 0.62, 0.6), HOLDS)]
 )
 def test_convergence_is_longer_where_more_tokens_reach_the_same_fvu(
     trial: Trial, speed: Sequence[float], answer: Answer
@@ -248,7 +252,9 @@ MASKS = {
 
 
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize(("broken", "answer"), [((1, 1, 1), HOLDS), ((0, 0, 0), FALLS), ((1, 0, 0), UNTOLD)])
+@pytest.mark.parametrize(
+    ("broken", "answer"), [((1, 1, 1), HOLDS), ((0, 0, 0), CONTRADICTED), ((1, 0, 0), UNTOLD)]
+)
 def test_masks_fail_where_no_training_converges(
     trial: Trial, name: str, broken: Sequence[int], answer: Answer
 ) -> None:
@@ -275,13 +281,13 @@ def test_what_fails_without_masks_too_is_not_failed_by_them(trial: Trial) -> Non
     bare = trial.runs({"architecture": "standard"}, lines=lambda _: RISING)
     verdict = judge("masks", trial.study("masks", hard, agnostic=bare))
     assert verdict.answer is UNTOLD
-    assert verdict.reason.endswith("what fails without masks too is not failed by masks")
+    assert verdict.reason.endswith("training fails without masks too")
 
 
 def test_encoders_of_their_own_are_of_the_progressive_runs(trial: Trial) -> None:
     runs = trial.runs({"architecture": "separate"})
     verdict = judge("progressive", trial.study("masks", runs))
-    assert verdict.answer is FALLS
+    assert verdict.answer is CONTRADICTED
     assert verdict.reason.startswith("separate encoders: 3 of 3 converged")
 
 
@@ -289,7 +295,7 @@ def test_encoders_of_their_own_are_of_the_progressive_runs(trial: Trial) -> None
     ("kept", "answer"),
     [
         ((0.8, 0.81, 0.8), HOLDS),
-        ((0.01, 0.02, 0.01), FALLS),
+        ((0.01, 0.02, 0.01), CONTRADICTED),
         ((0.2, 0.9, 0.5), UNTOLD),
         ((0.9, None, None), UNTOLD),
     ],
@@ -302,7 +308,7 @@ def test_the_base_is_stable_where_most_directions_are_kept(
 
 
 @pytest.mark.parametrize(
-    ("end", "answer"), [((0.5, 0.51, 0.5), HOLDS), ((2.0, 2.1, 2.0), FALLS), ((0.1, 3.0, 1.0), UNTOLD)]
+    ("end", "answer"), [((0.5, 0.51, 0.5), HOLDS), ((2.0, 2.1, 2.0), CONTRADICTED), ((0.1, 3.0, 1.0), UNTOLD)]
 )
 def test_the_base_is_kept_where_it_explains_no_less(
     trial: Trial, end: Sequence[float], answer: Answer
@@ -318,7 +324,7 @@ def test_the_base_is_kept_where_it_explains_no_less(
 
 @pytest.mark.parametrize(
     ("best", "n", "answer"),
-    [((4, 4, 4), 3, HOLDS), ((1, 2, 1), 3, FALLS), ((4, 2, 4), 3, UNTOLD), ((4,), 1, UNTOLD)],
+    [((4, 4, 4), 3, HOLDS), ((1, 2, 1), 3, CONTRADICTED), ((4, 2, 4), 3, UNTOLD), ((4,), 1, UNTOLD)],
 )
 def test_clusters_are_four_in_every_seed(trial: Trial, best: Sequence[int], n: int, answer: Answer) -> None:
     clusters = tuple({"best_n": number, "score": 0.5, "null_score": 0.3} for number in best)
@@ -329,10 +335,12 @@ def test_clusters_are_four_in_every_seed(trial: Trial, best: Sequence[int], n: i
 
 def test_clusters_no_better_than_chance_are_none(trial: Trial) -> None:
     clusters = {"best_n": 4, "score": 0.3, "null_score": 0.31}
-    assert judge("four clusters", trial.study("position", trial.runs(clusters=clusters))).answer is FALLS
+    assert (
+        judge("four clusters", trial.study("position", trial.runs(clusters=clusters))).answer is CONTRADICTED
+    )
 
 
-@pytest.mark.parametrize(("size", "answer"), [(512, HOLDS), (128, FALLS), (None, UNTOLD)])
+@pytest.mark.parametrize(("size", "answer"), [(512, HOLDS), (128, CONTRADICTED), (None, UNTOLD)])
 def test_overcomplete_is_more_features_than_numbers(trial: Trial, size: int | None, answer: Answer) -> None:
     found = JUDGES["overcomplete"]([trial.study("position", trial.runs(dictionary_size=size))])
     assert (found.answer if found else UNTOLD) is answer
@@ -350,7 +358,7 @@ def probing(codes: float, task: str = "indentation") -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("codes", "answer"),
-    [((0.93, 0.931, 0.93), HOLDS), ((0.8, 0.81, 0.8), FALLS), ((0.7, 0.99, 0.93), UNTOLD)],
+    [((0.93, 0.931, 0.93), HOLDS), ((0.8, 0.81, 0.8), CONTRADICTED), ((0.7, 0.99, 0.93), UNTOLD)],
 )
 def test_probes_of_codes_are_set_beside_those_of_activations(
     trial: Trial, codes: Sequence[float], answer: Answer
@@ -364,9 +372,9 @@ def test_probes_of_codes_are_set_beside_those_of_activations(
 @pytest.mark.parametrize(
     ("codes", "less", "better"),
     [
-        ((0.8, 0.81, 0.8), HOLDS, FALLS),
-        ((0.95, 0.96, 0.95), FALLS, HOLDS),
-        ((0.9, 0.9, 0.9), FALLS, FALLS),
+        ((0.8, 0.81, 0.8), HOLDS, CONTRADICTED),
+        ((0.95, 0.96, 0.95), CONTRADICTED, HOLDS),
+        ((0.9, 0.9, 0.9), NONE, NONE),
         ((0.7, 0.99, 0.93), UNTOLD, UNTOLD),
     ],
 )
@@ -387,7 +395,7 @@ def test_tasks_that_position_does_not_tell_do_not_count(trial: Trial) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fvu", "l0", "answer"), [(0.05, 16.0, HOLDS), (0.2, 16.0, FALLS), (0.05, 128.0, UNTOLD)]
+    ("fvu", "l0", "answer"), [(0.05, 16.0, HOLDS), (0.2, 16.0, CONTRADICTED), (0.05, 128.0, UNTOLD)]
 )
 def test_position_is_judged_by_its_controls(trial: Trial, fvu: float, l0: float, answer: Answer) -> None:
     runs = {
@@ -402,15 +410,70 @@ def test_position_is_judged_by_its_controls(trial: Trial, fvu: float, l0: float,
     assert verdict.reason.startswith("paper: ")
 
 
+def test_of_several_runs_the_best_is_judged_as_one_of_so_many(trial: Trial) -> None:
+    """A gain of 1.2 to 2.8 % holds of one run, but not as the best of four."""
+
+    def study(n_runs: int) -> Study:
+        runs: dict[str, list[Measured]] = {}
+        controls: dict[str, tuple[str, str]] = {}
+        for number in range(n_runs):
+            name = f"run-{number}"
+            width = {"adapter_width": 60 + number}
+            runs[name] = trial.runs(width, fvu=(0.098, 0.0977, 0.0983))
+            for role in ("agnostic", "shared", "shuffled"):
+                runs[f"{name}.{role}"] = trial.runs({**width, "control": role}, fvu=0.1)
+                controls[f"{name}.{role}"] = (role, name)
+        return trial.made.study("position", runs, controls)
+
+    assert judge("position", study(1)).answer is HOLDS
+    verdict = judge("position", study(4))
+    assert verdict.answer is Answer.SIZE_UNCLEAR
+    assert "2.0 % less unexplained at equal L0 (16.0)" in verdict.reason
+    assert "(98.75 % interval " in verdict.reason
+    assert verdict.reason.endswith("; the best of 4 runs, with intervals widened for that")
+    assert {finding.answer for finding in findings([study(4)])} == {HOLDS}
+
+
+def test_runs_of_few_steps_show_figures_and_get_no_verdict(trial: Trial) -> None:
+    few = {"steps": 100, "warmup_steps": 10, "ramp_steps": 90}
+    runs = trial.runs(few, fvu=0.1, dictionary_size=512), trial.runs({**few, "dropout": 0.0}, fvu=0.12)
+    verdicts = {one.claim.name: one.verdict for one in judged([trial.study("dropout", *runs)])}
+    dropout = verdicts["dropout"]
+    assert dropout.answer is UNTOLD
+    assert dropout.reason.startswith("not enough steps for a verdict (100 of at least 500): ")
+    assert "without dropout +20.0 %" in dropout.reason
+    assert verdicts["stability"].answer is UNTOLD
+    assert "3 of 3 runs" in verdicts["stability"].reason
+    assert verdicts["overcomplete"].answer is HOLDS  # counted
+
+
+def test_runs_of_few_steps_do_not_spoil_longer_ones(trial: Trial) -> None:
+    few = {"steps": 100, "warmup_steps": 10, "ramp_steps": 90}
+    long = trial.runs(fvu=0.1), trial.runs({"dropout": 0.0}, fvu=0.12)
+    short = trial.runs(few, fvu=0.1), trial.runs({**few, "dropout": 0.0}, fvu=0.05)
+    verdicts = {one.claim.name: one.verdict for one in judged([trial.study("dropout", *long, *short)])}
+    assert verdicts["dropout"].answer is HOLDS
+    assert "without dropout +20.0 %" in verdicts["dropout"].reason
+
+
+@pytest.mark.parametrize(("l0", "answer"), [(16.1, HOLDS), (16.3, UNTOLD)])
+def test_an_ablation_is_compared_at_equal_l0_alone(trial: Trial, l0: float, answer: Answer) -> None:
+    study = trial.study("dropout", trial.runs(fvu=0.1), trial.runs({"dropout": 0.0}, fvu=0.12, l0=l0))
+    verdict = judge("dropout", study)
+    assert verdict.answer is answer
+    assert ("not comparable at equal L0: without dropout" in verdict.reason) == (answer is UNTOLD)
+    assert ("%" in verdict.reason) == (answer is HOLDS)
+
+
 def test_only_runs_as_the_paper_says_stand_for_it(trial: Trial) -> None:
     others = (
         {"adapter_width": 5},
         {"layer_norm": "none"},
-        {"warmup_steps": 50},
+        {"warmup_steps": 500},
         {"residual": False},
         {"activation_scale": "none"},
         {"penalty": "code"},
-        {"ramp_steps": 40},
+        {"ramp_steps": 400},
         {"sparsity_warmup": 0.1},
     )
     runs = [trial.runs(settings, dictionary_size=512) for settings in others]
@@ -418,6 +481,6 @@ def test_only_runs_as_the_paper_says_stand_for_it(trial: Trial) -> None:
 
 
 def test_the_setting_with_the_most_seeds_stands_for_the_paper(trial: Trial) -> None:
-    longer = {"steps": 200, "warmup_steps": 20, "ramp_steps": 180}
+    longer = {"steps": 2000, "warmup_steps": 200, "ramp_steps": 1800}
     runs = trial.runs(longer, n=1, dictionary_size=512), trial.runs(n=2, dictionary_size=128)
-    assert judge("overcomplete", trial.study("position", *runs)).answer is FALLS
+    assert judge("overcomplete", trial.study("position", *runs)).answer is CONTRADICTED

@@ -108,9 +108,11 @@ def test_thousands_of_features_are_sorted_searched_and_paged_by_click(
     seen.facts = one(".facts").textContent;
     click(".neighbours button"); seen.neighbour = one("h3").textContent;
     seen.unlisted = all(".neighbours span").map((span) => span.textContent);
-    type(" CAT"); seen.cats = one("[name=told]").value; seen.cat = listed();
+    type(" CAT"); seen.cats = one("[name=matches]").value; seen.cat = listed();
     seen.peaks = all(".peak").map((token) => token.textContent);
     type("#77"); seen.none = [listed(), one(".feature").textContent, one(".pager").textContent];
+    type("#8000"); seen.beyond = one(".pager span").textContent;
+    type("nowhere"); seen.nowhere = one(".pager span").textContent;
     type("#78"); seen.number = listed();
     type(""); seen.all = one(".pager span").textContent;
     """
@@ -132,7 +134,9 @@ def test_thousands_of_features_are_sorted_searched_and_paged_by_click(
     assert all(number // 2 % len(WORDS) == CAT for number in seen["cat"])
     assert seen["peaks"] == [" cat"]
     assert seen["none"][:2] == [[], ""]
-    assert "no such feature" in seen["none"][2]
+    assert f"#77 is not among the {N_FEATURES:,} features shown" in seen["none"][2]
+    assert seen["beyond"] == "no feature #8000: the run has 8,000"
+    assert seen["nowhere"] == "no feature matches"
     assert seen["number"] == [78]
     assert seen["all"].endswith(f"1-40 of {N_FEATURES}")
 
@@ -179,7 +183,7 @@ def test_a_feature_shows_what_its_run_says_of_it(open_page: "OpenPage", tmp_path
         ["density", "20 %", "20 %", "20 %", "20 %"],
         ["mean activation", "1.00", "2.00", "-3.00", "0"],
         ["without adapter", "0.500", "2.50", "-3.00", "0"],
-        ["what the adapter adds", "+0.500", "-0.500", "0", "0"],
+        ["added by the adapter", "+0.500", "-0.500", "0", "0"],
         ["cosine of adapted direction", "1.000", "0.875", "0.500", "-0.250"],
     ]
     assert seen["where"].startswith("-2.50 at 7")
@@ -190,11 +194,11 @@ def test_a_feature_shows_what_its_run_says_of_it(open_page: "OpenPage", tmp_path
     assert seen["colours"][8].startswith(orange)
     assert not any(seen["colours"][:7])
     assert "runs/first, layer 12. Of 8,000 features 7,000 fired on 1,200 ordinary tokens" in seen["about"]
-    assert "half those of the largest specificity" in seen["about"]
+    assert "half have the largest specificity" in seen["about"]
     assert seen["whole"] == LENGTH
     listed, about, names = seen["other"]
     assert listed == [4, 2, 0]
-    assert "shown are all of them. Token ids stand in place of text: no tokenizer." in about
+    assert "this page shows all of them. Token ids are shown instead of text: no tokenizer." in about
     assert names == ["positions", "density", "mean activation"]
     assert seen["below"] == "feature 2"
 

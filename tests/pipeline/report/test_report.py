@@ -48,7 +48,7 @@ def studies(made: "type[MadeRuns]") -> list[Study]:
         "paper.shuffled": seeds(0.21, shuffle_positions=True),
     }
     controls = {name: (name.partition(".")[2], "paper") for name in runs if "." in name}
-    warmup = {"paper": runs["paper"], "warmup-0": seeds(0.3, warmup_steps=0, ramp_steps=100)}
+    warmup = {"paper": runs["paper"], "warmup-0": seeds(0.3, warmup_steps=0, ramp_steps=1000)}
     return [made.study("position", runs, controls), made.study("warmup", warmup)]
 
 
@@ -66,13 +66,13 @@ def test_a_sweep_gives_every_answer_as_json(sweep: Path) -> None:
     assert len(found["runs"]) == 5 * 3  # the run that stands in two studies once
     assert [study["study"] for study in found["studies"]] == ["position", "warmup"]
     (position,) = found["position"]
-    assert position["answer"] == "does not hold"
+    assert position["answer"] == "contradicted"
     assert position["gain"]["mean"] == pytest.approx(-1)
     assert position["gain"]["seeds"] == 3
     answers = {claim["claim"]: claim["answer"] for claim in found["claims"]}
     assert answers["warm-up"] == "holds"
-    assert answers["position"] == "does not hold"
-    assert answers["gated residual"] == "cannot be told"
+    assert answers["position"] == "contradicted"
+    assert answers["gated residual"] == "not enough data"
     assert found["missing"] == []
 
 
@@ -84,7 +84,7 @@ def test_an_endless_interval_is_null_in_json(made: "type[MadeRuns]", tmp_path: P
     found = cast("dict[str, Any]", as_json(collect([tmp_path])))
     json.dumps(found, allow_nan=False)
     assert found["position"][0]["gain"]["low"] is None
-    assert found["position"][0]["answer"] == "cannot be told"
+    assert found["position"][0]["answer"] == "not enough data"
 
 
 def test_plain_runs_are_a_list_of_their_scores(made: "type[MadeRuns]", tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_what_has_no_scores_is_named_with_what_to_do(made: "type[MadeRuns]", tmp
     unscored = made.run()
     made.write_run(tmp_path / "b", Measured("b", unscored.config, {}, unscored.metrics))
     report = collect([tmp_path / "a", tmp_path / "b"])
-    assert report.missing == {str(tmp_path / "b"): "has no scores yet; run posae train again, it goes on"}
+    assert report.missing == {str(tmp_path / "b"): "has no scores yet; run posae train again to resume it"}
     for name in ("sae_weights.safetensors", "cfg.json"):
         (tmp_path / "b" / name).touch()
     report = collect([tmp_path / "a", tmp_path / "b"])
@@ -133,19 +133,19 @@ def test_what_is_no_run_is_said_with_what_to_give(made: "type[MadeRuns]", tmp_pa
     made.write_sweep(tmp_path / "data" / "all", [made.study("mine", {"a": [made.run()]})])
     (tmp_path / "empty").mkdir()
     for folder, told in (
-        (tmp_path / "nope", "is not there"),
+        (tmp_path / "nope", "does not exist"),
         (file, "is a file, not a run"),
         (store, f"is a store, not a run; train one from it: posae train {store} RUN"),
-        (tmp_path / "runs", f"runs lie below, give these: {tmp_path}/runs/*"),
-        (tmp_path / "sweep" / "paper", f"runs lie below, give these: {tmp_path}/sweep/paper/*"),
-        (tmp_path / "sweep", f"runs lie below, give these: {tmp_path}/sweep/*/*"),
-        (tmp_path / "data", f"sweeps lie below, give these: {tmp_path}/data/*"),
-        (tmp_path / "empty", "is no run; train one: "),
+        (tmp_path / "runs", f"contains runs; name these: {tmp_path}/runs/*"),
+        (tmp_path / "sweep" / "paper", f"contains runs; name these: {tmp_path}/sweep/paper/*"),
+        (tmp_path / "sweep", f"contains runs; name these: {tmp_path}/sweep/*/*"),
+        (tmp_path / "data", f"contains sweeps; name these: {tmp_path}/data/*"),
+        (tmp_path / "empty", "is not a run; train one: "),
     ):
         with pytest.raises(RunNotFoundError, match=re.escape(f"{folder} ") + ".*" + re.escape(told)):
             collect([folder])
     beside = collect([tmp_path / "runs" / "a", tmp_path / "nope"])
-    assert beside.missing[str(tmp_path / "nope")].startswith("is not there")
+    assert beside.missing[str(tmp_path / "nope")].startswith("does not exist")
 
 
 def test_damaged_scores_are_to_be_made_again_not_the_run(made: "type[MadeRuns]", tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def notes_of(tmp_path: Path, made: "type[MadeRuns]", *runs: Measured) -> list[st
     folders = [tmp_path / "runs" / "abcdef"[number] for number in range(len(runs))]
     for folder, run in zip(folders, runs, strict=True):
         made.write_run(folder, run)
-    return [note.words.replace(f"{tmp_path}/runs/", "") for note in collect(folders).notes()]
+    return [note.text.replace(f"{tmp_path}/runs/", "") for note in collect(folders).notes()]
 
 
 def test_runs_of_different_stores_or_layers_are_said_to_be_so(made: "type[MadeRuns]", tmp_path: Path) -> None:
@@ -207,6 +207,65 @@ def test_runs_of_different_stores_or_layers_are_said_to_be_so(made: "type[MadeRu
 def test_an_fvu_above_one_is_noted(made: "type[MadeRuns]", tmp_path: Path) -> None:
     (note,) = notes_of(tmp_path, made, made.run(fvu=1.2), made.run(fvu=0.9))
     assert note == "FVU above 1, worse than the mean of all: a; it diverged or has not trained long enough"
+
+
+def scored_on(
+    made: "type[MadeRuns]", n_seen: int | None, *, is_own: bool = False, contexts: str = "held-out"
+) -> Measured:
+    store: dict[str, Any] = {
+        "path": "/half.zarr",
+        "read": {},
+        "trained_from": is_own,
+        "seen_contexts": n_seen,
+    }
+    probing = {"source": "offline", "data": {"contexts": contexts}}
+    return made.run(store=store, contexts=[488, 512], probing=probing)
+
+
+def test_scores_on_contexts_that_were_trained_on_say_so_everywhere(
+    made: "type[MadeRuns]", tmp_path: Path
+) -> None:
+    made.write_run(tmp_path / "a", scored_on(made, 24))
+    told = f"{tmp_path}/a was trained on 24 of the 24 contexts that it is scored on"
+    report = collect([tmp_path / "a"])
+    scores = report.measurements()[0]
+    assert scores.title == "scores on contexts that were trained on, layer 2"
+    assert scores.rows[0][0] == "a, on another store, trained on its contexts"
+    (found,) = cast("list[Any]", as_json(report))
+    assert found["notes"] == [f"{told}; these are not held-out scores"]
+    for name in ("page.html", "report.md"):
+        write(report, tmp_path / name)
+        assert told in (tmp_path / name).read_text().replace("\\_", "_")
+    made.write_run(tmp_path / "b", scored_on(made, 0, is_own=True))
+    both = collect([tmp_path / "a", tmp_path / "b"]).measurements()[0]
+    assert both.title == "scores on the held-out part, some on contexts that were trained on, layer 2"
+    assert [row[0] for row in both.rows][1] == "b"
+
+
+def test_what_is_not_known_to_be_unseen_is_noted(made: "type[MadeRuns]", tmp_path: Path) -> None:
+    assert notes_of(tmp_path, made, scored_on(made, 0)) == []
+    assert notes_of(tmp_path, made, scored_on(made, None)) == [
+        "a: scored on another store; whether it was trained on the same contexts is unknown"
+    ]
+    (note,) = notes_of(tmp_path, made, scored_on(made, 0, contexts="all"))
+    assert note.startswith("a: rows of sparse probes come from all contexts")
+
+
+def test_one_comparison_has_one_number(made: "type[MadeRuns]", tmp_path: Path) -> None:
+    """The study's table and the verdict print the gain at equal L0; as measured, the run is 6 % better."""
+    runs = {
+        "aware": [made.run({"seed": s, "dropout": 0.2}, fvu=0.094, l0=18) for s in range(3)],
+        "agnostic": [made.run({"seed": s}, fvu=0.1, l0=16) for s in range(3)],
+        "more": [made.run({"seed": s, "target_l0": 20}, fvu=0.081, l0=20) for s in range(3)],
+    }
+    study = made.study("mine", runs, {"agnostic": ("agnostic", "aware"), "more": ("more-active", "aware")})
+    made.write_sweep(tmp_path, [study])
+    report = collect([tmp_path])
+    (table,) = (table for table in report.measurements() if table.title.startswith("mine"))
+    assert dict(zip(table.columns, table.rows[0], strict=True))["to agnostic at equal L0"] == "+4.4 %"
+    (finding,) = report.findings
+    assert "4.4 % more unexplained at equal L0 (18.0)" in finding.reason
+    assert "6.0 %" not in "".join(text for table in report.answers() for row in table.rows for text in row)
 
 
 def test_notes_stand_in_every_form_of_a_report(made: "type[MadeRuns]", tmp_path: Path) -> None:
@@ -240,7 +299,7 @@ def test_ones_own_sweep_shows_no_claims_that_none_of_its_runs_is_about(
     assert any("warmup steps" in row[0] for row in claims.rows)
     assert not any("no run of study" in row[2] for row in claims.rows)
     n_others = len(some.claims) - len(claims.rows)
-    assert some.notes()[-1].words.startswith(f"{n_others} more claims of the paper are left out")
+    assert some.notes()[-1].text.startswith(f"{n_others} more claims of the paper are left out")
     write(some, tmp_path / "report.md")
     titles = re.findall("^## (.*)$", (tmp_path / "report.md").read_text(), re.MULTILINE)
     assert titles[0].startswith("scores on")
@@ -323,9 +382,9 @@ def test_rows_of_a_sweep_are_means_over_seeds(sweep: Path) -> None:
 def test_a_study_shows_its_controls_only_where_they_are_the_point(made: "type[MadeRuns]") -> None:
     whole = studies(made)[0]
     table = of_study(whole)
-    assert table.columns == ["run", "seeds", "parameters", "L0", "FVU", "to agnostic"]
+    assert table.columns == ["run", "seeds", "parameters", "L0", "FVU", "to agnostic at equal L0"]
     assert [(row[0], row[5]) for row in table.rows] == [
-        ("paper", "+100.0%"),
+        ("paper", "+100.0 %"),
         ("paper.agnostic", ""),
         ("paper.shared", ""),
         ("paper.shuffled", ""),
@@ -348,7 +407,7 @@ def test_many_ranges_are_cut_into_tables(made: "type[MadeRuns]") -> None:
 def test_figures_mark_the_phases_and_hide_controls(sweep: Path) -> None:
     series = collect([sweep]).series()
     marked = [(shape["x0"], shape["x1"], shape["label"]["text"]) for shape in phases(series)]
-    assert marked == [(0, 10, "base alone"), (10, 100, "alpha rises")]
+    assert marked == [(0, 100, "base alone"), (100, 1000, "alpha rises")]
     figures = {title: figure for title, _, figure in drawn(series)}
     assert len(figures) == 6
     loss = figures["Figure 1a: loss over steps"]["data"]
@@ -363,7 +422,7 @@ def test_a_long_training_is_thinned_and_keeps_its_end(made: "type[MadeRuns]") ->
     series = [Series("long", [made.run(lines=made.metrics(5 * MAX_POINTS))])]
     line = drawn(series)[0][2]["data"][0]
     assert len(line["x"]) == MAX_POINTS
-    assert line["x"][-1] == 5 * 5 * MAX_POINTS
+    assert line["x"][-1] == 50 * 5 * MAX_POINTS
 
 
 class Page(html.parser.HTMLParser):
@@ -413,7 +472,7 @@ def test_a_page_needs_nothing_else_and_runs_no_words(page: Path) -> None:
     assert not any(name.startswith("on") for _, a in found.tags for name in a)
     assert any("default-src 'none'" in (a.get("content") or "") for _, a in found.tags)
     assert HOSTILE in found.words
-    assert "does not hold" in found.words
+    assert "contradicted" in found.words
     assert (
         kinds.count("section")
         == len([a for tag, a in found.tags if tag == "div" and a.get("class") == "wide"]) + 7
@@ -460,7 +519,7 @@ def test_a_page_says_where_each_run_comes_from(made: "type[MadeRuns]", tmp_path:
     for told in ("12ab", "34cd", HOSTILE, "240:256", "0.0.9", "seed3 (default 0)", "100 (default 10000)"):
         assert told in told_of, told
     assert f"posae train '/data/a b.zarr' {tmp_path}/known --preset paper --layer 2 " in told_of
-    assert "No words of this posae's command line" in told_of
+    assert "No command of this version of posae gives all of its settings" in told_of
     assert "of the future" in told_of
 
 
