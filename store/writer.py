@@ -31,7 +31,7 @@ from .errors import (
 from .files import PARTIAL, StoreFiles, exclusive, is_leftover, unlocked
 from .layout import MAX_CHUNK_BYTES, ArraySpec, Json
 from .manifest import Manifest, group_json, layer_path, layer_spec, root_json, token_specs
-from .plain_text import differences, quantity
+from .plain_text import differences, layers_named, quantity
 from .reader import ActivationStore
 from .rounding import round_mantissas
 from .seal import (
@@ -53,7 +53,8 @@ _CHOSEN = {
     *("model", "dataset", "dataset_config", "n_contexts", "context_length", "skip_contexts", "packing"),
     *("held_out", "seed", "codec", "mantissa_bits", "batch_contexts", "attention", "device"),
 }
-"""What of a manifest its user chose; the rest follows, and is told after it."""
+"""Keys of the manifest that the user chose; in messages they stand before those that follow from them."""
+_OTHER_OPTIONS = {"model_revision", "dataset_revision", "dataset_split", "dataset_column"}
 _LARGE_FILE = SealedFile(10**10 - 1, "0" * 64)
 
 
@@ -145,7 +146,7 @@ class StoreWriter:
         store = standing_store(self.root)
         if store and self.files.exists(COPY_PATH):
             raise StoreMismatchError(
-                f"a copy into {self.root} was stopped; run the same posae copy again to finish it first"
+                f"{self.root} holds an unfinished copy; run the same posae copy again to finish it first"
             )
         if store and self.has_tokens:
             _check_same(self.root, store.manifest, self.manifest, allow_versions=self._allow_versions)
@@ -153,8 +154,8 @@ class StoreWriter:
             raise StoreDamagedError("the file is missing", array=CORPUS_PATH)
         elif store and (foreign := next(filter(_follows_tokens, self.files.walk()), None)):
             raise StoreFormatError(
-                f"{self.root} holds {foreign} but no committed tokens, so it is not this store's beginning; "
-                "remove the folder, or name another"
+                f"{self.root} holds {foreign} but no committed tokens, so it is not an unfinished harvest; "
+                "remove the folder, or choose another"
             )
         self._check_can_be_finished({*layers, *(store.layers if store else ())})
 
@@ -165,9 +166,9 @@ class StoreWriter:
                 spec.check_bounds()
             except ValueError:
                 raise SettingsError(
-                    f"{self.manifest.context_length:,} tokens a context and activations "
-                    f"{self.manifest.d_model:,} wide make chunks of {quantity(spec.chunk_bytes)} in "
-                    f"{spec.path}, and a chunk may have {quantity(MAX_CHUNK_BYTES)}; take shorter contexts"
+                    f"contexts of {self.manifest.context_length:,} tokens with {self.manifest.d_model:,} "
+                    f"numbers each make chunks of {quantity(spec.chunk_bytes)} in {spec.path}, above the "
+                    f"maximum of {quantity(MAX_CHUNK_BYTES)}; choose a smaller --context-length"
                 ) from None
         # As if each file had ten digits: the seal must name them all.
         seal_bytes(dict.fromkeys(files_of(self.manifest, sorted(layers)), _LARGE_FILE))
@@ -251,8 +252,8 @@ class StoreWriter:
             self.files.write(path, group)
         elif self.files.read(path, MAX_METADATA_BYTES) != group:
             raise StoreMismatchError(
-                f"layer {layer} of {self.root} was begun with other versions of libraries ({path}, or else "
-                "zarr.json, names them); finish it with those"
+                f"layer {layer} of {self.root} was begun with other library versions, recorded in {path} or "
+                "zarr.json; finish it with those"
             )
 
     def begin_layers(
@@ -378,7 +379,7 @@ class StoreWriter:
         ]
         if lacking := sorted(set(layers) - set(complete)):
             raise StoreIncompleteError(
-                f"{self.root} lacks shards of layers {', '.join(map(str, lacking))}, so it is not sealed; "
+                f"{self.root} lacks shards of {layers_named(lacking)} and cannot be sealed yet; "
                 "run the same command again"
             )
         for path in files_of(self.manifest, complete):
@@ -593,22 +594,30 @@ def _follows_tokens(path: str) -> bool:
 
 
 def _but_posae(versions: Mapping[str, str]) -> dict[str, str]:
-    # Within a format every posae writes the same bytes; of other libraries nobody can say that.
+    # Within a format every version of posae writes the same bytes; other libraries may not.
     return {name: version for name, version in versions.items() if name != "posae"}
 
 
+def _option(key: str) -> str:
+    """The option of ``posae harvest`` that sets a key of the manifest; the key if there is none."""
+    if key not in _CHOSEN | _OTHER_OPTIONS:
+        return key
+    name = {"n_contexts": "contexts", "dataset_split": "split", "dataset_column": "column"}.get(key, key)
+    return f"--{name.replace('_', '-')}"
+
+
 def _rank(key: str) -> int:
-    """Where a key stands among those that differ: before what follows from it."""
+    """Sort order of the keys that differ: before those that follow from them."""
     if key in ("model", "dataset"):
         return 0
     return 1 if key.startswith(("planted ", "origin ", "imported ")) else 2 if key in _CHOSEN else 3
 
 
-def _check_same(root: Path, found: Manifest, wanted: Manifest, *, allow_versions: bool) -> None:
-    before, now = found.model_dump(), wanted.model_dump()
+def _check_same(root: Path, recorded: Manifest, new: Manifest, *, allow_versions: bool) -> None:
+    before, now = recorded.model_dump(), new.model_dump()
     for manifest in (before, now):
         manifest["versions"] = {} if allow_versions else _but_posae(manifest["versions"])
-        # What differs within one of these is named key by key.
+        # Compared key by key.
         for name in ("planted", "origin", "imported", "versions"):
             inner: Json = manifest.pop(name) or {}
             manifest |= {f"{name} {key}": value for key, value in inner.items()}
@@ -617,8 +626,10 @@ def _check_same(root: Path, found: Manifest, wanted: Manifest, *, allow_versions
     ]
     if not differ:
         return
-    differ.sort(key=lambda found: _rank(found[0]))
+    differ.sort(key=lambda change: _rank(change[0]))
     remedy = "give the same settings to resume, or another folder"
     if all(key.startswith("versions ") for key, *_ in differ):
         remedy = "install those versions, or record the difference: --allow-versions"
+    if not (recorded.planted or recorded.origin or recorded.imported):
+        differ = [(_option(key), *values) for key, *values in differ]
     raise StoreMismatchError(f"{root} was begun with other settings: {differences(differ)}; {remedy}")

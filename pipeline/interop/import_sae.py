@@ -57,7 +57,7 @@ def import_sae(
     said = read_metadata(folder)
     if said.is_of_posae:
         if settings.ranges is not None:
-            raise SettingsError(f"{folder} is a run of posae, with ranges of its own; leave --ranges out")
+            raise SettingsError(f"{folder} is a run of posae, with its own ranges; leave out --ranges")
         autoencoder = load_autoencoder(folder)
     else:
         count = str(min(4, length))
@@ -106,16 +106,16 @@ def _digest(folder: Path) -> str:
 def _layer(folder: Path, wanted: int | None, hook_name: str | None) -> int:
     if hook_name is None:
         if wanted is None:
-            raise SettingsError(f"{folder} does not say which layer it is of; name it with --layer")
+            raise SettingsError(f"{folder} does not record its layer; give it with --layer")
         return wanted
     found = layer_of(hook_name)
     if found is None:
         raise SettingsError(
-            f"{folder} was trained at {hook_name}, and a store holds the residual stream after a block; "
+            f"{folder} was trained at {hook_name}, but a store holds the residual stream after a block; "
             "import one that was trained there"
         )
     if wanted not in (None, found):
-        raise SettingsError(f"{folder} was trained at {hook_name}, which is layer {found}; leave --layer out")
+        raise SettingsError(f"{folder} was trained at {hook_name}, which is layer {found}; leave out --layer")
     return found
 
 

@@ -63,9 +63,7 @@ class SAEBenchAutoencoder(BaseSAE):
         layer = layer_of(said.hook_name or "")
         name = model_name or said.model_name
         if layer is None or name is None:
-            raise SettingsError(
-                f"{run} does not say of which layer and model it is; give one trained by posae"
-            )
+            raise SettingsError(f"{run} does not record its layer and model; give a run trained by posae")
         super().__init__(
             d_in=autoencoder.d_model,
             d_sae=autoencoder.dictionary_size,

@@ -139,7 +139,7 @@ class PositionAwareSAE(SAE[PositionAwareConfig]):
         Raises:
             NotImplementedError: always; SAELens expects it.
         """
-        raise NotImplementedError(f"nothing can be folded into the weights of {self.cfg.architecture()}")
+        raise NotImplementedError(f"norms cannot be folded into the weights of {self.cfg.architecture()}")
 
     fold_W_dec_norm = _refuse_folding
     fold_and_get_W_dec_norm = _refuse_folding

@@ -71,8 +71,8 @@ def assembled_manifest(pieces: Sequence[Piece], codec: str | None = None) -> Man
     n_training = sum(piece.n_training for piece in pieces)
     if not n_training:
         raise SettingsError(
-            f"all {n_contexts} contexts are held out, and a store needs some to train on; "
-            f"take some before {sources[0].held_out[0]} too"
+            f"all {n_contexts} contexts are held out, but a store needs some to train on; "
+            f"include some before {sources[0].held_out[0]}"
         )
     _check_order(pieces, n_training)
     corpus = union(interval for source in sources for interval in source.corpus_contexts)
@@ -360,7 +360,7 @@ def _check_digest(store: ActivationStore, layer: int, shard: int) -> None:
     path = layer_spec(store.manifest, layer).shard_path(shard)
     sealed = store.seal.files.get(path) if store.seal else None
     if sealed is None or _entry(store, spec, shard).tobytes().hex() != sealed.sha256:
-        raise StoreDamagedError("it is not the digest that was sealed", array=spec.path, shard=shard)
+        raise StoreDamagedError("its digest is not the sealed one", array=spec.path, shard=shard)
 
 
 def _is_finite(bits: NDArray[np.uint16]) -> bool:
@@ -416,7 +416,7 @@ def assemble(
     progress = progress or Silent()
     for piece in pieces:
         if str(path.absolute()) == piece.store.address:
-            raise SettingsError(f"{path} is a store to take from; name another folder for the new one")
+            raise SettingsError(f"{path} is one of the source stores; choose another folder for the new one")
     manifest = assembled_manifest(pieces, codec)
     length = manifest.context_length
     assembly = Assembly(path, pieces, manifest)
@@ -463,10 +463,10 @@ def copy_part(
     start, stop = contexts or (0, source.manifest.n_contexts)
     if not 0 <= start < stop <= source.manifest.n_contexts:
         raise SettingsError(
-            f"contexts {start}:{stop}: {source.root} has 0:{source.manifest.n_contexts}; name some of these"
+            f"contexts {start}:{stop}: {source.root} has 0:{source.manifest.n_contexts}; choose some of these"
         )
     if codec is not None and codec not in CODECS:
-        raise SettingsError(f"there is no codec {codec!r}; there are {', '.join(CODECS)}")
+        raise SettingsError(f"codec {codec!r} does not exist; use one of {', '.join(CODECS)}")
     chosen = source.layers if layers is None else tuple(sorted(set(layers)))
     if not chosen:
         raise StoreIncompleteError(f"{source.root} holds no layer, so there is nothing to copy")
@@ -484,6 +484,6 @@ def first_part(manifest: Manifest, fraction: float) -> tuple[int, int]:
         SettingsError: no fraction.
     """
     if not 0 < fraction <= 1:
-        raise SettingsError(f"fraction {fraction:g}: take one above 0, up to 1")
+        raise SettingsError(f"fraction {fraction:g} is not above 0 and at most 1; use e.g. 0.1")
     n_shards = max(1, round(fraction * manifest.n_shards))
     return 0, min(n_shards * manifest.shard_contexts, manifest.n_contexts)

@@ -95,7 +95,7 @@ def open_cache(source: Path, tensor: str | None = None) -> Cache:
         ForeignFileError: nothing is there, or not what can be imported.
     """
     if not source.exists():
-        raise ForeignFileError(f"{source}: there is nothing; give the file or folder of activations")
+        raise ForeignFileError(f"{source}: no such file or folder; give the file or folder of activations")
     if source.is_dir() and (source / "state.json").exists():
         return _DatasetCache(source, tensor)
     files = [source]
@@ -224,7 +224,7 @@ class _FileCache(Cache):
             if shape[1:] != shapes[0][1:]:
                 raise ForeignFileError(
                     f"{path}: {shape} is not of the form of {files[0].name}, {shapes[0]}; "
-                    "import them one by one"
+                    "import them separately"
                 )
         self._ends = list(accumulate(shape.n_entries for shape in shapes))
         self.shape = shapes[0]._replace(n_entries=self._ends[-1])
@@ -244,8 +244,8 @@ class _FileCache(Cache):
                 pickle.UnpicklingError,
             ) as error:
                 raise ForeignFileError(
-                    f"{path}: damaged, or not plain tensors, which alone are read ({_line(error)}); save "
-                    "it anew, as tensors"
+                    f"{path}: damaged, or not only plain tensors ({_line(error)}); save it again, "
+                    "as plain tensors"
                 ) from None
         return self._opened[1]
 
@@ -253,7 +253,7 @@ class _FileCache(Cache):
         arrays, path = self._file(number), self._paths[number]
         if self.tensor not in arrays.shapes:
             raise ForeignFileError(
-                f"{path}: has no tensor {self.tensor!r}, and {self._paths[0].name} has; import each alone"
+                f"{path}: no tensor {self.tensor!r}, unlike {self._paths[0].name}; import them separately"
             )
         shape = arrays.shapes[self.tensor]
         if self._tokens and arrays.shapes.get(self._tokens) != shape[:-1]:
@@ -292,8 +292,8 @@ def _chosen(
         return fit[0]
     has = ", ".join(repr(name) for name in fit[:8]) or "none"
     raise ForeignFileError(
-        f"{path}: which tensor holds the activations? Of two or three axes and a type of floats there are "
-        f"{has}; name one with --tensor"
+        f"{path}: the tensor of activations is unclear (floats with two or three axes: {has}); "
+        "choose one with --tensor"
     )
 
 
@@ -301,7 +301,7 @@ def _as_shape(path: Path, shape: Sequence[int], dtype: str) -> Shape:
     if len(shape) not in (2, 3) or min(shape) < 1 or dtype not in _FLOATS:
         raise ForeignFileError(
             f"{path}: {dtype} {list(shape)} is neither [contexts, positions, d_model] nor [rows, d_model] of "
-            "floats; save it so"
+            "floats; save it in one of these forms"
         )
     return Shape(shape[0], shape[1] if len(shape) == 3 else None, shape[-1], dtype)
 
@@ -320,7 +320,7 @@ class _DatasetCache(Cache):
             loaded = datasets.load_from_disk(str(folder))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ForeignFileError(
-                f"{folder}: datasets cannot read it ({_line(error)}); write it anew"
+                f"{folder}: datasets cannot read it ({_line(error)}); create it again"
             ) from None
         features: dict[str, Any] = dict(getattr(loaded, "features", None) or {})
         fit = {name: found for name, found in features.items() if isinstance(found, datasets.Array2D)}
@@ -342,7 +342,7 @@ class _DatasetCache(Cache):
         found = np.asarray(self._column("token_ids", start, stop), np.int64)
         if found.shape != (stop - start, self.shape.length):
             raise ForeignFileError(
-                f"{self._folder}: token_ids are not those of the activations; write it anew"
+                f"{self._folder}: token_ids do not match the activations; create the folder again"
             )
         return found
 

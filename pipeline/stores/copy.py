@@ -60,18 +60,18 @@ def copy(
     progress = progress or Silent()
     if source.identity is None:
         raise StoreIncompleteError(
-            f"{source.root} is an unfinished harvest, which is not copied; run the harvest again to finish it"
+            f"{source.root} is an unfinished harvest and cannot be copied; run the harvest again to finish it"
         )
     is_remote = "://" in destination
     if is_remote and destination.lower().startswith(("http://", "https://")):
         raise SettingsError(
-            f"{shown(destination)} cannot be written: the web can only be read; name a folder, hf://, s3://, "
-            "gs:// or az://"
+            f"{shown(destination)} cannot be written: web servers are read-only; give a folder, hf://, "
+            "s3://, gs:// or az://"
         )
     server = open_remote(destination) if is_remote else None
     place = shown(destination) if is_remote else str(Path(destination).absolute())
     if place == source.address:
-        raise SettingsError(f"{destination} is the store to copy from; name another place")
+        raise SettingsError(f"{destination} is the store to copy from; choose another destination")
     if not _is_part(source, settings):
         if server:
             return _published(source, server, progress)
@@ -106,7 +106,7 @@ def _contexts(source: ActivationStore, settings: CopySettings) -> tuple[int, int
     start, stop = map(int, settings.contexts.split(":"))
     if not start < stop <= source.n_contexts:
         raise SettingsError(
-            f"contexts {settings.contexts}: {source.root} has 0:{source.n_contexts}; name a part of them"
+            f"contexts {settings.contexts}: {source.root} has 0:{source.n_contexts}; choose a part of them"
         )
     return start, stop
 

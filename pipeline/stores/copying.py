@@ -112,11 +112,11 @@ def seal_of(store: ActivationStore) -> Seal:
     """
     if store.seal is None:
         raise StoreFormatError(
-            f"{store.root} is an unfinished harvest, which is not copied; run the harvest again to finish it"
+            f"{store.root} is an unfinished harvest and cannot be copied; run the harvest again to finish it"
         )
     # A stranger's seal could name files of ours.
     if others := store.seal.files.keys() ^ set(files_of(store.manifest, store.layers)):
-        raise StoreDamagedError(f"it should not name {min(others)}, or should and does not", array=SEAL_PATH)
+        raise StoreDamagedError(f"it names {min(others)} wrongly, or lacks it", array=SEAL_PATH)
     return store.seal
 
 
@@ -139,7 +139,7 @@ def holds(old: Seal, new: Seal, place: str) -> bool:
         return True
     if not old.files.items() <= new.files.items():
         raise StoreMismatchError(
-            f"{place} holds another store, sealed as {old.identity[:16]}; name another place, or remove it"
+            f"{place} holds another store, sealed as {old.identity[:16]}; choose another place, or remove it"
         )
     return False
 
@@ -162,12 +162,12 @@ def _begun(seal: Seal, files: StoreFiles) -> tuple[Seal | None, bool]:
         if other := next((path for path in (new if old else files.walk()) if not is_leftover(path)), None):
             raise StoreFormatError(
                 f"{files.root} holds {other}, which this copy did not write; finish what was begun there, "
-                "remove it, or name another folder"
+                "remove it, or choose another folder"
             ) from None
         return old, False
     if source != seal.identity:
         raise StoreMismatchError(
-            f"{files.root} holds the beginning of a copy of another store; finish that one, or name another "
+            f"{files.root} holds an unfinished copy of another store; finish that copy, or choose another "
             "folder"
         )
     return old, True
@@ -178,7 +178,7 @@ def _check_room(seal: Seal, files: StoreFiles) -> None:
     free = shutil.disk_usage(files.root).free
     if missing > free:
         raise StoreWriteError(
-            f"{files.root} has room for {free:,} bytes and {missing:,} are to come; free some space, or copy "
+            f"the copy needs {missing:,} bytes, but {files.root} has {free:,} free; free some space, or copy "
             "a part: --layers, --fraction"
         )
 

@@ -93,7 +93,7 @@ class Import:
             )
         if settings.special_token_ids is not None and not self.cache.has_tokens:
             raise SettingsError(
-                f"{source} has no token ids, so none are special; leave --special-token-ids out"
+                f"{source} has no token ids, so none are special; leave out --special-token-ids"
             )
         self.layer = self._layer()
 
@@ -102,18 +102,20 @@ class Import:
         found = None if hook is None else layer_of(hook)
         if hook is not None and found is None and hook.startswith(("blocks.", "model.")):
             raise SettingsError(
-                f"{self.source} holds activations of {hook}, and a store keeps the residual stream after a "
-                "block; harvest that anew"
+                f"{self.source} holds activations of {hook}, but a store holds the residual stream after a "
+                "block; save activations of that hook point"
             )
         if found is not None and wanted not in (None, found):
             raise SettingsError(
-                f"{self.source} is of {hook}, which is layer {found}, not {wanted}; leave --layer out"
+                f"{self.source} is of {hook}, which is layer {found}, not {wanted}; leave out --layer"
             )
         layer = wanted if found is None else found
         if layer is None:
-            raise SettingsError(f"{self.source} does not say which layer it is of; name it with --layer")
+            raise SettingsError(f"{self.source} does not record its layer; give it with --layer")
         if layer >= MAX_LAYERS:
-            raise SettingsError(f"layer {layer}: a store has layers below {MAX_LAYERS:,}; name another")
+            raise SettingsError(
+                f"layer {layer} is too large: layers are below {MAX_LAYERS:,}; choose another"
+            )
         return layer
 
     @property
@@ -144,7 +146,7 @@ class Import:
             found = self.cache.read_tokens(*self._entries(start, stop)).reshape(stop - start, self.length)
             if found.min() < 0 or found.max() >= 2**31 - 1:
                 raise ForeignFileError(
-                    f"{self.source}: token ids are not all from 0 to 2^31 - 2; write it anew"
+                    f"{self.source}: token ids are not all between 0 and 2^31 - 2; save it again"
                 )
             tokens[start:stop] = found
         return tokens

@@ -59,7 +59,7 @@ class Merge:
             StoreDamagedError: a store is not what was sealed.
         """
         if len(stores) < 2:
-            raise SettingsError("a single store is merged with nothing; name two or more")
+            raise SettingsError("merging needs at least two stores; give another one")
         self.stores = stores
         self.path = path
         for store in stores:
@@ -130,9 +130,9 @@ def _check_agreement(one: ActivationStore, other: ActivationStore) -> None:
     ]
     if not differ:
         return
-    remedy = "harvest one of them anew with the settings of the other"
+    remedy = "harvest one of them again with the settings of the other"
     if [name for name in ones if ones[name] != others.get(name)] == ["codec"]:
-        remedy = f"copy one of them into the other codec: posae copy --codec {one.manifest.codec}"
+        remedy = f"convert one of them to the other codec: posae copy --codec {one.manifest.codec}"
     raise StoreMismatchError(f"{one.root} and {other.root} differ: {'; '.join(differ)}; {remedy}")
 
 
@@ -146,7 +146,7 @@ def _check_versions(one: ActivationStore, other: ActivationStore, layer: int) ->
         differ = [name for name in ones if ones[name] != others.get(name)]
         raise StoreMismatchError(
             f"layer {layer} of {one.root} and {other.root} was computed by other versions of "
-            f"{', '.join(differ)}; harvest one of them anew with the versions of the other"
+            f"{', '.join(differ)}; harvest one of them again with the versions of the other"
         )
 
 
@@ -163,7 +163,7 @@ def _layers(stores: Sequence[ActivationStore], wanted: Sequence[int] | None) -> 
             shown = ",".join(map(str, common))
             raise StoreMismatchError(
                 f"{stores[0].root} has layers {_shown(layers)} and {store.root} has {_shown(store.layers)}; "
-                + (f"take those that all have: --layers {shown}" if common else "they have none in common")
+                + (f"merge those that all have: --layers {shown}" if common else "they have none in common")
             )
     if not layers:
         raise StoreIncompleteError(f"{stores[0].root} holds no layer, so there is nothing to merge")
@@ -187,7 +187,7 @@ def _check_apart(one: ActivationStore, other: ActivationStore) -> None:
         stop = max(interval.stop for interval in one.manifest.corpus_contexts)
         raise StoreMismatchError(
             f"{one.root} and {other.root} both hold contexts {first} to {last} of the corpus; "
-            f"harvest one of them anew with others: --skip-contexts {stop}"
+            f"harvest one of them again with others: --skip-contexts {stop}"
         )
     mine, theirs = (digests_of(store.tokens(), store.documents()) for store in (one, other))
     if both := len(np.intersect1d(mine, theirs)):

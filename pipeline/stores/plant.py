@@ -184,7 +184,7 @@ class Planting:
         if source.identity is None:
             raise StoreIncompleteError(f"{source.root} is an unfinished harvest; finish it before planting")
         if str(path.absolute()) == source.address:
-            raise SettingsError(f"{path} is the store to plant from; name another folder for the new one")
+            raise SettingsError(f"{path} is the store to plant from; choose another folder for the new one")
         self.layers: tuple[int, ...] = source.layers if settings.layer is None else (settings.layer,)
         for layer in self.layers:
             source.check_layer(layer)

@@ -96,7 +96,7 @@ def _check_not_foreign(seal: Seal, listed: Mapping[str, object], url: str) -> No
     foreign = listed.keys() - seal.files.keys() - {CARD_PATH, ".gitattributes"}
     if foreign and ROOT_PATH not in listed:
         raise StoreFormatError(
-            f"{url} is not empty and holds no store, but {min(foreign)!r}; name another folder"
+            f"{url} is not empty and holds no store but {min(foreign)!r}; name another folder"
         )
 
 
@@ -109,7 +109,7 @@ def _check_listed(folder: RemoteFolder, path: str, listed: ListedFile, entry: Se
 
 def _not_ours(folder: RemoteFolder, path: str) -> StoreMismatchError:
     return StoreMismatchError(
-        f"{folder.url}/{path} is there and is not of this store: someone else may be publishing there; name "
+        f"{folder.url}/{path} exists and is not of this store: someone else may be publishing there; choose "
         "another place, or remove it"
     )
 
@@ -157,7 +157,7 @@ def _send(
             # Written since the listing: by a try whose answer was lost, or by somebody else.
             now = _listed(folder)
             if not missing.keys() & now.keys():
-                raise StoreRemoteError(f"{folder.url} does not list what is there; try again later") from None
+                raise StoreRemoteError(f"{folder.url} does not list its files; try again later") from None
             return _send(store, folder, paths, now, moved)
     for path in paths:
         moved(seal.files[path].n_bytes)
@@ -202,7 +202,7 @@ def _check_arrived(seal: Seal, folder: RemoteFolder) -> None:
 
 
 def _gone(folder: RemoteFolder, path: str) -> StoreRemoteError:
-    return StoreRemoteError(f"{folder.url}/{path} was written and is gone; run the same command again")
+    return StoreRemoteError(f"{folder.url}/{path} was written and is missing now; run the same command again")
 
 
 def _send_seal(store: ActivationStore, folder: RemoteFolder, old: Seal | None) -> None:
@@ -215,8 +215,7 @@ def _send_seal(store: ActivationStore, folder: RemoteFolder, old: Seal | None) -
         raise _gone(folder, SEAL_PATH) from None
     if present != data:
         raise StoreMismatchError(
-            f"someone else published another store at {folder.url} at the same time; theirs is there now: "
-            "name another place"
+            f"someone else published another store at {folder.url} at the same time; choose another place"
         )
 
 

@@ -75,7 +75,7 @@ def test_rows_are_imported_inspected_trained_on_and_scored(
     assert "100 contexts of 10 tokens in layer 3" in ended.out
     assert "not known: documents, model, positions, special tokens, tokens" in ended.out
     assert "3 rows at the end fill no context" in ended.out
-    assert "finished before" in posae(*words).out
+    assert "already finished" in posae(*words).out
     ended = posae(*words[:-1], 0.2)
     assert (ended.code, "held_out is" in ended.err) == (1, True)
 

@@ -68,7 +68,7 @@ def test_a_harvest_resumed_with_fewer_layers_makes_no_further_ones(posae: Posae,
     held = ActivationStore.open(store).layers
     assert 4 not in held
     assert "layers 4, begun earlier, stay incomplete; the store will hold 1" in done.out
-    assert f"in layers {', '.join(map(str, held))}, sealed as" in done.out
+    assert f"in layer{'s' * (len(held) > 1)} {', '.join(map(str, held))}, sealed as" in done.out
     assert list((store / "layer_4").glob("c.*")) == []
     assert posae("harvest", store, *SMALL, "--layers", "1,2,4").code == 0
     assert ActivationStore.open(store).layers == (1, 2, 4)
@@ -122,5 +122,5 @@ def test_an_import_of_another_tensor_is_not_resumed(posae: Posae, tmp_path: Path
     assert posae(*words, "a").code == 0
     refused = posae(*words, "b")
     assert refused.code == 1
-    assert "dataset_column is 'a' there and 'b' now" in " ".join(refused.err.split())
+    assert "--column was 'a' and is now 'b'" in " ".join(refused.err.split())
     assert posae(*words, "a").code == 0

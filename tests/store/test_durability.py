@@ -616,7 +616,7 @@ def test_other_settings_are_taken_before_the_tokens_are_committed(
             break
         with patch("os.fsync"):
             check_finishes(root, whole)
-    with pytest.raises(StoreMismatchError, match="n_contexts is 64 there and 20 now"):
+    with pytest.raises(StoreMismatchError, match="--contexts was 64 and is now 20"):
         harvest(root, whole)
 
 
@@ -630,7 +630,7 @@ def test_of_two_begun_otherwise_the_first_to_commit_tokens_has_the_store(
         with first.lock():
             first.write_tokens(whole.tokens, whole.documents, whole.corpus)
             first.begin_layers(LAYERS)
-        with second.lock(), pytest.raises(StoreMismatchError, match="seed is 0 there and 1 now"):
+        with second.lock(), pytest.raises(StoreMismatchError, match="--seed was 0 and is now 1"):
             second.begin_layers(LAYERS)
     assert ActivationStore.open(root).manifest == whole.manifest
     harvest(root, whole)

@@ -136,13 +136,13 @@ def take_contexts(
         StoreWriteError: the disk has no room for the file.
     """
     if context_length < 2:
-        raise SettingsError(f"contexts of {context_length} tokens hold no text; take 2 or more")
+        raise SettingsError(f"contexts of {context_length} tokens hold no text; use 2 or more")
     if n_contexts < 1:
-        raise SettingsError(f"{n_contexts} contexts were asked for; take 1 or more")
+        raise SettingsError(f"--contexts is {n_contexts}; it must be at least 1")
     if skip_contexts < 0:
-        raise SettingsError(f"{skip_contexts} contexts cannot be skipped; skip 0 or more")
+        raise SettingsError(f"--skip-contexts is {skip_contexts}; it must be at least 0")
     if packing not in ("pack", "truncate"):
-        raise SettingsError(f"no packing {packing!r}; take pack or truncate")
+        raise SettingsError(f"packing {packing!r} does not exist; use pack or truncate")
     tokens, origins = _empty(n_contexts, context_length, folder)
     special = special_tokens(tokenizer)
     n_first = 0 if special.first is None else 1
@@ -251,7 +251,7 @@ def _empty(
     except (MemoryError, ValueError, OverflowError):  # the last two: more than can be counted
         raise SettingsError(
             f"{n_contexts:,} contexts of {context_length:,} tokens need "
-            f"{12 * n_contexts * context_length / 1e9:,.0f} GB of memory; ask for fewer"
+            f"{12 * n_contexts * context_length / 1e9:,.0f} GB of memory; lower --contexts"
         ) from None
 
 
@@ -271,14 +271,14 @@ def _too_few(
     told = f"the corpus has {max(0, n_left):,} contexts of {context_length:,} tokens"
     if skip_contexts:
         told += f" after the {min(n_found, skip_contexts):,} skipped"
-    told += f", {n_contexts:,} were asked for"
+    told += f", but {n_contexts:,} were requested"
     if n_left_out:
         told += f" ({n_left_out:,} documents are empty or too short)"
     if n_left > 0:
-        return CorpusError(f"{told}; ask for --contexts {n_left} or fewer, or take a larger corpus")
+        return CorpusError(f"{told}; use --contexts {n_left} or fewer, or a larger corpus")
     if n_found:
-        return CorpusError(f"{told}; skip fewer than {n_found} contexts, or take a larger corpus")
-    return CorpusError(f"{told}; take a larger corpus, or shorter contexts (--context-length)")
+        return CorpusError(f"{told}; lower --skip-contexts below {n_found}, or use a larger corpus")
+    return CorpusError(f"{told}; use a larger corpus, or shorter contexts (--context-length)")
 
 
 def order_of_contexts(n_contexts: int, *, seed: int, held_out: int) -> NDArray[np.int64]:
@@ -298,7 +298,7 @@ def order_of_contexts(n_contexts: int, *, seed: int, held_out: int) -> NDArray[n
         SettingsError: a negative seed, or more contexts held out than there are.
     """
     if seed < 0:
-        raise SettingsError(f"seed {seed} is negative; take 0 or more")
+        raise SettingsError(f"seed {seed} is negative; use 0 or more")
     if not 0 <= held_out <= n_contexts:
         raise SettingsError(f"{held_out} of {n_contexts} contexts cannot be held out")
     n_training = n_contexts - held_out
@@ -345,7 +345,7 @@ def held_out_contexts(n_contexts: int, fraction: float, chunk_contexts: int = 8)
     208
     """
     if not 0 <= fraction <= 0.5:
-        raise SettingsError(f"held out {fraction} is no fraction from 0 to 0.5; take 0.05, say")
+        raise SettingsError(f"held-out fraction {fraction} is not between 0 and 0.5; use e.g. 0.05")
     if fraction == 0 or n_contexts <= chunk_contexts:
         return 0
     most_chunks = (n_contexts - 1) // chunk_contexts

@@ -83,22 +83,22 @@ def open_corpus(
             ``documents`` raises it for what is not text, and where the column is missing.
     """
     if not dataset.strip():
-        raise SettingsError("dataset '' names nothing; write stdlib, a file, a folder or a Hub id")
+        raise SettingsError("the name of the dataset is empty; give stdlib, a file, a folder or a Hub id")
     path = None if dataset == "stdlib" else local_path(dataset)
     if dataset != "stdlib" and path is None:
         return _hub_corpus(dataset, split or "train", column, config, revision)
     if config is not None:
-        raise SettingsError(f"{dataset}: only datasets of the Hub have configs; leave the config out")
+        raise SettingsError(f"{dataset}: only datasets on the Hub have configs; leave out --dataset-config")
     if path is None:
         corpus = _stdlib_corpus(split or "all")
     elif split is not None:
-        raise SettingsError(f"{dataset}: local files have no splits; leave the split out")
+        raise SettingsError(f"{dataset}: local files have no splits; leave out --split")
     else:
         corpus = _local_corpus(path, column, progress or Silent())
     if revision not in (None, corpus.revision):
         raise CorpusError(
-            f"{dataset} is at revision {corpus.revision}, {revision} was asked for; "
-            "leave the revision out, or find that text"
+            f"{dataset} is at revision {corpus.revision}, not {revision}; "
+            "leave out --dataset-revision, or find that text"
         )
     return corpus
 
@@ -146,13 +146,13 @@ def _local_corpus(path: Path, column: str, progress: Progress) -> Corpus:
             files = [path]
             if not _is_text(path):
                 raise CorpusError(
-                    f"{path}: only files that end in {', '.join(SUFFIXES)} are read; convert it"
+                    f"{path}: not one of the supported formats ({', '.join(SUFFIXES)}); convert it"
                 )
         elif path.exists():
-            raise CorpusError(f"{path} is neither a file nor a folder; name one")
+            raise CorpusError(f"{path} is neither a file nor a folder; give one")
         else:
             raise CorpusError(
-                f"{path}: no such file or folder; check the path (a Hub id is written owner/name)"
+                f"{path}: no such file or folder; check the path (a Hub id has the form owner/name)"
             )
     return Corpus(
         id=path.name if path.name not in ("", "..") else path.resolve().name,
@@ -236,13 +236,10 @@ def _jsonl_documents(file: Path, column: str) -> Iterator[str]:
             try:
                 row: object = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise CorpusError(
-                    f"{place}: not JSON ({_one_line(error)}); mend or remove the line"
-                ) from None
+                raise CorpusError(f"{place}: not JSON ({_one_line(error)}); fix or remove the line") from None
             if not isinstance(row, dict):
                 raise CorpusError(
-                    f"{place}: not a JSON object; write each document as "
-                    f'{{"{column}": "…"}} on a line of its own'
+                    f'{place}: not a JSON object; write each document as {{"{column}": "…"}} on its own line'
                 )
             yield _text_of(cast("dict[str, object]", row), column, place)
 
@@ -292,11 +289,11 @@ def _parquet_documents(file: Path, column: str) -> Iterator[str]:
     except UnicodeDecodeError:
         raise CorpusError(
             f"{file}: column {column!r} holds bytes that are not UTF-8, within {_ROWS} rows after "
-            f"row {n_rows:,}; write the file anew or leave it out"
+            f"row {n_rows:,}; repair the file or leave it out"
         ) from None
     except arrow_error as error:
         raise CorpusError(
-            f"{file}: not a sound Parquet file ({_one_line(error)}); fetch it anew or leave it out"
+            f"{file}: not a valid Parquet file ({_one_line(error)}); download it again or leave it out"
         ) from error
 
 
@@ -329,7 +326,7 @@ def _hub_corpus(dataset: str, split: str, column: str, config: str | None, revis
     except Exception as error:
         raise _hub_error(error, dataset, revision) from error
     if "/" not in info.id:  # such as json, which datasets takes for a format of its own
-        raise CorpusError(f"dataset {dataset}: a Hub id is written owner/name")
+        raise CorpusError(f"dataset {dataset}: a Hub id has the form owner/name")
     try:
         builder = cast("_Builder", load_dataset_builder(info.id, config, revision=info.sha))
         _check_origin(builder.config.data_files or {}, info.id, info.sha)
@@ -351,7 +348,7 @@ def _check_origin(data_files: Mapping[str, list[str]], dataset: str, sha: str | 
     if not files or not all(f"hf://datasets/{dataset}@{sha}/" in file for file in files):
         raise CorpusError(
             f"dataset {dataset}: its text is not (all) in files of commit {sha}; "
-            "fetch it by hand and name the local files"
+            "download it and give the local files"
         )
 
 
@@ -365,7 +362,7 @@ def _hub_documents(rows: Iterable[Mapping[str, object]], dataset: str, column: s
     except Exception as error:  # from far away and out of a stranger's files: it may be anything
         raise CorpusError(
             f"dataset {dataset}: reading failed after document {number:,} "
-            f"({type(error).__name__}: {_one_line(error)}); run again, or take local files"
+            f"({type(error).__name__}: {_one_line(error)}); run again, or use local files"
         ) from error
 
 
@@ -381,7 +378,7 @@ def _hub_error(error: Exception, dataset: str, revision: str | None) -> CorpusEr
 
     match error:
         case OfflineModeIsEnabled():
-            problem = "not asked for, since HF_HUB_OFFLINE is set; unset it, or take local files"
+            problem = "not requested, as HF_HUB_OFFLINE is set; unset it, or use local files"
         case GatedRepoError():
             problem = (
                 f"gated; ask for access at https://huggingface.co/datasets/{dataset} "
@@ -393,7 +390,7 @@ def _hub_error(error: Exception, dataset: str, revision: str | None) -> CorpusEr
                 "or log in with `hf auth login`"
             )
         case RevisionNotFoundError():
-            problem = f"has no revision {revision}; name a branch, tag or commit of it"
+            problem = f"has no revision {revision}; give one of its branches, tags or commits"
         case HFValidationError():
             problem = "neither a file or folder here nor a Hub id (owner/name); check the name"
         case ValueError():  # what datasets says of a config or split, with those that there are
@@ -402,7 +399,7 @@ def _hub_error(error: Exception, dataset: str, revision: str | None) -> CorpusEr
         case _:
             problem = (
                 f"cannot be opened ({type(error).__name__}: {_one_line(error)}); check the network, "
-                "or take local files"
+                "or use local files"
             )
     return CorpusError(f"dataset {dataset}: {problem}")
 
@@ -423,15 +420,13 @@ def _text_of(row: Mapping[str, object], column: str, place: str) -> str:
     except UnicodeEncodeError as error:  # JSON can write half of a UTF-16 pair: "\ud800"
         raise CorpusError(
             f"{place}: character {error.start:,} is half of a UTF-16 pair, so this is not text; "
-            "mend or remove the document"
+            "fix or remove the document"
         ) from None
     return text
 
 
 def _no_column(place: str, column: str, columns: Iterable[str]) -> CorpusError:
-    return CorpusError(
-        f"{place}: no column {column!r}; choose one that it has with --column: {_shown(columns)}"
-    )
+    return CorpusError(f"{place}: no column {column!r}; choose another with --column: {_shown(columns)}")
 
 
 def _no_text(place: str, column: str, kind: str) -> CorpusError:

@@ -288,7 +288,7 @@ CORPUS = ["abc", "", "abcdefgh"]  # 4 + 9 tokens of the packed stream: 4 context
         (
             {"n_contexts": 1, "context_length": 50, "packing": "truncate"},
             "the corpus has 0 contexts of 50 tokens, 1 were asked for (3 documents are empty or too "
-            "short); take a larger corpus, or shorter contexts (--context-length)",
+            "short); use a larger corpus, or shorter contexts (--context-length)",
         ),
     ],
 )
@@ -302,13 +302,13 @@ def test_a_corpus_too_small_is_told_what_it_has(setting: dict[str, Any], message
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"context_length": 1}, "contexts of 1 tokens hold no text; take 2 or more"),
+        ({"context_length": 1}, "contexts of 1 tokens hold no text; use 2 or more"),
         ({"n_contexts": 0}, "0 contexts were asked for; take 1 or more"),
         ({"skip_contexts": -1}, "-1 contexts cannot be skipped; skip 0 or more"),
         ({"packing": "zip"}, "no packing 'zip'; take pack or truncate"),
         (
             {"n_contexts": 10**15},
-            "1,000,000,000,000,000 contexts of 4 tokens need 48,000,000 GB of memory; ask for fewer",
+            "1,000,000,000,000,000 contexts of 4 tokens need 48,000,000 GB of memory; lower --contexts",
         ),
     ],
 )

@@ -61,7 +61,7 @@ def test_stdlib() -> None:
     )
     assert told(CorpusError, lambda: open_corpus("stdlib", revision="python-3.0.0-0")) == (
         f"stdlib is at revision {stdlib_revision()}, python-3.0.0-0 was asked for; "
-        "leave the revision out, or find that text"
+        "leave out --dataset-revision, or find that text"
     )
 
 
@@ -166,7 +166,7 @@ def raw(name: str, content: bytes) -> Callable[[Path], Path]:
 BAD_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (
         lambda folder: folder / "none.txt",
-        "no such file or folder; check the path (a Hub id is written owner/name)",
+        "no such file or folder; check the path (a Hub id has the form owner/name)",
     ),
     "empty folder": (
         lambda folder: folder,
@@ -204,7 +204,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "no JSON": (
         raw("a.jsonl", b'{"text": "a"}\n{"text": \n'),
-        ", line 2: not JSON (Expecting value: line 2 column 1 (char 10)); mend or remove the line",
+        ", line 2: not JSON (Expecting value: line 2 column 1 (char 10)); fix or remove the line",
     ),
     "deep JSON": (
         raw("a.jsonl", b"[" * 100_000),
@@ -216,7 +216,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "JSON of no object": (
         raw("a.jsonl", b'["a"]\n'),
-        ', line 1: not a JSON object; write each document as {"text": "…"} on a line of its own',
+        ', line 1: not a JSON object; write each document as {"text": "…"} on its own line',
     ),
     "JSON without the column": (
         raw("a.jsonl", b'\n{"body": "a", "\x1b[31m": 1}\n'.replace(b"\x1b", b"\\u001b")),
@@ -234,7 +234,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "JSON with half a pair": (
         raw("a.jsonl", b'{"text": "ab\\ud800"}'),
-        ", line 1: character 2 is half of a UTF-16 pair, so this is not text; mend or remove the document",
+        ", line 1: character 2 is half of a UTF-16 pair, so this is not text; fix or remove the document",
     ),
     "binary JSON": (
         raw("a.jsonl", b'{"text": "a"}\n\xff\n'),
@@ -286,7 +286,7 @@ def test_damaged_parquet_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "settings", "message"),
     [
-        ("", {}, "dataset '' names nothing; write stdlib, a file, a folder or a Hub id"),
+        ("", {}, "the name of the dataset is empty; give stdlib, a file, a folder or a Hub id"),
         ("{file}", {"split": "train"}, "local files have no splits; leave the split out"),
         ("{file}", {"config": "en"}, "only datasets of the Hub have configs; leave the config out"),
         ("stdlib", {"config": "en"}, "only datasets of the Hub have configs; leave the config out"),
@@ -426,10 +426,10 @@ def test_hub_errors_are_told(hub: Hub) -> None:
         "Bad split: valid. Available splits: ['train', 'test']; choose another config or split"
     )
     assert told(CorpusError, lambda: open_small(revision="v2")) == said + (
-        "has no revision v2; name a branch, tag or commit of it"
+        "has no revision v2; give one of its branches, tags or commits"
     )
     assert told(CorpusError, lambda: open_small(config="none")) == said + (
-        f"its text is not (all) in files of commit {SHA}; fetch it by hand and name the local files"
+        f"its text is not (all) in files of commit {SHA}; download it and give the local files"
     )
     assert told(CorpusError, lambda: open_corpus("owner/unknown")) == (
         "dataset owner/unknown: not on the Hub, or private; check the name (a local path begins "
@@ -486,5 +486,5 @@ def test_a_hub_out_of_reach_is_told(hub: Hub) -> None:
 def test_offline_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert told(CorpusError, open_small) == (
-        "dataset owner/name: not asked for, since HF_HUB_OFFLINE is set; unset it, or take local files"
+        "dataset owner/name: not requested, as HF_HUB_OFFLINE is set; unset it, or use local files"
     )

@@ -165,7 +165,7 @@ def test_another_autoencoder_in_a_folder_of_the_same_name_is_not_taken_for_it(
     weights["b_dec"] += 1
     (others[0] / "sae_weights.safetensors").write_bytes(safetensors.torch.save(weights))
     for other in others:
-        with pytest.raises(RunMismatchError, match=r"imported_digest is 'sha256:.*' there and 'sha256:"):
+        with pytest.raises(RunMismatchError, match=r"imported_digest was 'sha256:.*' and is now 'sha256:"):
             import_sae(other, tmp_path / "run", opened, ImportSaeSettings())
     import_sae(folder, tmp_path / "run", opened, ImportSaeSettings())
     assert tree(tmp_path / "run") == before

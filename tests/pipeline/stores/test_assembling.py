@@ -257,7 +257,7 @@ def test_origin_names_the_pieces_and_the_corpus(sources: list["Made"], tmp_path:
     assert store.manifest.corpus_contexts == [range(59)]
     again = assembled_manifest([Piece(store, 2, 4)])
     assert again.corpus_contexts == [range(59)]
-    with pytest.raises(StoreMismatchError, match=r"origin contexts is \('0:8', '4:9'\) there and"):
+    with pytest.raises(StoreMismatchError, match=r"origin contexts was \('0:8', '4:9'\) and is now"):
         assemble(tmp_path / "new.zarr", pieces[:1])
 
 

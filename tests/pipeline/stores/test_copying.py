@@ -215,7 +215,7 @@ def test_a_folder_of_something_else_is_left_alone(made: Made, tmp_path: Path) ->
     target = FolderOnDisk(tmp_path / "target")
     (target.root / "thesis").mkdir(parents=True)
     (target.root / "thesis/draft.tex").write_text("mine")
-    with pytest.raises(StoreFormatError, match=r"is not empty and holds no store, but 'thesis/draft\.tex'"):
+    with pytest.raises(StoreFormatError, match=r"is not empty and holds no store but 'thesis/draft\.tex'"):
         publish(source, target, Moved())
     assert tree(target.root) == {"thesis/draft.tex": b"mine"}
 
