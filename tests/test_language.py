@@ -14,7 +14,6 @@ AVOIDED = {
     r"\breckon(s|ed|ing)?\b": "estimate, assume",
     r"\b(is|are|be|been|was|were) told\b": "report, print; or say what is known",
     r"\b[Tt]old (of|by|apart|from)\b": "report; distinguish",
-    r"\b(can|could|can ?not) be told\b": "is known, is unclear",
     r"\bthe same words\b": "the same options",
     r"\b(is|are|was|be) read \S+ times\b": "epochs",
     r"\b(a|each|one|single|this|every|another|same) training"
@@ -56,6 +55,8 @@ NOT_YET = (
     "pipeline/runs.py",
     "store/remote",
     "store/files.py",
+    "docs/benchmarks.md",
+    "docs/paper.md",
 )
 """Files and folders that are still to be rewritten."""
 
@@ -76,7 +77,7 @@ CODE = [
 DOCUMENTS = [
     file
     for file in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-    if not is_below(file, NOT_NOW)
+    if not is_below(file, (*NOT_NOW, *NOT_YET))
 ]
 
 
