@@ -117,11 +117,7 @@ def test_documents_avoid_phrases(file: Path) -> None:
 
 
 def test_the_check_finds_what_it_looks_for() -> None:
-    tree = ast.parse(
-        'raise Error(f"run it again, it goes\\n on; read {n} times")\nx = "12 tokens to a batch"'
-    )
-    assert [text for _, text in literals(tree)] == [
-        "run it again, it goes\n on; read {} times",
-        "12 tokens to a batch",
-    ]
+    tree = ast.parse('raise Error(f"it goes\\n on; read {n} times")\nx = "12 tokens to a batch"')
+    texts = {text for _, text in literals(tree)}
+    assert texts == {"it goes\n on; read {} times", "12 tokens to a batch"}
     assert len(list(avoided("it goes on, the part is read {} times, and trainings are told apart"))) >= 3

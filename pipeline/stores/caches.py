@@ -1,4 +1,4 @@
-"""Activations that other programs left on disk, read a few rows at a time: whatever the files, one interface.
+"""One interface to activations saved by other programs, read a few rows at a time.
 
     a folder of Hugging Face datasets   SAELens' cached activations: a column of them, and ``token_ids``
     *.safetensors                       a tensor of activations, with or without one of token ids
@@ -6,7 +6,7 @@
     *.pt                                a tensor, or tensors by name, as ``torch.save`` writes them
 
 A folder of files of one of the last three kinds is read in the order of their names. Nothing is unpickled or
-run. Files are mapped into memory, one at a time: reading costs the rows that are asked for.
+executed. Files are mapped into memory, one at a time, so reading costs only the requested rows.
 """
 
 import pickle
@@ -29,19 +29,19 @@ from ...store.rounding import float32_to_bits
 from ..errors import ForeignFileError
 
 TOKEN_NAMES = ("token_ids", "tokens", "input_ids")
-"""What programs call the tensor of token ids."""
+"""Names that programs use for the tensor of token ids."""
 
 _FLOATS = ("float16", "float32", "float64", "bfloat16")
 
 
 class Shape(NamedTuple):
-    """Of an array of activations: [contexts, positions, d_model], or [rows, d_model]."""
+    """Shape of activations: [contexts, positions, d_model], or [rows, d_model]."""
 
     n_entries: int
     """Axis 0."""
 
     length: int | None
-    """Positions of a context; None of rows."""
+    """Positions of a context; None for rows."""
 
     d_model: int
     dtype: str
@@ -54,9 +54,9 @@ class Cache(ABC):
     Attributes:
         kind: ``saelens``, ``safetensors``, ``npy`` or ``pt``.
         shape: of all of them together.
-        has_tokens: whether token ids lie beside them.
+        has_tokens: whether there are token ids.
         tensor: name of the tensor or column of activations; empty in files that hold a single array.
-        hook_name: where in the model they are from; None where the files do not say.
+        hook_name: the hook point in the model; None if the files do not record it.
         files: all of them, by name.
     """
 
@@ -69,7 +69,7 @@ class Cache(ABC):
 
     @abstractmethod
     def read(self, start: int, stop: int) -> NDArray[np.uint16]:
-        """Entries ``start`` to ``stop`` of axis 0, as the bits of bfloat16, rounded to nearest.
+        """Entries ``start`` to ``stop`` of axis 0 as bits of bfloat16, rounded to nearest.
 
         Raises:
             ForeignFileError: the file is not what it was, or damaged.
@@ -77,7 +77,7 @@ class Cache(ABC):
 
     @abstractmethod
     def read_tokens(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Token ids [contexts, positions] of the same; only where there are any.
+        """Token ids [contexts, positions] of the same entries; only if there are any.
 
         Raises:
             ForeignFileError: the file is not what it was, or damaged.
@@ -89,10 +89,10 @@ def open_cache(source: Path, tensor: str | None = None) -> Cache:
 
     Args:
         source: a file, or a folder.
-        tensor: which tensor or column, where there are several.
+        tensor: the tensor or column, if there are several.
 
     Raises:
-        ForeignFileError: nothing is there, or not what can be imported.
+        ForeignFileError: there are no files, or none that can be imported.
     """
     if not source.exists():
         raise ForeignFileError(f"{source}: no such file or folder; give the file or folder of activations")
@@ -114,17 +114,17 @@ def open_cache(source: Path, tensor: str | None = None) -> Cache:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """A key by which ``part_10`` comes after ``part_9``."""
+    """A sort key that puts ``part_10`` after ``part_9``."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def _line(error: Exception) -> str:
-    """What a library says, in one line that is not too long."""
+    """A library's message in one line of limited length."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def bits_of(values: Any) -> NDArray[np.uint16]:
-    """The bits of values as bfloat16, rounded to nearest; of bfloat16 exactly.
+    """The bits of values as bfloat16, rounded to nearest; exact for bfloat16.
 
     Args:
         values: a tensor or array of floats, of any shape.
@@ -310,7 +310,7 @@ def _as_shape(path: Path, shape: Sequence[int], dtype: str) -> Shape:
 
 
 class _DatasetCache(Cache):
-    """What SAELens' ``CacheActivationsRunner`` writes: a column named after the hook, and ``token_ids``."""
+    """Output of SAELens' ``CacheActivationsRunner``: a column named after the hook, and ``token_ids``."""
 
     kind = "saelens"
 
@@ -329,7 +329,7 @@ class _DatasetCache(Cache):
         self.tensor = self.hook_name = _chosen(folder, shapes, dtypes, column)
         self.shape = _as_shape(folder, shapes[self.hook_name], dtypes[self.hook_name])
         self.has_tokens = "token_ids" in features
-        # Not all that lies there: datasets keeps what it computes later beside them.
+        # Not every file in the folder: datasets also stores later computations there.
         paths = [Path(file["filename"]) for file in loaded.cache_files]
         self.files = {path.name: path for path in paths}
         self._folder = folder

@@ -1,8 +1,8 @@
-"""Activations that other programs left on disk, made a store: what is not known of them is marked.
+"""Importing activations saved by other programs as a store, which records what is not known about them.
 
-The store is a harvest's but for that: the same arrays, statistics and seal. Activations become bfloat16,
-rounded to nearest where they were not. Contexts keep their order; the last of them are held out. Rows without
-contexts are cut into contexts, whose positions then mean nothing. Killed, it goes on when it is run again.
+Otherwise the store is like a harvest's: the same arrays, statistics and seal. Activations become bfloat16,
+rounded to nearest. Contexts keep their order; the last of them are held out. Rows without contexts are cut
+into contexts, whose positions then have no meaning. Run again after a kill, it resumes.
 
 Cost: reading the files twice, once for their digest, and writing the store once; memory for the tokens, 12
 bytes each, and a few batches.
@@ -35,33 +35,33 @@ from .caches import open_cache
 from .filling import fill_shards
 
 UNKNOWN = "unknown"
-"""The name of a model or device that nobody named."""
+"""The recorded name of an unknown model or device."""
 
 _ROWS_AT_ONCE = 8192
 _MOST_VALUES = 2**24
-"""Values that are in memory at once, about: 64 MB in float32."""
+"""Approximate number of values in memory at once: 64 MB in float32."""
 _VERSIONS_THAT_MATTER = ("posae", "numpy", "numcodecs")
 
 
 class ImportedStore(NamedTuple):
-    """What an import left."""
+    """The result of an import."""
 
     store: ActivationStore
     n_tokens: int
-    """Tokens that were written this time; 0 if all was there."""
+    """Tokens written this time; 0 if the store was complete."""
     n_left_out: int
-    """Rows at the end that fill no context."""
+    """Rows at the end that do not fill a context."""
 
 
 class Import:
-    """An import about to run: files opened, settings resolved, nothing written yet."""
+    """An import before it runs: files are opened and settings resolved, and nothing is written yet."""
 
     def __init__(self, source: Path, path: Path, settings: ImportSettings) -> None:
-        """Resolve what ``settings`` leave open.
+        """Resolve the open settings.
 
         Raises:
-            ForeignFileError: there is nothing, or not what can be imported.
-            SettingsError: a setting contradicts the files, or says too little.
+            ForeignFileError: there are no files, or none that can be imported.
+            SettingsError: a setting contradicts the files, or is missing.
         """
         self.path = path
         self.settings = settings
@@ -120,7 +120,7 @@ class Import:
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """What nobody said of the activations, in order of the alphabet."""
+        """What is not known about the activations, sorted."""
         said = {
             "documents": False,
             "model": self.settings.model != UNKNOWN,
@@ -135,7 +135,7 @@ class Import:
         """Token ids [contexts, positions]; zeros where they are not known.
 
         Raises:
-            ForeignFileError: ids that are none.
+            ForeignFileError: values that are not token ids.
         """
         tokens = np.zeros((self.n_contexts, self.length), np.int32)
         if not self.cache.has_tokens:
@@ -152,12 +152,12 @@ class Import:
         return tokens
 
     def _entries(self, start: int, stop: int) -> tuple[int, int]:
-        """Entries of the files' axis 0 that contexts ``start`` to ``stop`` are."""
+        """Entries of the files' axis 0 that make up contexts ``start`` to ``stop``."""
         each = 1 if self.cache.shape.length else self.length
         return start * each, stop * each
 
     def _digest(self) -> str:
-        """What the files hold, by name: digests, not sizes, as other activations may have the same sizes."""
+        """Digests of the files by name; sizes would not distinguish other activations."""
         files = self.cache.files
         try:
             with reading("digest of the files", files.values(), self._progress) as advance:
@@ -170,7 +170,7 @@ class Import:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """All that the store's bytes depend on, as far as it is known."""
+        """The manifest, as far as its values are known."""
         s, cache = self.settings, self.cache
         held_out = held_out_contexts(self.n_contexts, s.held_out, CHUNK_CONTEXTS)
         special = tuple(sorted(set(s.special_token_ids or ())))
@@ -230,7 +230,7 @@ class Import:
         writer = StoreWriter.begin(self.path, manifest, [self.layer])
         with writer.lock():
             if not writer.has_tokens:
-                # No counts: of the corpus nothing is known.
+                # No counts: the corpus is not known.
                 writer.write_tokens(self.tokens, np.zeros(self.tokens.shape, np.int64), {})
             layers = writer.begin_layers([self.layer])
         n_tokens = fill_shards(
