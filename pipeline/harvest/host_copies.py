@@ -1,8 +1,8 @@
 """Copying activations from a device to host memory while the device keeps computing.
 
 On a GPU they are copied into pinned memory on a separate stream: the host launches the next batch before it
-waits for the last, so the GPU is always busy. Memory is allocated once, for three batches: one in transfer and
-two being encoded. On the CPU nothing is copied.
+waits for the last, so the GPU is always busy. Memory is allocated once, for three batches: one in transfer
+and two being encoded. On the CPU nothing is copied.
 """
 
 from collections import deque

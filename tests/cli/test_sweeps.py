@@ -89,7 +89,7 @@ def test_a_sweep_trains_and_scores_each_run_and_control_once_a_seed(
     assert sorted(run["folder"] for run in study["runs"]) == sorted(FOLDERS)
     assert "6/6 " in ended.err
     assert "left for the others" in ended.err
-    assert f"compare it: posae report {runs}" in ended.out
+    assert f"compare them with: posae report {runs}" in ended.out
     before = tree(runs)
     again = posae(*words)
     assert (again.code, again.out) == (0, f"{runs}: already finished\n")
@@ -275,7 +275,7 @@ def test_controls_of_a_single_run_are_a_sweep_of_one(posae: Posae, store: Path, 
     alone = posae("train", store, tmp_path / "alone", *words, *sizes)
     assert "has no controls" in alone.out
     baseline = posae("train", store, tmp_path / "baseline", "--preset", "topk", "--steps", 2)
-    assert "without controls" not in baseline.out
+    assert "no controls" not in baseline.out
     assert "note: FVU above 1, worse than the mean of all" in " ".join(baseline.out.split())
     assert "FVU above 1" not in alone.out
 
@@ -283,9 +283,9 @@ def test_controls_of_a_single_run_are_a_sweep_of_one(posae: Posae, store: Path, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--preset", "paper"), "leave --preset and --config out"),
-        (("--config", "{path}"), "leave --preset and --config out"),
-        (("--data-seed", "1"), "leave --data-seed out"),
+        (("--preset", "paper"), "leave out --preset and --config"),
+        (("--config", "{path}"), "leave out --preset and --config"),
+        (("--data-seed", "1"), "leave out --data-seed"),
         (("--layer", "3"), "has no layer 3"),
     ],
 )

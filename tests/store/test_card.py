@@ -135,7 +135,7 @@ def test_an_attention_sink_stands_out_among_the_norms(make_store: "MakeStore", t
     text = card_of(make_store(tmp_path / "a.zarr", context_length=200, bits=bits).root)
     (plot,) = (block for language, block in FENCE.findall(text) if not language)
     title, *bars, axis = plot.splitlines()
-    assert re.fullmatch(r"layer 1: greatest \d{3}(\.\d)?, at position 0", title)
+    assert re.fullmatch(r"layer 1: maximum \d{3}(\.\d)?, at position 0", title)
     heights = [line.partition("┤")[2] for line in bars]
     assert heights[0].strip() in "▁▂▃▄▅▆▇█"
     assert heights[0][0] != " "

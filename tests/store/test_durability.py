@@ -750,7 +750,7 @@ def test_layers_without_committed_tokens_are_not_taken_for_ones_own(whole: "Made
     for path in ("seal.json", "stats/zarr.json"):
         (root / path).unlink()
     left = tree(root)
-    with pytest.raises(StoreFormatError, match="no committed tokens, so it is not this store's beginning"):
+    with pytest.raises(StoreFormatError, match="no committed tokens, so it is not an unfinished harvest"):
         harvest(root, whole)
     assert tree(root) == left
 
@@ -781,9 +781,8 @@ def test_a_layer_that_is_not_complete_is_not_sealed_and_not_passed_over(
     root = tmp_path / "a.zarr"
     writer = StoreWriter.begin(root, whole.manifest, LAYERS)
     with writer.lock():
-        writer.write_tokens(whole.tokens, whole.documents, whole.corpus)
-        writer.begin_layers(LAYERS)
-        with pytest.raises(StoreIncompleteError, match="lacks shards of layers 0, 3, so it is not sealed"):
+        writer.write_tokens(whole.tokens, whole.documents, whole.corpus) writer.begin_layers(LAYERS) with
+        pytest.raises(StoreIncompleteError, match="lacks shards of layers 0, 3 and cannot be sealed yet"):
             writer.finish(LAYERS)
     harvest(root, whole, LAYERS[:1])
     store = ActivationStore.open(root)

@@ -868,7 +868,7 @@ NO_STORES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a_link_to_itself": (lambda p: p.symlink_to(p), "cannot be read"),
     "plain_zarr": (
         lambda p: (p.mkdir(), (p / "zarr.json").write_text(json.dumps(group_json({"by": "another"})))),
-        "no store of posae",
+        "not a store of posae",
     ),
 }
 

@@ -310,7 +310,7 @@ def test_a_digest_among_the_statistics_that_was_not_sealed_is_not_passed_on(
         path: SealedFile(len(data), hashlib.sha256(data).hexdigest()) for path, data in tree(own).items()
     }
     (own / "seal.json").write_bytes(seal_bytes(digests))
-    with pytest.raises(StoreDamagedError, match="not the digest that was sealed"):
+    with pytest.raises(StoreDamagedError, match="its digest is not the sealed one"):
         assemble(tmp_path / "new.zarr", [Piece(ActivationStore.open(own), 0, 28)])
 
 
