@@ -34,11 +34,18 @@ def test_an_autoencoder_of_saelens_is_imported_scored_and_reported(
     cfg = {"architecture": "standard", "d_in": 16, "d_sae": 16, "dtype": "float32", "metadata": metadata}
     (theirs / "cfg.json").write_text(json.dumps(cfg))
 
-    ended = posae("import-sae", theirs, run, "--store", store) assert ended.code == 1 assert "--layer" in
-    ended.err ended = posae("import-sae", theirs, run, "--store", store, "--layer", 3) assert ended.code == 0,
-    ended.err assert "standard with 16 features, layer 3, trained on some-model; the store holds activations
-    of made-up" in ended.out found = json.loads(posae("evaluate", run, "--json").out) assert 0.4 <
-    found["fvu"] < 0.6  # the negative half is lost assert "standard" in posae("report", run).out
+    ended = posae("import-sae", theirs, run, "--store", store)
+    assert ended.code == 1
+    assert "--layer" in ended.err
+    ended = posae("import-sae", theirs, run, "--store", store, "--layer", 3)
+    assert ended.code == 0, ended.err
+    assert (
+        "standard with 16 features, layer 3, trained on some-model; the store holds activations of made-up"
+        in ended.out
+    )
+    found = json.loads(posae("evaluate", run, "--json").out)
+    assert 0.4 < found["fvu"] < 0.6  # the negative half is lost
+    assert "standard" in posae("report", run).out
     # It is no training that could go on.
     ended = posae("train", store, run, "--layer", 3, "--preset", "paper-baseline")
     assert ended.code == 1

@@ -781,8 +781,9 @@ def test_a_layer_that_is_not_complete_is_not_sealed_and_not_passed_over(
     root = tmp_path / "a.zarr"
     writer = StoreWriter.begin(root, whole.manifest, LAYERS)
     with writer.lock():
-        writer.write_tokens(whole.tokens, whole.documents, whole.corpus) writer.begin_layers(LAYERS) with
-        pytest.raises(StoreIncompleteError, match="lacks shards of layers 0, 3 and cannot be sealed yet"):
+        writer.write_tokens(whole.tokens, whole.documents, whole.corpus)
+        writer.begin_layers(LAYERS)
+        with pytest.raises(StoreIncompleteError, match="layers 0, 3 and cannot be sealed yet"):
             writer.finish(LAYERS)
     harvest(root, whole, LAYERS[:1])
     store = ActivationStore.open(root)

@@ -150,9 +150,11 @@ def test_files_are_read_lazily(tmp_path: Path) -> None:
 
 
 def test_strangers_are_not_unpickled(tmp_path: Path) -> None:
-    (tmp_path / "a.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.") assert "not one of the supported formats
-    (.txt" in told(CorpusError, lambda: open_corpus(str(tmp_path / "a.pkl"))) assert "no file in this folder"
-    in told(CorpusError, lambda: open_corpus(str(tmp_path)))
+    (tmp_path / "a.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    assert "not one of the supported formats (.txt" in told(
+        CorpusError, lambda: open_corpus(str(tmp_path / "a.pkl"))
+    )
+    assert "no file in this folder" in told(CorpusError, lambda: open_corpus(str(tmp_path)))
 
 
 def raw(name: str, content: bytes) -> Callable[[Path], Path]:
