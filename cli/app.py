@@ -37,7 +37,7 @@ from .versions import versions
 
 
 class _Commands(TyperGroup):
-    """What goes through all commands on its way out: in words of ours, before typer says it or is silent."""
+    """The commands; errors and interrupts of all of them get posae's own messages instead of typer's."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was named."""
@@ -62,7 +62,7 @@ app = typer.Typer(
 
 
 def _flowing(command: Callable[..., None]) -> str:
-    """What a command says of itself, a line to a paragraph, which a terminal of any width folds."""
+    """A command's docstring with one line per paragraph, so that terminals of any width wrap it."""
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
@@ -91,11 +91,11 @@ for _name, _command in _COMMANDS.items():
     app.command(_name, cls=_kind, help=_flowing(_command))(_incomplete if _kind else _command)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(show: bool) -> None:
+    if show:
         typer.echo(f"posae {__version__}")
-        for name, found in versions():
-            typer.echo(f"  {name:<13} {found}")
+        for name, version in versions():
+            typer.echo(f"  {name:<13} {version}")
         raise typer.Exit
 
 
@@ -107,7 +107,7 @@ def options(
             "--version",
             callback=_version,
             is_eager=True,
-            help="Show versions, of posae and of what matters to it.",
+            help="Show the versions of posae and of the libraries that results depend on.",
         ),
     ] = False,
 ) -> None:
@@ -119,16 +119,16 @@ def options(
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_bus_error(_: int) -> None:
-    """Say which file was cut short while it was read, and end; the system would end us without a word.
+    """Report which file was cut short while it was read, and exit; the system would kill us silently.
 
     Reading a map past the end of its file raises SIGBUS. A handler of Python's own would never run: it waits
     for the faulting instruction, which faults for ever. This one is C's, called at once in the thread that
     read. It may take the GIL: checksums and decoders hold no lock that the GIL's holder could wait for.
     """
-    found = ShardReader.cut_short()
+    files = ShardReader.cut_short()
     what = (
-        f"{found[0]}, and check the others"
-        if found
+        f"{files[0]}, and check the others"
+        if files
         else "a file of the store was cut short while it was read, or its disk failed; look for damage"
     )
     if os.isatty(2):
@@ -140,11 +140,11 @@ def _on_bus_error(_: int) -> None:
 def main() -> None:
     """Run the command line."""
     # Read when torch loads its OpenMP. By default its threads spin for each other for a millisecond: where
-    # another process has a core, a training of small matrices is slowed down manyfold (docs/log.md).
+    # another process uses a core, training with small matrices becomes many times slower (docs/log.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     ctypes.CDLL(None).signal(int(signal.SIGBUS), _on_bus_error)
     logging.getLogger("posae").addHandler(RichHandler(console=errors, show_time=False, show_path=False))
-    # Its retries are told once, by our own error, when they are used up.
+    # Our own error reports its retries once, when they are used up.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         app()
@@ -155,6 +155,6 @@ def main() -> None:
         show_interrupt(interrupt)
         sys.exit(130)
     except BrokenPipeError:
-        # Whoever read our output has enough of it, as `head` does.
+        # The reader of our output closed the pipe, as `head` does.
         sys.stderr.close()
         sys.exit(0)

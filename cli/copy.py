@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from ..pipeline.settings import CopySettings, resolve_settings
+from ..store.plain_text import layers_named
 from ..store.reader import ActivationStore
-from .display import LiveProgress, console, goes_on, if_interrupted, quantity
+from .display import LiveProgress, console, if_interrupted, quantity, resumable
 from .options import Cache, CacheSize, Config, on_this_machine, with_settings
 
 
@@ -16,7 +17,7 @@ def copy(
     source: Annotated[str, typer.Argument(help="Store to copy: a folder, or a URL.")],
     destination: Annotated[
         str,
-        typer.Argument(help="Where to: a folder, or hf://datasets/team/name, s3://, gs:// or az://."),
+        typer.Argument(help="Destination: a folder, or hf://datasets/team/name, s3://, gs:// or az://."),
     ],
     options: dict[str, Any],
     config: Config = None,
@@ -36,12 +37,12 @@ def copy(
     settings = resolve_settings(CopySettings, presets={}, config=config, options=options)
     from ..pipeline.stores.copy import copy as copy_to
 
-    with if_interrupted(goes_on), LiveProgress() as progress:
+    with if_interrupted(resumable), LiveProgress() as progress:
         done = copy_to(ActivationStore.open(source), destination, settings, progress)
     store = done.store
-    before = "there before, " if done.was_there else ""
+    before = "already there, " if done.was_there else ""
     console.print(
-        f"{done.place}: {before}{store.manifest.model}, layers {', '.join(map(str, store.layers))}, "
+        f"{done.place}: {before}{store.manifest.model}, {layers_named(store.layers)}, "
         f"{store.n_contexts:,} contexts, {quantity(done.n_bytes)}, sealed as {str(store.identity)[:16]}",
         soft_wrap=True,
         markup=False,

@@ -1,4 +1,4 @@
-"""What people see: tables, progress, small plots, errors."""
+"""Terminal output: progress, small plots, errors."""
 
 import math
 import re
@@ -36,34 +36,34 @@ def show_error(error: Exception) -> None:
 
 
 def show_interrupt(interrupt: KeyboardInterrupt) -> None:
-    """One line: that the command was interrupted, and what ``if_interrupted`` knew of it."""
+    """One line: that the command was interrupted, and what ``if_interrupted`` adds."""
     notes: list[str] = getattr(interrupt, "__notes__", [])
     if notes != [""]:
         errors.print(Text(": ".join(["interrupted", *notes])), soft_wrap=True)
 
 
-def goes_on() -> str:
-    """Of a command that may be interrupted at any time."""
-    return "what is done is kept, and the same command goes on"
+def resumable() -> str:
+    """The note for a command that may be interrupted at any time."""
+    return "progress is saved; run the same command again to resume"
 
 
 @contextmanager
-def if_interrupted(told: Callable[[], str]) -> Generator[None]:
-    """Say more where a Ctrl-C ends what is within: what is there, and whether the same command goes on.
+def if_interrupted(note: Callable[[], str]) -> Generator[None]:
+    """On Ctrl-C, add a note to the interrupt: what is saved, and whether the same command resumes.
 
     Args:
-        told: asked once it is interrupted; "" where another process says all.
+        note: called after the interrupt; "" where another process reports it.
     """
     try:
         yield
     except KeyboardInterrupt as interrupt:
         with suppress(PosaeError, OSError, ValueError):
-            interrupt.add_note(told())
+            interrupt.add_note(note())
         raise
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people.
+    """Seconds in readable units.
 
     >>> duration(75), duration(90000)
     ('1 min 15 s', '25 h 0 min')
@@ -105,10 +105,10 @@ class _Count(ProgressColumn):
 
 
 class _Rate(ProgressColumn):
-    """Units, and bytes where a unit has some, to the second of this session."""
+    """Units per second of this session, and bytes per second where a unit has a size."""
 
     def render(self, task: Task) -> Text:
-        """The rate so far; the unit stands beside it."""
+        """The rate so far."""
         seconds = task.finished_time or task.elapsed or 0.0
         rate = _per_second(task.completed - task.fields["before"], seconds)
         text = f"{quantity(rate) if task.fields['unit'] == 'bytes' else f'{rate:,.0f}'}/s"
@@ -130,7 +130,7 @@ def _rate(done: float, seconds: float, task: Task) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:
-    """A curve in one line, from its least to its greatest on a scale of logarithms; of numbers above 0.
+    """A curve in one line, on a logarithmic scale from its minimum to its maximum; numbers above 0 only.
 
     >>> sparkline([1, 0.1, 0.01]), sparkline([0.5])
     ('█▅▁', '▁')
@@ -143,12 +143,12 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
 
 
 class _Bars(Progress):
-    """A bar, and below it what matters now."""
+    """A bar, and a note below it."""
 
     note: Text | None = None
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Both, a line each."""
+        """The bar and the note, one line each."""
         yield self.make_tasks_table(self.tasks)
         if self.note:
             yield self.note
@@ -161,7 +161,7 @@ class LiveProgress:
         """Draw on standard error, so that standard output stays for results.
 
         Args:
-            curve: the word in notes whose number is drawn as a curve, as ``FVU`` in ``FVU 0.25``.
+            curve: the word in notes whose number is drawn as a curve, e.g. ``FVU`` in ``FVU 0.25``.
         """
         self._is_live = errors.is_terminal
         self._bars = _Bars(
@@ -184,7 +184,7 @@ class LiveProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Leave the terminal as it was, whatever happened; a bar that did not reach its end is wiped off."""
+        """Restore the terminal; an unfinished bar is erased."""
         self._bars.live.transient = kind is not None
         self._bars.stop()
 
@@ -197,7 +197,7 @@ class LiveProgress:
         self._curve.clear()
         self._said = time.monotonic()
         if not self._is_live:
-            before = f" ({done:,} were there)" if done else ""
+            before = f" ({done:,} already done)" if done else ""
             self.say(f"{task} {total:,} {unit}{before}")
 
     def advance(self, amount: int, note: str = "") -> None:
@@ -222,14 +222,14 @@ class LiveProgress:
         self._bars.stop()
 
     def _draw(self, note: str) -> None:
-        found = self._number.search(note) if self._number else None
-        if found:
-            self._curve.append(float(found[1]))
+        match = self._number.search(note) if self._number else None
+        if match:
+            self._curve.append(float(match[1]))
         self._bars.note = Text(f"  {note}  ", no_wrap=True, overflow="ellipsis")
         self._bars.note.append(sparkline(self._curve), style="cyan")
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line that stays above the bar."""
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 

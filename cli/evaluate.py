@@ -1,4 +1,4 @@
-"""``posae evaluate``: scores of a run on contexts that it never saw."""
+"""``posae evaluate``: score a run on held-out contexts."""
 
 import json
 from pathlib import Path
@@ -37,27 +37,28 @@ def evaluate(
 
     keep_freed_memory()
     with LiveProgress() as progress:
-        found = score(run, settings, progress)
+        evaluation = score(run, settings, progress)
     if as_json:
         from ..pipeline.report.measured import Measured
         from ..pipeline.report.notes import notes
 
-        on_run = [note.text for note in notes([Measured(str(run), evaluation=found)])]
-        typer.echo(json.dumps(found | ({"notes": on_run} if on_run else {})))
+        on_run = [note.text for note in notes([Measured(str(run), evaluation=evaluation)])]
+        typer.echo(json.dumps(evaluation | ({"notes": on_run} if on_run else {})))
     else:
         console.print(comparison([run]))
-        show_scores(parse_evaluation(found, run))
-        if found["probing"]:
-            console.print(probing_table(found["probing"]))
+        show_scores(parse_evaluation(evaluation, run))
+        if evaluation["probing"]:
+            console.print(probing_table(evaluation["probing"]))
 
 
-def probing_table(found: dict[str, Any]) -> Table:
-    """Accuracy of probes on k activations and on k features: a line a task, and the mean of all."""
-    data: dict[str, Any] = found.get("data") or {}
+def probing_table(probing: dict[str, Any]) -> Table:
+    """Accuracy of probes on k activations and on k features: one line per task, and the mean."""
+    data: dict[str, Any] = probing.get("data") or {}
     is_seen = data.get("contexts") == "all"
     seen = "; rows include contexts that the run was trained on" if is_seen else ""
+    about = "accuracy in %: chance is 50, ± one standard error"
     table = Table(
-        title=f"sparse probing ({found['source']}), accuracy in %: chance is 50, ± one standard error{seen}",
+        title=f"sparse probing ({probing['source']}), {about}{seen}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -67,7 +68,7 @@ def probing_table(found: dict[str, Any]) -> Table:
     table.add_column("of", no_wrap=True)
     for k in ("k = 1", "2", "5", "all"):
         table.add_column(k, justify="right", no_wrap=True)
-    means = {name: task["mean"] for name, task in found["tasks"].items()} | {"mean": found["mean"]}
+    means = {name: task["mean"] for name, task in probing["tasks"].items()} | {"mean": probing["mean"]}
     for name, mean in means.items():
         if not mean:
             table.add_row(name, "too few rows")

@@ -1,4 +1,4 @@
-"""``posae import``: activations that another program left on disk, made a store."""
+"""``posae import``: make a store of activations that another program saved."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,7 +7,7 @@ import typer
 from rich.text import Text
 
 from ..pipeline.settings import ImportSettings, resolve_settings
-from .display import LiveProgress, console, goes_on, if_interrupted
+from .display import LiveProgress, console, if_interrupted, resumable
 from .options import Config, on_this_machine, with_settings
 
 
@@ -21,10 +21,10 @@ def import_activations(
     options: dict[str, Any],
     config: Config = None,
 ) -> None:
-    """Make a store of activations that another program left on disk.
+    """Make a store of activations that another program saved.
 
-    What is not known of them, such as positions, is marked in the store. Nothing is unpickled. Run again with
-    the same words it goes on where it stopped.
+    What is not known about them, e.g. positions, is recorded in the store. Nothing is unpickled. Run again
+    with the same options, it resumes where it stopped.
 
     Example: posae import cached_activations theirs.zarr --layer 12
     """
@@ -32,15 +32,17 @@ def import_activations(
     from ..pipeline.stores.import_activations import Import
 
     work = Import(source, store, settings)
-    with if_interrupted(goes_on), LiveProgress() as progress:
+    with if_interrupted(resumable), LiveProgress() as progress:
         done = work.run(progress)
-    before = "" if done.n_tokens else "finished before, "
+    before = "" if done.n_tokens else "already finished, "
     manifest = done.store.manifest
-    told = (
+    summary = (
         f"{store}: {before}{manifest.n_contexts:,} contexts of {manifest.context_length} tokens in layer "
         f"{work.layer}, sealed as {str(done.store.identity)[:16]}"
     )
-    console.print(Text(told), soft_wrap=True)
+    console.print(Text(summary), soft_wrap=True)
     console.print(Text(f"not known: {', '.join(work.unknown).replace('_', ' ')}"), soft_wrap=True)
     if done.n_left_out:
-        console.print(f"{done.n_left_out} rows at the end fill no context and were left out", soft_wrap=True)
+        console.print(
+            f"{done.n_left_out} rows at the end do not fill a context and were left out", soft_wrap=True
+        )

@@ -1,4 +1,4 @@
-"""``posae import-sae``: an autoencoder that another program trained, made a run."""
+"""``posae import-sae``: make a run of an autoencoder that another program trained."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from .options import Cache, CacheSize, Config, on_this_machine, with_settings
 
 @with_settings(ImportSaeSettings)
 def import_sae(
-    folder: Annotated[Path, typer.Argument(help="Folder that SAELens 6 saved, or another posae's run.")],
+    folder: Annotated[Path, typer.Argument(help="Folder saved by SAELens 6, or a run of posae.")],
     run: Annotated[Path, typer.Argument(callback=on_this_machine, help="Folder of the new run.")],
     store: Annotated[str, typer.Option("--store", help="Store to evaluate it on, a folder or a URL.")],
     options: dict[str, Any],
@@ -22,9 +22,9 @@ def import_sae(
     cache: Cache = None,
     cache_size: CacheSize = None,
 ) -> None:
-    """Make a run of an autoencoder that was trained elsewhere, to evaluate it on a store.
+    """Import an autoencoder that was trained elsewhere as a run, to evaluate it on a store.
 
-    Standard, topk, jumprelu and batchtopk of SAELens 6; SAELens need not be installed.
+    Reads standard, topk, jumprelu and batchtopk of SAELens 6; SAELens need not be installed.
 
     Example: posae import-sae downloads/sae runs/theirs --store pile.zarr --layer 12
     """
@@ -33,8 +33,8 @@ def import_sae(
     from ..pipeline.interop.import_sae import import_sae as make_run
 
     done = make_run(folder, run, opened, settings)
-    told = f"{run}: {done.architecture} of {done.dictionary_size:,} features, layer {done.layer}"
+    summary = f"{run}: {done.architecture} with {done.dictionary_size:,} features, layer {done.layer}"
     if done.model_name:
-        told += f", trained on {done.model_name}; the store is of {opened.manifest.model}"
-    console.print(Text(told), soft_wrap=True)
-    console.print(Text(f"score it: posae evaluate {run}"), soft_wrap=True)
+        summary += f", trained on {done.model_name}; the store holds activations of {opened.manifest.model}"
+    console.print(Text(summary), soft_wrap=True)
+    console.print(Text(f"score it with: posae evaluate {run}"), soft_wrap=True)

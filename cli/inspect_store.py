@@ -1,4 +1,4 @@
-"""``posae inspect-store``: what a store holds, and whether it is whole."""
+"""``posae inspect-store``: what a store holds, and whether it is intact."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def inspect_store(
     store: Annotated[str, typer.Argument(help="Folder of the store, or its URL.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read everything back and check it.")] = False,
-    brief: Annotated[bool, typer.Option("--brief", help="Two lines: what, how much, where.")] = False,
+    brief: Annotated[bool, typer.Option("--brief", help="Print two lines: contents and size.")] = False,
     context: Annotated[
         int | None, typer.Option("--context", help="Show the text of this context.", min=0)
     ] = None,
@@ -34,7 +34,7 @@ def inspect_store(
     cache: Cache = None,
     cache_size: CacheSize = None,
 ) -> None:
-    """Show what a store holds; with --verify, read it back and say what is damaged.
+    """Show what a store holds; with --verify, read it back and list what is damaged.
 
     Example: posae inspect-store pile.zarr --verify
     """
@@ -65,7 +65,7 @@ def describe(store: ActivationStore) -> dict[str, Any]:
     manifest = store.manifest
     raw = sum(store.raw_bytes(layer) for layer in store.layers)
     stored = sum(store.stored_bytes(layer) for layer in store.layers)
-    written = list(_all_files(store))
+    files = list(_all_files(store))
     norms = {layer: store.norms(layer) for layer in store.layers if store.contexts_by_layer[layer]}
     return {
         "format": manifest.format,
@@ -88,23 +88,23 @@ def describe(store: ActivationStore) -> dict[str, Any]:
         "raw_bytes": raw,
         "stored_bytes": stored,
         "ratio": raw / stored if stored else None,
-        "total_bytes": sum(found.st_size for found in written) if written else sealed_bytes(store),
-        "seconds_since_written": None if store.is_sealed else _seconds_since(written),
+        "total_bytes": sum(file.st_size for file in files) if files else sealed_bytes(store),
+        "seconds_since_written": None if store.is_sealed else _seconds_since(files),
         "mantissa_bits": manifest.mantissa_bits,
         "by_layer": {str(layer): describe_layer(store, layer) for layer in norms},
-        "norms": {str(layer): [_finite(x) for x in found.mean] for layer, found in norms.items()},
-        "median_norm": {str(layer): _finite(found.median) for layer, found in norms.items()},
-        "outlier_share": {str(layer): _finite(found.outlier_share) for layer, found in norms.items()},
+        "norms": {str(layer): [_finite(x) for x in of_layer.mean] for layer, of_layer in norms.items()},
+        "median_norm": {str(layer): _finite(of_layer.median) for layer, of_layer in norms.items()},
+        "outlier_share": {str(layer): _finite(of_layer.outlier_share) for layer, of_layer in norms.items()},
         "corpus": store.corpus,
         "manifest": manifest.model_dump(mode="json"),
     }
 
 
 def _all_files(store: ActivationStore) -> Iterator[os.stat_result]:
-    """Those of a store on this machine; a server's are known from the seal."""
+    """The files of a local store; those on a server are listed by the seal."""
     if isinstance(store.root, Path):
         for path in store.files.walk():
-            with suppress(FileNotFoundError):  # a harvest that goes on renames its files
+            with suppress(FileNotFoundError):  # a running harvest renames its files
                 yield (store.root / path).lstat()
 
 
@@ -113,13 +113,13 @@ def sealed_bytes(store: ActivationStore) -> int:
     return sum(file.n_bytes for file in store.seal.files.values()) if store.seal else 0
 
 
-def _seconds_since(written: Iterable[os.stat_result]) -> float:
-    # Not below 0, where files come from a clock that runs ahead of ours.
-    return max(0.0, time.time() - max((found.st_mtime for found in written), default=0.0))
+def _seconds_since(files: Iterable[os.stat_result]) -> float:
+    # The clock that stamped the files may be ahead of ours.
+    return max(0.0, time.time() - max((file.st_mtime for file in files), default=0.0))
 
 
 def describe_layer(store: ActivationStore, layer: int) -> dict[str, Any]:
-    """What statistics say of one layer: how small it is, how small it could be, what position explains."""
+    """Statistics of one layer: its compression, the bound on that, the variance that position explains."""
     bound, rounding = store.compression_bound(layer), store.rounding_error(layer)
     ratio = store.raw_bytes(layer) / max(1, store.stored_bytes(layer))
     return {
@@ -141,12 +141,12 @@ def _verified(store: ActivationStore) -> dict[str, Any]:
 
     with LiveProgress() as progress:
         progress.begin("verifying", _bytes_to_verify(store), "bytes")
-        found = verify(store, progress.advance)
+        checked = verify(store, progress.advance)
         progress.end()
     return {
-        "verified": not found.damaged,
-        "damaged": [damage._asdict() for damage in found.damaged],
-        "not_part_of_the_store": found.foreign,
+        "verified": not checked.damaged,
+        "damaged": [damage._asdict() for damage in checked.damaged],
+        "not_part_of_the_store": checked.foreign,
     }
 
 
@@ -157,7 +157,7 @@ def _bytes_to_verify(store: ActivationStore) -> int:
 
 
 def _verify_what_will_not_open(store: Path, error: StoreError, as_json: bool) -> None:
-    """What can be said of a store whose metadata is damaged."""
+    """Report what can be checked of a store whose metadata is damaged."""
     where = error.array if isinstance(error, StoreDamagedError) else "zarr.json"
     what = error.problem if isinstance(error, StoreDamagedError) else str(error)
     damaged = [{"array": where, "shard": None, "chunk": None, "problem": what}]

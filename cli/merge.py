@@ -1,4 +1,4 @@
-"""``posae merge``: several harvests of one corpus made one store."""
+"""``posae merge``: join several harvests of one corpus into one store."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,8 +7,9 @@ import typer
 from rich.text import Text
 
 from ..pipeline.settings import MergeSettings, resolve_settings
+from ..store.plain_text import layers_named
 from ..store.reader import ActivationStore
-from .display import LiveProgress, console, goes_on, if_interrupted
+from .display import LiveProgress, console, if_interrupted, resumable
 from .options import Cache, CacheSize, Config, on_this_machine, with_settings
 
 
@@ -25,11 +26,10 @@ def merge(
     cache: Cache = None,
     cache_size: CacheSize = None,
 ) -> None:
-    """Make one store of harvests with the same settings and different contexts of the corpus.
+    """Join harvests with the same settings and different contexts of the corpus into one store.
 
-    On one file system whole shards are shared with the stores, as further names of the same files, and take
-    no space; the new store stays whole when the others are deleted. Run again with the same words it goes on
-    where it stopped.
+    On one file system whole shards are hard links to the files of the stores and take no space; the new store
+    stays complete when the others are deleted. Run again with the same options, it resumes where it stopped.
 
     Example: posae merge first.zarr second.zarr --out both.zarr
     """
@@ -37,15 +37,15 @@ def merge(
     from ..pipeline.stores.merge import Merge
 
     work = Merge([ActivationStore.open(store) for store in stores], out, settings)
-    with if_interrupted(goes_on), LiveProgress() as progress:
+    with if_interrupted(resumable), LiveProgress() as progress:
         done = work.run(progress)
-    before = "" if done.n_tokens else "finished before, "
-    told = (
-        f"{out}: {before}{done.store.n_contexts:,} contexts of {len(stores)} stores in layers "
-        f"{', '.join(map(str, done.store.layers))}, sealed as {str(done.store.identity)[:16]}"
+    before = "" if done.n_tokens else "already finished, "
+    summary = (
+        f"{out}: {before}{done.store.n_contexts:,} contexts of {len(stores)} stores in "
+        f"{layers_named(done.store.layers)}, sealed as {str(done.store.identity)[:16]}"
     )
-    console.print(Text(told), soft_wrap=True)
+    console.print(Text(summary), soft_wrap=True)
     if done.n_repeated:
         console.print(
-            f"{done.n_repeated:,} contexts repeat the tokens of a context of another store", soft_wrap=True
+            f"{done.n_repeated:,} contexts have the same tokens as a context of another store", soft_wrap=True
         )

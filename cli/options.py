@@ -1,4 +1,4 @@
-"""Options made from settings: one declaration makes both."""
+"""Command-line options made from declared settings."""
 
 import inspect
 import os
@@ -17,14 +17,14 @@ from ..store.opening import is_store
 from ..store.remote.cache import parse_size
 
 Config = Annotated[
-    Path | None, typer.Option("--config", help="TOML file with settings; options given here win over it.")
+    Path | None, typer.Option("--config", help="TOML file with settings; options override it.")
 ]
 
 
 def _into_environment(
     variable: str, check: Callable[[str], object] = str
 ) -> Callable[[str | None], str | None]:
-    """Let an option say for this process what a variable of the environment says for all."""
+    """A callback that sets an environment variable to the option's value, for this process."""
 
     def put(value: str | None) -> str | None:
         if value is not None:
@@ -36,21 +36,21 @@ def _into_environment(
 
 
 def on_this_machine(place: Path | None) -> Path | None:
-    """Refuse, as the place of something that is written, a URL, and what lies within a store.
+    """Refuse a URL, or a place within a store, as the destination of something that is written.
 
     Raises:
-        SettingsError: it is one of these.
+        SettingsError: ``place`` is one of these.
     """
-    # Of s3://bucket/x a Path has made s3:/bucket/x.
+    # Path turns s3://bucket/x into s3:/bucket/x.
     if place is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(place)):
         url = str(place).replace(":/", "://", 1)
         raise SettingsError(
-            f"{url} is a URL, and this is written on this machine; name a place here. A finished store goes "
-            "there by posae copy"
+            f"{url} is a URL, but this command writes to a local folder; give a folder, and send the "
+            "finished store there with posae copy"
         )
     for folder in place.resolve().parents if place is not None else ():
         if is_store(folder):
-            raise SettingsError(f"{place} lies within {folder}, which is a store; name a place beside it")
+            raise SettingsError(f"{place} lies inside the store {folder}; choose a folder outside of it")
     return place
 
 
@@ -58,7 +58,7 @@ Cache = Annotated[
     str | None,
     typer.Option(
         "--cache",
-        help="Folder that keeps what was read from a store on a server.",
+        help="Folder for a local cache of what is read from servers.",
         callback=_into_environment("POSAE_CACHE"),
         metavar="DIR",
         rich_help_panel="Stores on a server",
@@ -68,7 +68,7 @@ CacheSize = Annotated[
     str | None,
     typer.Option(
         "--cache-size",
-        help="How much it may keep, as 50GB.",
+        help="Maximum size of the cache, e.g. 50GB.",
         callback=_into_environment("POSAE_CACHE_SIZE", parse_size),
         metavar="SIZE",
         rich_help_panel="Stores on a server",
@@ -77,7 +77,7 @@ CacheSize = Annotated[
 
 
 def with_settings(stage: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each setting of a stage; the command gets those given as ``options``."""
+    """Give a command one option per setting of a stage; the values are passed to it as ``options``."""
     return with_fields(stage.model_fields)
 
 
@@ -131,7 +131,7 @@ def _panel(parameter: inspect.Parameter) -> int:
 
 
 def _option_type(annotation: Any) -> Any:
-    """The type that typer parses; lists of numbers are written as ``5,12,19``."""
+    """The type that typer parses; lists of numbers are strings such as ``5,12,19``."""
     arguments = [a for a in get_args(annotation) if a is not types.NoneType]
     if get_origin(annotation) in (Union, types.UnionType) and len(arguments) == 1:
         return _option_type(arguments[0])
@@ -142,10 +142,11 @@ def _option_type(annotation: Any) -> Any:
     return annotation
 
 
-def _value(name: str, given: Any) -> Any:
-    if name in ("layers", "special_token_ids") and isinstance(given, str):
+def _value(name: str, value: Any) -> Any:
+    if name in ("layers", "special_token_ids") and isinstance(value, str):
         try:
-            return tuple(int(part) for part in given.split(","))
+            return tuple(int(part) for part in value.split(","))
         except ValueError:
-            raise SettingsError(f"--{name.replace('_', '-')} {given!r}: write them as 5,12,19") from None
-    return given
+            option = f"--{name.replace('_', '-')}"
+            raise SettingsError(f"{option} {value!r} is not a list of numbers; write e.g. 5,12,19") from None
+    return value

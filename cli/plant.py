@@ -1,4 +1,4 @@
-"""``posae plant``: a known effect of position, put into a copy of a store."""
+"""``posae plant``: copy a store and add a known effect of position to its activations."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from ..pipeline.settings import PlantSettings, resolve_settings
+from ..store.plain_text import layers_named
 from ..store.reader import ActivationStore
-from .display import LiveProgress, console, goes_on, if_interrupted
+from .display import LiveProgress, console, if_interrupted, resumable
 from .options import Cache, CacheSize, Config, on_this_machine, with_settings
 
 
@@ -20,9 +21,9 @@ def plant(
     cache: Cache = None,
     cache_size: CacheSize = None,
 ) -> None:
-    """Copy a store and plant a known effect of position, to see whether a training finds it.
+    """Copy a store and plant a known effect of position, to test whether a method finds it.
 
-    Run again with the same words it goes on where it stopped; another --layer adds that layer.
+    Run again with the same options, it resumes where it stopped; another --layer adds that layer.
 
     Example: posae plant data/demo.zarr rotated.zarr --effect rotation --rank 32
     """
@@ -30,16 +31,15 @@ def plant(
     from ..pipeline.stores.plant import Planting
 
     work = Planting(ActivationStore.open(store), out, settings)
-    with if_interrupted(goes_on), LiveProgress() as progress:
+    with if_interrupted(resumable), LiveProgress() as progress:
         done = work.run(progress)
-    before = "" if done.n_tokens else "finished before, "
+    before = "" if done.n_tokens else "already finished, "
     console.print(
-        f"{out}: {before}{done.store.manifest.model}, {done.store.n_contexts:,} contexts in layers "
-        f"{', '.join(map(str, done.store.layers))}, sealed as {str(done.store.identity)[:16]}",
+        f"{out}: {before}{done.store.manifest.model}, {done.store.n_contexts:,} contexts in "
+        f"{layers_named(done.store.layers)}, sealed as {str(done.store.identity)[:16]}",
         soft_wrap=True,
         markup=False,
     )
     for layer in done.layers:
-        was, now = work.source.position_r2(layer), done.store.position_r2(layer)
-        told = f"position explains {max(0.0, now):.2%} of the variance, {max(0.0, was):.2%} before"
-        console.print(f"layer {layer}: {told}")
+        before, after = (max(0.0, store.position_r2(layer)) for store in (work.source, done.store))
+        console.print(f"layer {layer}: position explains {after:.2%} of the variance, {before:.2%} before")

@@ -1,4 +1,4 @@
-"""A store as people see it in a terminal: what it holds, norms by position, one context's text."""
+"""A store in the terminal: what it holds, norms by position, the text of one context."""
 
 from typing import Any
 
@@ -7,42 +7,42 @@ from rich.text import Text
 
 from ..store.errors import SettingsError
 from ..store.facts import facts as store_facts
-from ..store.plain_text import counted, printable
+from ..store.plain_text import counted, layers_named, printable
 from ..store.reader import ActivationStore
 from .display import console, duration, quantity, show_by_position
 
 
 def show_damage(damaged: list[dict[str, Any]]) -> None:
-    """A line for each thing that is not as it was written."""
+    """One line for each damaged part."""
     for entry in damaged:
         place = entry["array"]
         for part in ("shard", "chunk"):
             place += f", {part} {entry[part]}" if entry[part] is not None else ""
         console.print(Text(f"damaged: {place}: {entry['problem']}", style="bold red"), soft_wrap=True)
     if damaged:
-        console.print("restore these files from a copy of the store, or harvest it anew", soft_wrap=True)
+        console.print("restore these files from a copy of the store, or harvest again", soft_wrap=True)
 
 
 def show_brief(store: ActivationStore, facts: dict[str, Any]) -> None:
-    """Two lines: what, and how much."""
+    """Two lines: contents and size."""
     state = f"sealed as {facts['identity'][:16]}" if store.is_sealed else "unfinished"
-    ratio = f"ratio {facts['ratio']:.3f}" if facts["ratio"] else "nothing committed yet"
+    ratio = f"ratio {facts['ratio']:.3f}" if facts["ratio"] else "no complete shard yet"
     what = f"{store.manifest.model} on {store.manifest.dataset}"
     console.print(Text.assemble((str(store.root), "bold"), f": {what}, {state}"), soft_wrap=True)
     console.print(
-        f"layers {', '.join(map(str, store.layers))}, {counted(facts['contexts'], 'context')} of "
+        f"{layers_named(store.layers)}, {counted(facts['contexts'], 'context')} of "
         f"{store.context_length} tokens, {quantity(facts['total_bytes'])}, {ratio}",
         soft_wrap=True,
     )
 
 
 def show_store(store: ActivationStore, facts: dict[str, Any]) -> None:
-    """All that ``describe`` and ``--verify`` say, with a plot of norms by position for each layer."""
+    """The facts of ``describe`` and ``--verify``, with a plot of norms by position for each layer."""
     manifest, files = store.manifest, quantity(facts["total_bytes"])
     state = "sealed"
     if not store.is_sealed:
         state = f"unfinished, last written {duration(facts['seconds_since_written'])} ago"
-    rows = {"store": f"{store.root}, format {manifest.format}, {state}; {files} with all files"}
+    rows = {"store": f"{store.root}, format {manifest.format}, {state}; {files} in all files"}
     rows |= store_facts(store, printable)
     if tokens := facts["corpus"].get("special_tokens"):
         rows["special tokens"] += "; " + ", ".join(f"{token} {n:,} times" for token, n in tokens.items())
@@ -56,45 +56,45 @@ def show_store(store: ActivationStore, facts: dict[str, Any]) -> None:
         _show_layer(store, facts, layer)
     if "verified" in facts:
         if facts["verified"]:
-            console.print("[bold green]verified[/]: every byte is as it was written")
+            console.print("[bold green]verified[/]: all files are unchanged since they were written")
         show_damage(facts["damaged"])
         if facts["not_part_of_the_store"]:
             names = ", ".join(repr(name) for name in facts["not_part_of_the_store"][:8])
-            console.print(Text(f"not part of the store, and never read: {names}"), soft_wrap=True)
+            console.print(Text(f"not part of the store and never read: {names}"), soft_wrap=True)
 
 
 def _show_layer(store: ActivationStore, facts: dict[str, Any], layer: int) -> None:
     n_contexts = store.contexts_by_layer[layer]
     console.print()
     if not n_contexts:
-        console.print(f"[bold]layer {layer}[/]  nothing committed yet")
+        console.print(f"[bold]layer {layer}[/]  no complete shard yet")
         return
     norms = [value or 0.0 for value in facts["norms"][str(layer)]]
     rest = sum(norms[1:]) / max(1, len(norms) - 1)
     of_layer, outliers = facts["by_layer"][str(layer)], facts["outlier_share"][str(layer)]
-    told = [f"{counted(n_contexts, 'context')}, ratio {of_layer['ratio']:.3f}"]
+    lines = [f"{counted(n_contexts, 'context')}, ratio {of_layer['ratio']:.3f}"]
     if of_layer["bound"] is not None:
-        told[0] += f", {of_layer['share_of_bound']:.1%} of the byte-plane bound {of_layer['bound']:.3f}"
+        lines[0] += f", {of_layer['share_of_bound']:.1%} of the byte-plane bound {of_layer['bound']:.3f}"
     if of_layer["rounding_error"] is not None:
-        told.append(
+        lines.append(
             f"rounding changed activations by {of_layer['rounding_error']:.2%} on average"
             + (f", FVU {of_layer['rounding_fvu']:.1e}" if of_layer["rounding_fvu"] is not None else "")
         )
     if of_layer["position_r2"] is not None:
-        told.append(f"position explains {max(0.0, of_layer['position_r2']):.2%} of the variance")
-    told.append(
+        lines.append(f"position explains {max(0.0, of_layer['position_r2']):.2%} of the variance")
+    lines.append(
         f"norm at position 0: {norms[0]:.1f}, elsewhere {rest:.1f} on average "
-        f"({norms[0] / rest if rest else 0:.2f} x)"
-        + (f"; over 10 x the median: {outliers:.2%} of tokens" if outliers is not None else "")
+        f"({norms[0] / rest if rest else 0:.2f}x)"
+        + (f"; above 10x the median: {outliers:.2%} of tokens" if outliers is not None else "")
     )
-    console.print(f"[bold]layer {layer}[/]  {told[0]}", soft_wrap=True)
-    for line in told[1:]:
+    console.print(f"[bold]layer {layer}[/]  {lines[0]}", soft_wrap=True)
+    for line in lines[1:]:
         console.print(f"  {line}", soft_wrap=True)
     show_by_position(norms)
 
 
 def show_context(store: ActivationStore, context: int, tokenizer: str | None) -> None:
-    """The tokens of one context, a line each, and its text.
+    """Print the tokens of one context, one line each, and its text.
 
     Raises:
         SettingsError: the store has no token ids, or does not record its tokenizer.
@@ -103,11 +103,11 @@ def show_context(store: ActivationStore, context: int, tokenizer: str | None) ->
     """
     if "tokens" in store.manifest.unknown:
         raise SettingsError(
-            f"{store.root} was imported without token ids, so its contexts have no text to show"
+            f"{store.root} was imported without token ids, so the text of its contexts is not known"
         )
     if store.manifest.imported and tokenizer is None:
         raise SettingsError(
-            f"{store.root} was imported and does not say which tokenizer; name it with --tokenizer"
+            f"{store.root} was imported and does not record its tokenizer; give it with --tokenizer"
         )
     tokens = store.tokens([context])[0]
     documents = store.documents([context])[0]
@@ -119,7 +119,7 @@ def show_context(store: ActivationStore, context: int, tokenizer: str | None) ->
         decoder = tokenizer_of(store, tokenizer, option="--tokenizer")
     title = f"context {context}"
     if store.manifest.imported:
-        title += f", as {tokenizer} reads it: whether these are its tokens, nobody can check"
+        title += f", decoded by {tokenizer}; an imported store cannot be checked against its tokenizer"
     table = Table(title=title, title_justify="left", pad_edge=False)
     for name in ("position", "document", "token", "text"):
         table.add_column(name, justify="left" if name == "text" else "right")

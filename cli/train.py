@@ -1,4 +1,4 @@
-"""``posae train``: an autoencoder from a store, or all of a sweep."""
+"""``posae train``: train an autoencoder from a store, or all runs of a sweep."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,7 +45,7 @@ def train(
         Path | None,
         typer.Option(
             "--config",
-            help="TOML file with settings; options given here win over it.",
+            help="TOML file with settings; options override it.",
             rich_help_panel=Group.BASICS,
         ),
     ] = None,
@@ -53,7 +53,7 @@ def train(
         Path | None,
         typer.Option(
             "--sweep",
-            help="TOML file that names many runs; options given here win over it.",
+            help="TOML file that lists many runs; options override it.",
             rich_help_panel=Group.RESOURCES,
         ),
     ] = None,
@@ -61,8 +61,8 @@ def train(
         bool | None,
         typer.Option(
             "--controls/--no-controls",
-            help="Train the controls of a position-aware run too, each in a folder below RUN. A sweep does "
-            "so by itself.",
+            help="Also train the controls of a position-aware run, each in a folder below RUN. "
+            "A sweep does so by default.",
             show_default=False,
             rich_help_panel=Group.RESOURCES,
         ),
@@ -72,8 +72,8 @@ def train(
         typer.Option(
             "--together",
             min=1,
-            help="Runs of a sweep that share a pass over the store, if half of the memory holds them. They "
-            "give the same weights as alone.",
+            help="Maximum number of runs of a sweep that share a pass over the store, as far as half of the "
+            "memory holds them. Their weights are the same as when trained alone.",
             rich_help_panel=Group.RESOURCES,
         ),
     ] = 8,
@@ -81,8 +81,8 @@ def train(
         Resident,
         typer.Option(
             "--resident",
-            help="Whether the layer is kept decoded in memory, so that the store is read once. auto: where a "
-            "GPU or a server would be waited for, half of the memory holds it, and it is read again.",
+            help="Whether to keep the decoded layer in memory, so that the store is read only once. auto: on "
+            "a GPU or from a server, if training needs more than one epoch and half of the memory suffices.",
             rich_help_panel=Group.RESOURCES,
         ),
     ] = "auto",
@@ -90,8 +90,8 @@ def train(
         list[TrackerName] | None,
         typer.Option(
             "--track",
-            help="Show the curves in TensorBoard or Weights & Biases too; may be given twice. Each needs the "
-            "extra of its name.",
+            help="Log the curves to TensorBoard or Weights & Biases too; may be given twice. Each needs the "
+            "optional dependency of its name.",
             show_default=False,
             rich_help_panel=Group.OUTPUT,
         ),
@@ -101,9 +101,9 @@ def train(
 ) -> None:
     """Train an autoencoder on one layer of a store, and score it on the held-out part.
 
-    Run again with the same options it resumes at its last checkpoint. With --sweep: all runs that a file
-    names, and their controls; those that read the same batches share a pass over the store. Started by
-    torchrun, its processes share the run, or the runs of a sweep.
+    Run again with the same options, it resumes from its last checkpoint. With --sweep: all runs that a file
+    lists, and their controls; those that read the same batches share a pass over the store. Started by
+    torchrun, the processes share the run, or the runs of a sweep.
 
     Example: posae train pile.zarr runs/paper --layer 12
     """
@@ -114,7 +114,7 @@ def train(
     studies: list[Study] = []
     if sweep:
         if preset is not None or config is not None:
-            raise SettingsError("--sweep takes its settings from its file; leave --preset and --config out")
+            raise SettingsError("--sweep takes its settings from its file; leave out --preset and --config")
         studies = read_sweep(sweep, options, controls)
         all_settings = [settings for study in studies for settings in study.runs.values()]
     else:
@@ -126,7 +126,7 @@ def train(
             title = f"{name} and its controls"
             studies = [Study(str(run), name, title, None, {name: settings}, (seeds,))]
     opened = ActivationStore.open(store)
-    # Damage and hostile files are found before anything heavy is loaded.
+    # Find damage and hostile files before anything heavy is loaded.
     for layer in sorted({opened.layer_or_middle(settings.layer) for settings in all_settings}):
         opened.check_layer(layer)
     from ..pipeline.device import keep_freed_memory
@@ -137,7 +137,7 @@ def train(
         from .trainings import fit_to, train_all
 
         plan = Plan(studies, fit_to(opened, run))
-        with if_interrupted(lambda: _how_many_are_done(run, plan)):
+        with if_interrupted(lambda: _n_runs_finished(run, plan)):
             train_all(opened, run, plan, LayerMemory(resident), together, track or ())
     else:
         _train_alone(opened, run, all_settings[0], resident, track or ())
@@ -160,47 +160,47 @@ def _train_alone(
             with if_interrupted(lambda: ""):
                 training.train(memory=memory, team=team)
             return
-        training.check()  # before anything is said of a training that cannot be
+        training.check()  # before anything is printed
         errors.print(about_position(store.position_r2(training.layer)), soft_wrap=True)
         if training.epochs >= 2:
-            errors.print(f"the training part is read {training.epochs:,.1f} times", soft_wrap=True)
-        with if_interrupted(lambda: _how_far(run)), LiveProgress(curve="FVU") as progress:
+            errors.print(f"{training.epochs:,.1f} epochs of the training part", soft_wrap=True)
+        with if_interrupted(lambda: _saved_state(run)), LiveProgress(curve="FVU") as progress:
             was_left = train_one(training, EvaluateSettings(), progress, memory, track, team)
-    found = scores(run)
-    if found is None:
-        console.print(f"{run}: trained; the store holds nothing out, so nothing was scored", soft_wrap=True)
+    evaluation = scores(run)
+    if evaluation is None:
+        console.print(f"{run}: trained; not scored, as the store has no held-out part", soft_wrap=True)
         return
     if not was_left:
-        console.print(f"{run}: finished before", soft_wrap=True)
+        console.print(f"{run}: already finished", soft_wrap=True)
     console.print(comparison([run]))
-    if found["l0"] > found["dictionary_size"] / 2:
+    if evaluation["l0"] > evaluation["dictionary_size"] / 2:
         console.print(
-            f"note: {found['l0']:.0f} of {found['dictionary_size']} features are active on a token: "
-            "this code is not sparse; a larger --l1-coefficient makes it so",
+            f"note: on average {evaluation['l0']:.0f} of {evaluation['dictionary_size']} features are active "
+            "per token, so this code is not sparse; raise --l1-coefficient",
             soft_wrap=True,
         )
     if is_position_aware(training.settings.model_dump()):
         console.print(
-            "note: this run knows positions and stands without controls; the same command with --controls "
-            "and a folder for all of them trains both",
+            "note: this position-aware run has no controls; to train it with them, add --controls and give a "
+            "new folder for all of them",
             soft_wrap=True,
         )
 
 
-def _how_far(folder: Path) -> str:
+def _saved_state(folder: Path) -> str:
     from ..pipeline.runs import Run
 
     run = Run(folder)
     if run.is_finished:
-        return "the training is done, and the same command scores it"
+        return "training is finished; run the same command again to score it"
     step = run.checkpoint_step
     if step is None:
-        return "no checkpoint is there yet, and the same command begins anew"
-    return f"a checkpoint of step {step:,} is there, and the same command goes on"
+        return "no checkpoint yet; the same command starts over"
+    return f"checkpoint saved at step {step:,}; run the same command again to resume"
 
 
-def _how_many_are_done(folder: Path, plan: "Plan") -> str:
+def _n_runs_finished(folder: Path, plan: "Plan") -> str:
     from ..pipeline.runs import Run
 
     n_done = sum(Run(folder / planned.folder).is_finished for planned in plan.trainings)
-    return f"{n_done} of {len(plan.trainings)} trainings are done, and the same command goes on"
+    return f"{n_done} of {len(plan.trainings)} runs are finished; run the same command again to resume"

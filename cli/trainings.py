@@ -1,6 +1,6 @@
-"""Trainings in a terminal: one, or those of a sweep, side by side where they read the same batches.
+"""Training from the terminal: one run, or the runs of a sweep, those with the same batches side by side.
 
-It imports torch, and so is imported once the store was found sound.
+This imports torch, and so is imported only once the store has been checked.
 """
 
 import math
@@ -22,25 +22,28 @@ from ..pipeline.train import LayerMemory, Ongoing, Team, Training, side_by_side,
 from ..pipeline.train.sweep import Fit, Fitted, Plan, Planned
 from ..pipeline.train.trackers import TrackerName, Trackers
 from ..store.errors import SettingsError
+from ..store.plain_text import counted
 from ..store.reader import ActivationStore
 from .display import LiveProgress, console, duration, errors, is_short
 
 _LITTLE_R2 = 0.01
-"""Below this share, position means brought nothing where they were tried (docs/paper.md)."""
+"""Below this share of the variance, position means gained nothing where they were tried (docs/paper.md)."""
 
 
 def about_position(r2: float) -> str:
-    """What there is to gain by knowing the position, in words."""
+    """How much of the variance position explains, and what follows for ``--position-mean``."""
     if math.isnan(r2):
-        return "what position explains cannot be told of so few tokens"
-    told = f"position explains {max(0.0, r2):.2%} of this layer's variance"
+        return "too few tokens to estimate how much of the variance position explains"
+    share = f"position explains {max(0.0, r2):.2%} of this layer's variance"
     if r2 < _LITTLE_R2:
-        return f"{told}: next to nothing for a position mean to take off; what ranges turn it does not show"
-    return f"{told}; --position-mean takes that off before encoding"
+        return (
+            f"{share}: too little for --position-mean to help; rotations by range do not show in this number"
+        )
+    return f"{share}; --position-mean subtracts it before encoding"
 
 
 def scores(folder: Path) -> dict[str, Any] | None:
-    """What a run's ``evaluation.json`` says, or None where there is none.
+    """A run's ``evaluation.json``, or None if there is none.
 
     Raises:
         RunError: it cannot be read.
@@ -59,15 +62,15 @@ def train_one(
     track: Sequence[TrackerName] = (),
     team: Team | None = None,
 ) -> bool:
-    """Train, or go on, and score on what the store holds out; False where all was done before.
+    """Train or resume, and score on the held-out part; False if all was done already.
 
     Args:
-        training: about to run.
-        scoring: what else is scored; its device is the training's.
-        progress: told what is done.
-        memory: where its layer is kept decoded, if it is.
-        track: who else is handed its metrics.
-        team: the processes that share the training, if there are several; this is the first.
+        training: the run.
+        scoring: what to score; the device is the run's.
+        progress: receives the progress.
+        memory: keeps the decoded layer, where it may.
+        track: trackers that receive the metrics.
+        team: the processes that share the run, if there are several; this is the first.
 
     Raises:
         PosaeError: as ``Trackers``, ``Training.train`` and ``evaluate``.
@@ -94,16 +97,16 @@ def _score(training: Training, scoring: EvaluateSettings, progress: Progress) ->
 
 
 def _is_scored(folder: Path, scoring: EvaluateSettings) -> bool:
-    """Whether all that is asked for was measured."""
-    found = scores(folder)
-    if found is None:
+    """Whether all requested scores are there."""
+    evaluation = scores(folder)
+    if evaluation is None:
         return False
-    has_probing = scoring.probing == "none" or found.get("probing") is not None
-    return has_probing and not (scoring.ce_loss and found.get("ce_loss") is None)
+    has_probing = scoring.probing == "none" or evaluation.get("probing") is not None
+    return has_probing and not (scoring.ce_loss and evaluation.get("ce_loss") is None)
 
 
 def fit_to(store: ActivationStore, folder: Path) -> Fit:
-    """What asks of settings how they are on ``store``; ``folder`` is the sweep's."""
+    """A function that resolves settings on ``store``; ``folder`` is the sweep's."""
 
     def fit(settings: TrainSettings) -> Fitted:
         training = Training(store, folder, settings)
@@ -120,26 +123,25 @@ def train_all(
     together: int,
     track: Sequence[TrackerName] = (),
 ) -> None:
-    """Train and score all of a sweep that is not done yet; several processes may do so at once.
+    """Train and score all runs of a sweep that are not finished; several processes may do so at once.
 
-    What is wrong with one run does not keep the others from being trained. What is wrong with the store or
-    the disk does: it would be with theirs too.
+    A run that fails does not stop the others; a damaged store or a failing disk does.
 
     Args:
-        store: what all read.
+        store: the store that all runs read.
         folder: of the sweep.
-        plan: its trainings.
-        memory: where a layer is kept decoded, if it is.
-        together: how many trainings may share a pass over the store.
-        track: who else is handed the metrics of each.
+        plan: its runs.
+        memory: keeps a decoded layer, where it may.
+        together: how many runs may share a pass over the store.
+        track: trackers that receive the metrics of each run.
 
     Raises:
         SettingsError: a tracker's library is not installed.
-        RunMismatchError: a run was begun otherwise; before anything is trained.
-        RunError: a folder holds something else, likewise; or runs failed, once all others are done.
-        StoreError: the store is damaged, or the disk refused.
+        RunMismatchError: a run was begun with other settings; raised before anything is trained.
+        RunError: a folder holds something else (raised likewise); or runs failed, once all others are done.
+        StoreError: the store is damaged, or the disk failed.
     """
-    Trackers(track, {})  # what is not installed is said before anything is trained
+    Trackers(track, {})  # raises for a missing library before anything is trained
     trainings = plan.trainings
     made: dict[str, Training] = {}
     for planned in trainings:
@@ -153,17 +155,17 @@ def train_all(
         planned for planned in trainings if not _is_done(store, folder, planned, plan.scoring[planned.folder])
     ]
     if not left:
-        console.print(f"{folder}: finished before", soft_wrap=True)
+        console.print(f"{folder}: already finished", soft_wrap=True)
         return
     console.print(_overview(trainings))
     for layer in sorted({training.settings.layer or 0 for training in left}):
         errors.print(f"layer {layer}: {about_position(store.position_r2(layer))}", soft_wrap=True)
     n_before = len(trainings) - len(left)
-    before = f", {n_before} of them finished before" if n_before else ""
-    errors.print(f"{len(trainings)} trainings{before}", soft_wrap=True)
+    before = f", {n_before} of them already finished" if n_before else ""
+    errors.print(f"{counted(len(trainings), 'run')}{before}", soft_wrap=True)
     rest = _Rest(folder, plan, left, memory, track)
     groups = side_by_side([made[planned.folder] for planned in left], together)
-    # First what is free; then what other processes had, which may have died.
+    # First the free runs; then those that other processes had locked, which may have died.
     for wait in (False, True):
         busy: list[list[Training]] = []
         for group in groups:
@@ -175,17 +177,17 @@ def train_all(
     failed = rest.failed
     if failed:
         raise RunError(
-            f"{len(failed)} of {len(trainings)} trainings failed: {'; '.join(failed)}; "
-            "the others are done, and the same command tries these again"
+            f"{len(failed)} of {len(trainings)} runs failed: {'; '.join(failed)}; "
+            "the others are finished, and the same command tries these again"
         )
-    console.print(f"all of it lies in {folder}; compare it: posae report {folder}", soft_wrap=True)
+    console.print(f"all runs are in {folder}; compare them with: posae report {folder}", soft_wrap=True)
 
 
 class _Rest:
-    """What is left of a sweep, and how it fares.
+    """The unfinished runs of a sweep, and their progress.
 
     Attributes:
-        failed: what went wrong, a line for each run.
+        failed: one line for each run that failed.
     """
 
     def __init__(
@@ -207,7 +209,7 @@ class _Rest:
         self.failed: list[str] = []
 
     def train(self, group: Sequence[Training]) -> None:
-        """Train and score some that share a pass; their runs are locked."""
+        """Train and score runs that share a pass; they are locked."""
         if not group:
             return
         numbers = (
@@ -250,17 +252,17 @@ class _Rest:
                     _score(training, scoring, _Labelled(progress, label))
                 self._seconds_scoring += time.monotonic() - started
                 self._n_scored += 1
-            told = _told(training.run.folder)
+            outcome = _main_scores(training.run.folder)
         except (RunError, SettingsError) as error:
             self.failed.append(f"{planned.folder}: {error}")
-            told = f"failed: {error}"
+            outcome = f"failed: {error}"
         seconds = self._seconds_left()
         if seconds is not None:
-            told += f"; about {duration(seconds)} left for the others"
-        errors.print(f"{label}: {told}", soft_wrap=True)
+            outcome += f"; about {duration(seconds)} left for the others"
+        errors.print(f"{label}: {outcome}", soft_wrap=True)
 
     def _seconds_left(self) -> float | None:
-        """Of training, by what the groups trained so far took, and of scoring; None where nobody can tell."""
+        """Estimated time for training and scoring the rest, from the runs so far; None before the first."""
         n_left = self._n_all - self._n_done
         if not n_left or (self._cost_left and not self._cost_done):
             return None
@@ -276,7 +278,7 @@ def _is_done(store: ActivationStore, folder: Path, planned: Planned, scoring: Ev
 
 
 def _overview(trainings: Sequence[Planned]) -> Table:
-    """A line for each run, its seeds together."""
+    """One line per run, with its seeds together."""
     table = Table(pad_edge=False, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold", no_wrap=is_short(planned.name for planned in trainings))
     table.add_column("architecture", overflow="fold")
@@ -299,16 +301,16 @@ def _overview(trainings: Sequence[Planned]) -> Table:
     return table
 
 
-def _told(folder: Path) -> str:
-    found = scores(folder)
-    if found is None:
+def _main_scores(folder: Path) -> str:
+    evaluation = scores(folder)
+    if evaluation is None:
         return "no scores"
-    fvu = "-" if found["fvu"] is None else f"{found['fvu']:.4f}"
-    return f"FVU {fvu}, L0 {found['l0']:.1f}"
+    fvu = "-" if evaluation["fvu"] is None else f"{evaluation['fvu']:.4f}"
+    return f"FVU {fvu}, L0 {evaluation['l0']:.1f}"
 
 
 class _Labelled:
-    """Progress whose tasks say which training they are of."""
+    """Progress whose task names begin with the run's label."""
 
     def __init__(self, progress: Progress, label: str) -> None:
         self._progress, self._label = progress, label

@@ -1,6 +1,6 @@
-"""Versions of what a result may depend on, for ``posae --version``: what to send with a question.
+"""Versions of the libraries that results depend on, for ``posae --version``: include them in a bug report.
 
-They are read from what installers wrote, and nothing is imported: it costs a few milliseconds.
+They are read from the installed packages' metadata without importing anything, in a few milliseconds.
 """
 
 import platform
@@ -13,21 +13,21 @@ _THAT_MATTER = ("torch", "transformers", "datasets", "zarr", "numcodecs", "numpy
 
 
 def versions() -> Iterator[tuple[str, str]]:
-    """Each as name and version; CUDA, where torch was built with it, as torch says."""
+    """Pairs of name and version; with CUDA's, where torch was built with it."""
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     for name in _THAT_MATTER:
         try:
-            found = distribution(name)
+            package = distribution(name)
         except PackageNotFoundError:
             yield name, "not installed"
             continue
-        yield name, found.version
-        if name == "torch" and (cuda := _cuda(found)):
+        yield name, package.version
+        if name == "torch" and (cuda := _cuda(package)):
             yield "cuda", cuda
 
 
 def _cuda(torch: Distribution) -> str | None:
-    """What ``torch.version.cuda`` is, from its file; importing torch takes seconds."""
+    """``torch.version.cuda``, read from its file, as importing torch takes seconds."""
     file = Path(str(torch.locate_file("torch/version.py")))
-    said = re.search(r"^cuda\b.*= '([\d.]+)'", file.read_text(), re.MULTILINE) if file.exists() else None
-    return said[1] if said else None
+    match = re.search(r"^cuda\b.*= '([\d.]+)'", file.read_text(), re.MULTILINE) if file.exists() else None
+    return match[1] if match else None

@@ -34,34 +34,34 @@ def choose_device(device: str, local_rank: int = 0, *, with_float64: bool = Fals
         if chosen.type == "meta":
             raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise SettingsError(f"no device {device} can be used here: choose auto or cpu") from error
+        raise SettingsError(f"device {device} is not available: use auto or cpu") from error
     return _gpu(local_rank) if chosen == torch.device("cuda") else chosen
 
 
 def _gpu(local_rank: int) -> torch.device:
-    # Where each process is shown but one GPU, that is number 0 to all of them.
+    # If each process sees only one GPU, that is number 0 for all of them.
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def n_cores() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not everywhere
+    """Number of processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had on a device now: of a GPU its own, else the machine's."""
+    """Free memory of a GPU, or of the machine for other devices."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 
 def numbers_at_once(device: torch.device) -> int:
-    """How many numbers of a tensor are worked on together where several copies of them are made.
+    """Block size, in numbers, for work that makes several copies of a tensor.
 
-    On a CPU a megabyte of float32, which stays in the cache; on a GPU, which has to be kept busy, what fits
-    into half of its free memory as 16 copies of float64.
+    On a CPU a megabyte of float32, which stays in the cache; on a GPU, to keep it busy, what fits into half
+    of its free memory as 16 copies in float64.
     """
     if device.type == "cuda":
         return max(2**20, min(2**28, free_bytes(device) // 256))
@@ -80,10 +80,10 @@ def blocks_of_rows(of: torch.Tensor) -> Iterator[slice]:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what large tensors leave, for the next ones; for the whole process.
+    """Make the C library keep freed memory for the next large tensors, in the whole process.
 
-    glibc gives blocks of some megabytes back to the system at once, so that every step of a training on a CPU
-    has its tensors' pages made anew: up to a quarter of its time. Elsewhere this does nothing.
+    glibc returns blocks of some megabytes to the system at once, so every training step on a CPU allocates
+    its pages again: up to a quarter of its time. Does nothing elsewhere.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

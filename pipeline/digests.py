@@ -1,7 +1,4 @@
-"""What tells files apart whatever they are called: their sha256, and what the hub says of those it sent.
-
-Reading costs about 1 s per GB.
-"""
+"""Digests of files: their SHA-256, and the hub's record of files that it sent. About 1 s per GB."""
 
 import hashlib
 from collections.abc import Callable, Generator, Iterable
@@ -15,15 +12,15 @@ _BLOCK_BYTES = 2**22
 _MANY_BYTES = 10**9
 
 Advance = Callable[[int], None]
-"""Is told of bytes that were read."""
+"""Called with the number of bytes read since the last call."""
 
 
 @contextmanager
 def reading(task: str, files: Iterable[Path], progress: Progress) -> Generator[Advance]:
-    """What ``sha256`` of all of ``files`` is to be given; of less than 1 GB nothing is shown.
+    """Progress for ``sha256`` of all of ``files``; nothing is shown below 1 GB.
 
     Raises:
-        OSError: a file is not there.
+        OSError: a file is missing.
     """
     n_bytes = sum(file.stat().st_size for file in files)
     if n_bytes < _MANY_BYTES:
@@ -35,10 +32,10 @@ def reading(task: str, files: Iterable[Path], progress: Progress) -> Generator[A
 
 
 def sha256(file: Path, advance: Advance = lambda _: None) -> str:
-    """The sha256 of a file's bytes, in hex.
+    """The SHA-256 of a file, in hex.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     digest = hashlib.sha256()
     with file.open("rb") as stream:
@@ -49,7 +46,7 @@ def sha256(file: Path, advance: Advance = lambda _: None) -> str:
 
 
 def sha256_once(file: Path) -> str:
-    """The same, taken once as long as the file's size and time stay the same.
+    """``sha256``, cached while the file's size and modification time stay the same.
 
     Raises:
         OSError: it cannot be read.
@@ -64,10 +61,10 @@ def _sha256_of(file: Path, _size: int, _modified: int) -> str:
 
 
 def commit_on_hub(file: Path) -> str | None:
-    """The commit that a file is of, if the hub sent it and it still holds what the hub says; else None.
+    """The commit that a file was downloaded from, if it is unchanged since; else None.
 
-    In its own cache, and where ``hf download --local-dir`` made a folder, huggingface_hub keeps the commit of
-    each file and a digest: of a large file the sha256, of a small one its name in git.
+    huggingface_hub records each file's commit and a digest, in its cache and in folders made by
+    ``hf download --local-dir``: the SHA-256 of a large file, git's object name of a small one.
 
     Raises:
         OSError: it cannot be read.

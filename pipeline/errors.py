@@ -1,4 +1,4 @@
-"""The errors of models, text and runs; those of stores, and the form of all of them, are in store/errors.py.
+"""Errors of models, text and runs; store/errors.py has those of stores and the base classes.
 
 PosaeError
 ├── ModelError (ValueError)                 a language model that is missing, gated or unfit

@@ -1,4 +1,4 @@
-"""How a stage tells whoever watches what it is doing; the command line draws it."""
+"""The interface through which a stage reports progress; the command line draws it."""
 
 from typing import Protocol
 
@@ -7,20 +7,20 @@ class Progress(Protocol):
     """One task after another, each with a total."""
 
     def begin(self, task: str, total: int, unit: str, done: int = 0, unit_bytes: int = 0) -> None:
-        """A task of ``total`` units begins, ``done`` of which were there before."""
+        """Start a task of ``total`` units, ``done`` of which were done before."""
 
     def advance(self, amount: int, note: str = "") -> None:
-        """``amount`` more units are done; ``note`` says what matters now."""
+        """Report ``amount`` more units done; ``note`` is shown beside them."""
 
     def end(self) -> None:
-        """The task is done."""
+        """End the task."""
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
 
 
 class Silent:
-    """Nobody watches."""
+    """Progress that shows nothing."""
 
     def begin(self, task: str, total: int, unit: str, done: int = 0, unit_bytes: int = 0) -> None:
         """Nothing."""

@@ -35,7 +35,7 @@ def equal_ranges(context_length: int, n_ranges: int) -> tuple[PositionRange, ...
     if not 1 <= n_ranges <= context_length:
         raise SettingsError(
             f"{n_ranges} position ranges do not fit {context_length} positions; "
-            f"take between 1 and {context_length}"
+            f"choose between 1 and {context_length}"
         )
     edges = [-(-context_length * r // n_ranges) for r in range(n_ranges + 1)]
     return tuple(PositionRange(a, b) for a, b in pairwise(edges))

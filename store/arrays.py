@@ -1,9 +1,9 @@
-"""Opening a store: what it holds, and each of its arrays, checked to be what the manifest says.
+"""Opening a store: its contents, and its arrays, each checked against the manifest.
 
-A sealed store is what its seal names; an unsealed one is what is committed at the moment of
-opening: in each layer the longest run of shards that are whole, with their tokens and statistics.
-What is not committed cannot be asked for, so a missing file is an error and never fill values.
-Opening reads a few small files, from a server all at once, and, where unsealed, the index of every shard.
+A sealed store consists of the files that its seal names; an unsealed one of what is committed when it is
+opened: in each layer the complete shards from the first on, with their tokens and statistics. Only committed
+contexts can be read, so a missing file is an error and never yields fill values. Opening reads a few small
+files, from a server all at once, and the index of every shard if the store is unsealed.
 """
 
 import hashlib
@@ -48,12 +48,12 @@ class StoreArrays(Renewed):
     """The arrays of an opened store; other attributes are those of ``ActivationStore``.
 
     Attributes:
-        files: where they lie.
-        seal: what the finished store consists of; None where it is not finished.
+        files: the files of the store.
+        seal: lists the files of a finished store; None for an unfinished one.
     """
 
     def __init__(self, place: str | Path, cache: PartCache | None = None) -> None:
-        """Open the store by its root and seal alone; ``open`` checks more."""
+        """Read the root and the seal only; ``open`` checks more."""
         self.files: ReadableFiles = files_at(place, cache)
         super().__init__()
         self.seal: Seal | None = seal_of(self.files)
@@ -69,11 +69,11 @@ class StoreArrays(Renewed):
         self.n_contexts = min(self.contexts_by_layer.values(), default=0)
 
     def renew(self) -> None:
-        """Make the threads that read."""
+        """Create the reading threads."""
         self._pool = ThreadPoolExecutor(self.reading_threads, thread_name_prefix="posae-read")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens the store for itself."""
+        """Unpickle by opening the store again."""
         cache = self.files.cache if isinstance(self.files, RemoteFiles) else None
         return _reopened, (type(self), self.address, cache, self.identity)
 
@@ -82,14 +82,14 @@ class StoreArrays(Renewed):
         """Open the store at ``place``.
 
         Args:
-            place: a folder, or a URL as ``https://host/pile.zarr``, ``s3://bucket/pile.zarr``.
-            cache: where parts of a store on a server are kept; by default the user's own.
+            place: a folder, or a URL, e.g. ``https://host/pile.zarr`` or ``s3://bucket/pile.zarr``.
+            cache: keeps parts of a store on a server; by default the user's cache.
 
         Raises:
             StoreNotFoundError: there is no store.
             StoreFormatError: something else is there, or a store of a newer format.
             StoreDamagedError: the metadata or the positions are not what was written.
-            StoreIncompleteError: a store on a server that is not sealed.
+            StoreIncompleteError: the store is on a server and not sealed.
             StoreRemoteError: the server refused, or does not answer.
         """
         store = cls(place, cache)
@@ -112,33 +112,33 @@ class StoreArrays(Renewed):
             raise StoreDamagedError("positions are not 0, 1, 2, …", array="position")
 
     def _paths(self, layer: int) -> Iterator[str]:
-        """The arrays of a layer and its statistics."""
+        """Paths of a layer's array and its statistics."""
         yield layer_path(layer)
         for spec in stats_specs(self.manifest, layer).values():
             yield spec.path
 
     def _each(self, work: Callable[[Task], Result], tasks: Iterable[Task]) -> list[Result]:
-        """The results in order; where each may ask a server, all at once."""
+        """Results in order; for a store on a server the tasks run concurrently."""
         return list((self._pool.map if self.is_remote else map)(work, tasks))
 
     @property
     def root(self) -> Path | str:
-        """Its folder, or its URL as it may be shown."""
+        """The store's folder, or its URL without credentials."""
         return self.files.root
 
     @property
     def address(self) -> str:
-        """Where it can be opened from any working folder: an absolute path, or the URL."""
+        """The absolute path, or the URL."""
         return str(self.root.absolute()) if isinstance(self.root, Path) else self.root
 
     @property
     def reading_threads(self) -> int:
-        """Threads that read at once: for a server as many as hide its latency."""
+        """Number of reading threads; for a server enough to hide its latency."""
         return READING_THREADS if self.is_remote else _THREADS
 
     @property
     def is_remote(self) -> bool:
-        """Whether it lies on a server."""
+        """Whether the store is on a server."""
         return isinstance(self.files, RemoteFiles)
 
     @property
@@ -172,10 +172,10 @@ class StoreArrays(Renewed):
         return begun_layers(StoreFiles(Path(self.root)), self.manifest)
 
     def spec(self, path: str) -> ArraySpec:
-        """The array at ``path``, checked to be what the manifest says.
+        """The specification of the array at ``path``, checked against the manifest.
 
         Raises:
-            StoreFormatError: its ``zarr.json`` says something else.
+            StoreFormatError: its ``zarr.json`` is not what the manifest implies.
         """
         if path not in self._specs:
             expected = self._expected(path)
@@ -183,7 +183,7 @@ class StoreArrays(Renewed):
                 expected.check_bounds()
             except ValueError as error:
                 raise StoreFormatError(
-                    f"{path} would have sizes past all bounds ({error}), says the manifest; "
+                    f"the manifest gives {path} sizes that no store can have ({error}); "
                     "restore zarr.json from a copy of the store"
                 ) from None
             if self.metadata(expected.metadata_path) != expected.to_json():
@@ -228,16 +228,16 @@ class StoreArrays(Renewed):
         return min(shards * self.manifest.shard_contexts, self.manifest.n_contexts)
 
     def committed_shards(self, layer: int) -> int:
-        """How many shards of ``layer`` are committed, from the first."""
+        """Number of committed shards of ``layer``, from the first."""
         return -(-self.contexts_by_layer[layer] // self.manifest.shard_contexts)
 
     def check_layer(self, layer: int) -> None:
-        """Check that every committed file of ``layer`` is there, of its size, with an index that holds.
+        """Check that every committed file of ``layer`` exists, with its size and a valid index.
 
-        Of a store on a server, that the seal names them all. An opened store looks once.
+        For a store on a server, check that the seal names them all. The result is remembered.
 
         Raises:
-            StoreIncompleteError: the store has no such layer, or nothing of it is committed.
+            StoreIncompleteError: the store has no such layer, or no committed shard of it.
             StoreDamagedError: a file is missing or cut short.
         """
         if layer in self._sound_layers:
@@ -249,12 +249,11 @@ class StoreArrays(Renewed):
             )
         if not self.contexts_by_layer[layer]:
             raise StoreIncompleteError(
-                f"{self.root} holds no finished shard of layer {layer} yet; run the harvest again, "
-                "it goes on where it stopped"
+                f"{self.root} has no finished shard of layer {layer} yet; run the harvest again to resume"
             )
         for path in ("tokens", "document", *self._paths(layer)):
             array = self.array(path)
-            # The seal names no file on a server without its size: its index is checked when it is first read.
+            # The seal gives the size of every file on a server; an index is checked when it is first read.
             check = array.check_sealed if self.is_remote else array.check_index
             for shard in range(self.committed_shards(layer)):
                 check(shard)
@@ -271,15 +270,13 @@ class StoreArrays(Renewed):
         return self.manifest.d_model
 
     def layer_or_middle(self, layer: int | None) -> int:
-        """``layer``, or the middle one of the store where none is named.
+        """``layer``, or the store's middle layer if ``layer`` is None.
 
         Raises:
             StoreIncompleteError: the store has no layers.
         """
         if not self.layers:
-            raise StoreIncompleteError(
-                f"{self.root} holds no layer yet; run the harvest again, it goes on where it stopped"
-            )
+            raise StoreIncompleteError(f"{self.root} has no layer yet; run the harvest again to resume")
         return layer if layer is not None else self.layers[len(self.layers) // 2]
 
     @property
@@ -291,7 +288,7 @@ class StoreArrays(Renewed):
         return self._corpus
 
     def layer_versions(self, layer: int) -> dict[str, str]:
-        """Versions of libraries that wrote ``layer`` where they are not the manifest's, by library."""
+        """By library, the versions that wrote ``layer`` where they differ from the manifest's."""
         return parse_layer_versions(self.metadata(f"stats/{layer_path(layer)}/zarr.json"))
 
     def stored_bytes(self, layer: int) -> int:
@@ -305,23 +302,23 @@ class StoreArrays(Renewed):
         return self.contexts_by_layer[layer] * self.context_length * self.d_model * 2
 
     def digests(self, layer: int) -> dict[str, str]:
-        """What a run that reads ``layer`` reads: digest by name of tokens, activations, statistics.
+        """Digests of what a run on ``layer`` reads: tokens, activations, statistics.
 
-        Empty for an unsealed store, whose files have no final digest. An opened store reckons once.
+        Empty for an unsealed store, whose files have no final digest. Computed once.
         """
         if not self.seal:
             return {}
         if layer in self._digests:
             return dict(self._digests[layer])
-        found: dict[str, str] = {}
+        digests: dict[str, str] = {}
         for name in ("tokens", layer_path(layer), "stats"):
             prefix = f"stats/{layer_path(layer)}/" if name == "stats" else f"{name}/"
             lines = sorted(
                 f"{path} {file.sha256}\n" for path, file in self.seal.files.items() if path.startswith(prefix)
             )
-            found[name] = hashlib.sha256("".join(lines).encode()).hexdigest()
-        self._digests[layer] = found
-        return dict(found)
+            digests[name] = hashlib.sha256("".join(lines).encode()).hexdigest()
+        self._digests[layer] = digests
+        return dict(digests)
 
 
 def _reopened(
@@ -329,7 +326,7 @@ def _reopened(
 ) -> StoreArrays:
     store = kind(place, cache)
     if identity is not None and store.identity != identity:
-        raise StoreMismatchError(f"{place} is another store than it was a moment ago; open it anew")
+        raise StoreMismatchError(f"{place} was replaced by another store in the meantime; open it again")
     return store
 
 

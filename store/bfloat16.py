@@ -1,8 +1,8 @@
-"""bfloat16 for zarr-python, which knows no such type yet (zarr-python issue 711).
+"""bfloat16 for zarr-python, which does not support it yet (zarr-python issue 711).
 
-After ``register_bfloat16()`` plain ``zarr.open`` reads a store's layers, as the raw bits in uint16:
-``torch.from_numpy(bits).view(torch.bfloat16)`` costs no copy. tensorstore needs nothing. posae itself
-never needs this to read or write; importing zarr costs about 0.3 s.
+After ``register_bfloat16()`` plain ``zarr.open`` reads a store's layers as raw bits in uint16:
+``torch.from_numpy(bits).view(torch.bfloat16)`` makes no copy. tensorstore does not need this, nor does posae
+itself; importing zarr costs about 0.3 s.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from zarr.dtype import ZDType, data_type_registry
 
 from .rounding import float32_to_bits
 
-# Newer versions, which Python 3.12 and later get, have it among their errors, and warn where it was.
+# Newer versions, for Python 3.12 and later, have it among their errors, and warn at the old place.
 DataTypeValidationError: type[ValueError] = (
     getattr(zarr.errors, "DataTypeValidationError", None) or zarr.dtype.DataTypeValidationError
 )
@@ -68,7 +68,7 @@ class BFloat16(ZDType[np.dtype[np.uint16], np.uint16], HasItemSize, HasEndiannes
         return isinstance(data, int | float | np.number)
 
     def cast_scalar(self, data: object) -> np.uint16:
-        """Bits, taken as they are."""
+        """Bits, unchanged."""
         return np.uint16(cast("int", data))
 
     def default_scalar(self) -> np.uint16:
@@ -76,7 +76,7 @@ class BFloat16(ZDType[np.dtype[np.uint16], np.uint16], HasItemSize, HasEndiannes
         return np.uint16(0)
 
     def from_json_scalar(self, data: object, *, zarr_format: int) -> np.uint16:
-        """A fill value: a number, ``NaN``, or the bits as ``0x7fc0``."""
+        """A fill value: a number, ``NaN``, or bits such as ``0x7fc0``."""
         if isinstance(data, str) and data.startswith("0x"):
             return np.uint16(int(data, 16))
         if isinstance(data, str | int | float):

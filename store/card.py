@@ -34,23 +34,23 @@ _LAST_LINE = re.compile(re.escape(_MARK).replace("%s", "([0-9a-f]{64})").encode(
 
 
 def write_card(store: ActivationStore) -> None:
-    """Write the card where there is none, or one of ours that is of an earlier seal.
+    """Write the card if there is none, or only one that posae wrote for an earlier seal.
 
     Raises:
         StoreDamagedError: the statistics are not what was written.
         StoreWriteError: the disk refused.
     """
     try:
-        found = read_card(store.files)
+        existing = read_card(store.files)
     except StoreDamagedError:
-        return  # a link, a folder, or longer than any card: somebody's
-    if found is None or (is_ours(found) and str(store.identity).encode() not in found):
+        return  # a link, a folder, or longer than any card: not ours
+    if existing is None or (is_ours(existing) and str(store.identity).encode() not in existing):
         assert isinstance(store.files, StoreFiles)
         store.files.write(CARD_PATH, card(store).encode())
 
 
 def read_card(files: ReadableFiles) -> bytes | None:
-    """The card that lies in a store; None where there is none.
+    """The card of a store; None if there is none.
 
     Raises:
         StoreDamagedError: something else stands there, or it is longer than any card.
@@ -85,11 +85,11 @@ def card(store: ActivationStore) -> str:
         "\n".join(f"- **{name}**: {line}" for name, line in facts(store, _code, linked=True).items()),
         "## Layers",
         "\n".join(_layers(store, norms)),
-        "Over 10 x the median: the share of tokens with such a norm. Position R²: the share of the variance "
-        "that position alone explains, of a sample.",
+        "Above 10x the median: the share of tokens with such a norm. Position R²: the share of the variance "
+        "that position alone explains, estimated on a sample.",
         "## Norms by position",
         "Mean norm of all tokens at each position, on a logarithmic scale; a bar over several positions is "
-        "the greatest of them. A position far above all others is an attention sink.",
+        "their maximum. A position far above all others is an attention sink.",
         "```\n" + "\n\n".join("\n".join(_bars(layer, norms[layer].mean)) for layer in norms) + "\n```",
         "## How to open it",
         _how_to_open(store),
@@ -101,14 +101,14 @@ def card(store: ActivationStore) -> str:
 
 
 _PLANTED = (
-    "**This is no harvest.** An effect of position was planted into the activations on purpose, to see "
+    "**These activations were modified.** An effect of position was planted into them on purpose, to test "
     "whether a method finds it."
 )
-_IMPORTED = "**This was imported** from files of another program."
+_IMPORTED = "**These activations were imported** from files of another program."
 
 _LICENCES = """\
 To be filled in by the owner, here and at `license` at the top. Activations come from a model and from text; \
-the licences of both bind whoever shares them.
+the licences of both bind anyone who shares them.
 
 - licence of the model:
 - licence of the text:
@@ -142,7 +142,7 @@ def _layers(store: ActivationStore, norms: Mapping[int, NormStats]) -> Iterator[
     """A table of numbers, a line for each layer."""
     rounded = store.manifest.mantissa_bits is not None
     names, *sizes = layer_sizes(store)
-    names = [*names, "median norm", "over 10 x the median", "position R²"]
+    names = [*names, "median norm", "above 10x the median", "position R²"]
     names += ["rounding changed"] if rounded else []
     yield _row(names)
     yield _row(["---:"] * len(names))
@@ -168,7 +168,7 @@ def _bars(layer: int, mean_norms: NDArray[np.float64]) -> Iterator[str]:
     top = min(math.ceil(max(finite)), 1023)
     bottom = min(math.floor(min(finite)) - 1, top - 4)
     greatest = max(range(len(norms)), key=octaves.__getitem__)
-    yield f"layer {layer}: greatest {norms[greatest]:.4g}, at position {greatest}"
+    yield f"layer {layer}: maximum {norms[greatest]:.4g}, at position {greatest}"
     lines = plot([max(0.0, octave - bottom) for octave in octaves], top=top - bottom)
     ends = {0: f"{2.0**top:.4g}", len(lines) - 1: f"{2.0**bottom:.4g}"}
     for number, line in enumerate(lines):
@@ -180,7 +180,7 @@ def _how_to_open(store: ActivationStore) -> str:
     n = min(8, store.manifest.n_contexts)
     layer = store.layer_or_middle(None)
     return f"""\
-`STORE` stands for the folder of this store. Each way gives `activations` [contexts, positions, features] \
+`STORE` stands for the folder of this store. Each returns `activations` [contexts, positions, features] \
 and `tokens` [contexts, positions]. With posae, which checks what it reads:
 
 ```sh
@@ -196,7 +196,7 @@ activations = store.read(layer={layer}, contexts=slice(0, {n}), dtype="float32")
 tokens = store.tokens(slice(0, {n}))
 ```
 
-With zarr-python, which has to be told what bfloat16 is, and gives its bits:
+With zarr-python, which needs bfloat16 registered and returns its bits:
 
 ```python
 import numpy as np

@@ -1,9 +1,8 @@
-"""What turns a chunk into bytes and back: three presets, each with a checksum over every chunk.
+"""The codecs of chunks: three presets, each with a checksum over every chunk.
 
-Costs on one core, d_model 2,304 (docs/benchmarks.md): ``small`` keeps 1.4-1.5 values' bytes in one and
-decodes about 2 GB/s, ``fast`` encodes 2-3 times as fast for 1.2-1.3, ``raw`` costs a copy. Blosc's block
-is set to 512 KiB because its automatic 32 KiB makes zstd find matches that are not there: 15 %
-larger and 2.8 times slower to decode.
+On one core, d_model 2,304 (docs/benchmarks.md): ``small`` compresses 1.4-1.5 to 1 and decodes about 2 GB/s,
+``fast`` encodes 2-3 times as fast at 1.2-1.3 to 1, ``raw`` costs a copy. Blosc's blocks are 512 KiB, as with
+its automatic 32 KiB zstd gives 15 % larger chunks that take 2.8 times as long to decode.
 """
 
 import struct
@@ -15,24 +14,24 @@ from awscrt.checksums import crc32c
 from numcodecs import blosc
 from numpy.typing import NDArray
 
-# A chunk is decoded by one thread and many chunks at once: threads inside Blosc would only compete.
+# Many threads decode one chunk each, so threads inside Blosc would only compete.
 blosc.use_threads = False
 
 BLOCK_BYTES = 524288
 CHECKSUM_BYTES = 4
 HEADER_BYTES = 16
 MOST_TO_ONE = 2**15
-"""Blosc blocks of one value come to 12,500 bytes for one with zstd, to 251 with LZ4."""
+"""Maximum ratios of Blosc blocks of equal values: 12,500 with zstd, 251 with LZ4."""
 
 _SHUFFLES = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
 
 class ChunkError(ValueError):
-    """A chunk's bytes are not what a writer of posae leaves."""
+    """A chunk's bytes were not written by posae."""
 
 
 def checksum(data: bytes | memoryview) -> bytes:
-    """CRC-32C, little-endian, as it stands behind what it is of. Frees the GIL; 40 GB/s with AVX-512."""
+    """CRC-32C, little-endian, as appended to the data. Frees the GIL; 40 GB/s with AVX-512."""
     return struct.pack("<I", crc32c(data))
 
 
@@ -72,33 +71,33 @@ class Codec:
         return payload + checksum(payload)
 
     def payload(self, data: memoryview, n_bytes: int) -> memoryview:
-        """What stands before a chunk's checksum, all checked that can be before decoding it.
+        """The bytes before a chunk's checksum, after all checks that are possible without decoding.
 
         Args:
-            data: the chunk as it lies in its file.
-            n_bytes: its size when decoded.
+            data: the chunk as stored.
+            n_bytes: its decoded size.
 
         Raises:
-            ChunkError: the checksum does not hold, or sizes are not those of this chunk.
+            ChunkError: a wrong checksum, or sizes other than this chunk's.
         """
         if len(data) <= CHECKSUM_BYTES:
             raise ChunkError("it is cut short")
         payload = data[:-CHECKSUM_BYTES]
-        # Sizes first: a hostile file may be sparse, and its checksum a walk through terabytes.
+        # Sizes first: a hostile file may be sparse, and its checksum would read terabytes.
         if self.compressor is None:
             if len(payload) != n_bytes:
                 raise ChunkError(f"{len(payload)} bytes where {n_bytes} belong")
         else:
             _check_header(payload, n_bytes)
         if checksum(payload) != bytes(data[-CHECKSUM_BYTES:]):
-            raise ChunkError("its checksum does not hold")
+            raise ChunkError("its checksum is wrong")
         return payload
 
     def decode(self, payload: memoryview, out: NDArray[Any]) -> None:
-        """Decode a checked ``payload`` into ``out``, C-contiguous and as large as the chunk.
+        """Decode a checked ``payload`` into ``out``, C-contiguous and of the chunk's size.
 
         Raises:
-            ChunkError: the compressor cannot make sense of it.
+            ChunkError: the compressor cannot decode it.
         """
         if self.compressor is None:
             np.copyto(out, np.frombuffer(payload, out.dtype).reshape(out.shape))
@@ -113,7 +112,7 @@ def _check_header(payload: memoryview, n_bytes: int) -> None:
     if len(payload) < HEADER_BYTES:
         raise ChunkError("shorter than a Blosc header")
     n_decoded, block, n_encoded = struct.unpack("<III", payload[4:HEADER_BYTES])
-    # Blosc makes buffers of a block's size, and we write no larger ones.
+    # Blosc allocates buffers of a block's size, and we write no larger ones.
     if n_decoded != n_bytes or n_encoded != len(payload) or not 0 < block <= BLOCK_BYTES:
         raise ChunkError("its Blosc header names other sizes than the array has")
     if n_bytes > MOST_TO_ONE * len(payload):

@@ -1,7 +1,7 @@
 """Every error that posae raises for its user; each is also the built-in error it resembles.
 
 A message says what is wrong, where, and what to do next, in one line: the command line prints it
-and exits with 1. Anything that is no ``PosaeError`` is a bug and keeps its traceback.
+and exits with 1. Any other exception is a bug and keeps its traceback.
 
     PosaeError
     ├── SettingsError (ValueError)              a setting is unknown, impossible or contradicts another
@@ -10,8 +10,8 @@ and exits with 1. Anything that is no ``PosaeError`` is a bug and keeps its trac
     │   ├── StoreFormatError (ValueError)       not a store of ours, or one of a newer format
     │   ├── StoreDamagedError (ValueError)      bytes are missing or not what was written
     │   ├── StoreMismatchError (ValueError)     the store was made with other settings
-    │   ├── StoreIncompleteError (LookupError)  what was asked for is not committed yet
-    │   ├── StoreReadError (OSError)            the disk could not read a file that is there
+    │   ├── StoreIncompleteError (LookupError)  the requested part is not committed yet
+    │   ├── StoreReadError (OSError)            the disk could not read an existing file
     │   ├── StoreWriteError (OSError)           the disk refused: no space, no permission
     │   └── StoreRemoteError (ConnectionError)  a server refused, or does not answer
     └── those of models, text and runs          pipeline/errors.py
@@ -57,7 +57,7 @@ class StoreDamagedError(StoreError, ValueError):
         chunk: int | None = None,
         remedy: str = "restore this file from a copy of the store",
     ) -> None:
-        """Put the place before the problem, and what to do next behind it."""
+        """Compose the message of place, problem and remedy."""
         self.array, self.shard, self.chunk, self.problem = array, shard, chunk, problem
         place = array
         if shard is not None:
@@ -72,11 +72,11 @@ class StoreMismatchError(StoreError, ValueError):
 
 
 class StoreIncompleteError(StoreError, LookupError):
-    """What was asked for is not committed yet."""
+    """The requested part is not committed yet."""
 
 
 class StoreReadError(StoreError, OSError):
-    """The disk could not read a file that is there: no permission, a failing disk, a stale network mount.
+    """The disk could not read an existing file: no permission, a failing disk, a stale network mount.
 
     Attributes:
         errno: of the system's error.
@@ -84,7 +84,7 @@ class StoreReadError(StoreError, OSError):
     """
 
     def __init__(self, place: object, error: OSError) -> None:
-        """Name the file and what the system said of it."""
+        """Compose the message of the file and the system's error."""
         super().__init__(
             f"{place} cannot be read ({error.strerror}); check the disk and its permissions, then run the "
             "same command again"
@@ -92,7 +92,7 @@ class StoreReadError(StoreError, OSError):
         self.errno, self.strerror = error.errno, error.strerror
 
     def __str__(self) -> str:
-        """The message, where OSError would show the number."""
+        """The message; OSError would show the number."""
         return str(self.args[0])
 
 

@@ -1,7 +1,7 @@
-"""What a store is, a line each: one list for its card, for a terminal and for a notebook.
+"""The facts about a store, one line each, for its card, a terminal and a notebook.
 
-Names in a store may be a stranger's: whoever shows the facts says how a name is shown. Reads the sizes of
-files, and the small file of the corpus.
+Names in a store may come from strangers, so the caller says how to show them. Reads the sizes of files and
+the corpus counts.
 """
 
 import re
@@ -18,16 +18,16 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.A
 _PACKING = {"pack": "documents are joined", "truncate": "the first tokens of each document"}
 
 Shown = Callable[[str], str]
-"""How text that is not ours is shown: as it is, or as code."""
+"""How to show text from the store: as it is, or as code."""
 
 
 def facts(store: StoreArrays, shown: Shown = str, linked: bool = False) -> dict[str, str]:
-    """What a store is, of itself alone: equal stores have equal facts.
+    """Facts that follow from the store alone: equal stores have equal facts.
 
     Args:
         store: an opened store.
-        shown: how a name is shown.
-        linked: whether what lies on the Hugging Face Hub is a link of Markdown.
+        shown: how to show a name.
+        linked: whether names on the Hugging Face Hub become Markdown links.
 
     Returns:
         Lines by their names.
@@ -65,13 +65,13 @@ def _facts(store: StoreArrays, shown: Shown, linked: bool) -> Iterator[tuple[str
     yield "contexts", f"{n_contexts:,} of {length:,} tokens{planned}, {order}"
     yield "tokens", f"{n_contexts * length:,} in each layer"
     start, stop = manifest.held_out
-    held_out = f"the last {stop - start:,} contexts, from {start:,} on; training never reads them"
+    held_out = f"the last {stop - start:,} contexts, from context {start:,}; training never reads them"
     yield "held out", held_out if start < stop else "none"
     yield "special tokens", _special_tokens(manifest)
     if corpus := store.corpus:
         left_out, repeated = corpus["documents_left_out"], corpus["duplicate_contexts"]
-        told = f"{left_out:,} of them left out; {repeated:,} contexts repeat another"
-        yield "documents", f"{corpus['documents']:,}, {told}"
+        counts = f"{left_out:,} of them left out; {repeated:,} contexts repeat another"
+        yield "documents", f"{corpus['documents']:,}, {counts}"
     if manifest.origin:
         pieces = zip(manifest.origin.contexts, manifest.origin.stores, strict=False)
         yield "made of", ", ".join(f"{shown(some)} of {shown(whole[:16])}" for some, whole in pieces)
@@ -80,7 +80,7 @@ def _facts(store: StoreArrays, shown: Shown, linked: bool) -> Iterator[tuple[str
         if versions := _other_versions(store, layer, shown):
             yield f"layer {layer}", f"written by other versions than the rest: {versions}"
     chunk = counted(manifest.chunk_contexts, "context")
-    yield "chunks", f"{chunk} to a chunk, {manifest.shard_contexts:,} to a shard"
+    yield "chunks", f"{chunk} per chunk, {manifest.shard_contexts:,} per shard"
     raw, stored = (sum(map(size, store.layers)) for size in (store.raw_bytes, store.stored_bytes))
     ratio = f"ratio {_ratio(raw, stored)} (codec {shown(manifest.codec)})"
     yield "size", f"{quantity(stored)} for {quantity(raw)} of activations, {ratio}"

@@ -1,4 +1,4 @@
-"""The statistics of a store's layers, merged over their committed shards as they are asked for."""
+"""The statistics of a store's layers, merged over their committed shards on request."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,16 +12,16 @@ from .layout import ArraySpec
 from .manifest import layer_path
 from .stats import LayerStats, NormStats, RoundingError, byte_plane_bound, norm_stats
 
-# What is told of a whole layer by its first shards: 8,192 contexts, and about 20 MB to read at d_model 2,304.
+# Shards in a sample of a layer: 8,192 contexts, and about 20 MB to read at d_model 2,304.
 _SAMPLE_SHARDS = 16
 _BYTES_AT_ONCE = 2**26
 
 
 class StoreStatistics(StoreArrays):
-    """A store's arrays, and what was counted and summed when they were written."""
+    """A store's arrays, with the statistics computed when they were written."""
 
     def impossible(self, spec: ArraySpec, entry: NDArray[Any]) -> str:
-        """What is wrong with an entry of statistics that no harvest writes; empty where nothing is."""
+        """The problem of an invalid entry of statistics; empty if it is valid."""
         if entry.dtype.kind == "f":
             return "sums that are no numbers" if np.isnan(entry).any() else ""
         # A count is over a shard's contexts, of bytes also over all of their values.
@@ -50,8 +50,8 @@ class StoreStatistics(StoreArrays):
 
         Args:
             layer: one of ``layers``.
-            most_shards: read the entries of so many shards, the first, and no more. Contexts are in random
-                order, so they are a sample; an entry is L · d_model float32 numbers.
+            most_shards: maximum number of shards to read, from the first, which are a random sample of
+                contexts; an entry has L · d_model float32 numbers.
         """
         # Threads beside those that read: each waits for these.
         with ThreadPoolExecutor(3 if self.is_remote else 1, thread_name_prefix="posae-merge") as pool:
@@ -68,7 +68,7 @@ class StoreStatistics(StoreArrays):
         return norm_stats(self._merged(layer, "norm_sums"), counts)
 
     def compression_bound(self, layer: int) -> float | None:
-        """The best ratio of raw to stored bytes that a code of single bytes can reach; None if not counted.
+        """The best ratio of raw to stored bytes that coding single bytes can reach; None if not counted.
 
         The low byte of a bfloat16 is noise, so without rounding this is about 1.5.
         """
@@ -77,7 +77,7 @@ class StoreStatistics(StoreArrays):
         return byte_plane_bound(self._merged(layer, "byte_counts"))
 
     def rounding_error(self, layer: int) -> RoundingError | None:
-        """The error that rounding to ``mantissa_bits`` made, measured at harvest; None if lossless."""
+        """The error of rounding to ``mantissa_bits``, measured at harvest; None if lossless."""
         if self.manifest.mantissa_bits is None:
             return None
         relative, squared = self._merged(layer, "rounding").sum(axis=1).tolist()
@@ -90,7 +90,7 @@ class StoreStatistics(StoreArrays):
         )
 
     def position_r2(self, layer: int) -> float:
-        """Share of the variance that position alone explains, of a sample of at most 16 shards."""
+        """Share of the variance that position alone explains, on a sample of at most 16 shards."""
         return self._sample(layer).position_r2
 
     def _sample(self, layer: int) -> LayerStats:

@@ -1,9 +1,9 @@
-"""Where each value of a store lies: names, shapes, chunks, shards. No reading, no writing.
+"""The layout of a store: names, shapes, chunks, shards. No reading, no writing.
 
-Every array of a store has one form: split along its first axis alone, ``chunk_rows`` rows to a
-chunk (the unit of compression), ``shard_rows`` rows to a shard (one file), by Zarr's sharding codec.
-The manifest fixes every ``ArraySpec`` and so every array's ``zarr.json``: another one is foreign or hostile.
-Normative text: docs/format.md.
+Every array is split along its first axis only: ``chunk_rows`` rows per chunk (the unit of compression),
+``shard_rows`` rows per shard (one file), by Zarr's sharding codec. The manifest determines every
+``ArraySpec`` and so every array's ``zarr.json``; any other is foreign or hostile. Normative text:
+docs/format.md.
 """
 
 import math
@@ -42,7 +42,7 @@ BFLOAT16_NAN = np.uint16(0x7FC0)
 
 
 def shard_contexts(n_contexts: int) -> int:
-    """Contexts to a shard of a store of ``n_contexts``.
+    """Contexts per shard of a store of ``n_contexts``.
 
     >>> shard_contexts(4096), shard_contexts(8_000_000)
     (512, 1024)
@@ -54,18 +54,18 @@ def shard_contexts(n_contexts: int) -> int:
 
 
 def refuse_newer(version: object, written_by: object = None) -> None:
-    """Refuse a format that is newer than this posae; what is no format at all is for others.
+    """Refuse a format newer than this posae supports; invalid values are ignored here.
 
     Args:
         version: the format's number.
-        written_by: version of posae that wrote it, where a manifest says so.
+        written_by: version of posae that wrote it, if recorded.
 
     Raises:
-        StoreFormatError: a later format; says which posae reads it.
+        StoreFormatError: a later format; names the posae that reads it.
     """
     if type(version) is not int or version <= FORMAT:
         return
-    # The words of a stranger's store: shown only if they are a version.
+    # From a possibly hostile store: shown only if it is a version.
     is_version = isinstance(written_by, str) and re.fullmatch(r"[0-9][0-9A-Za-z.+-]{0,39}", written_by)
     reader = f"posae {written_by} or later" if is_version else "a later posae"
     raise StoreFormatError(
@@ -76,10 +76,10 @@ def refuse_newer(version: object, written_by: object = None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySpec:
-    """One array: all that its ``zarr.json`` says."""
+    """One array: the content of its ``zarr.json``."""
 
     path: str
-    """Path below the store, such as ``layer_5`` or ``stats/layer_5/sums``."""
+    """Path below the store, e.g. ``layer_5`` or ``stats/layer_5/sums``."""
 
     shape: tuple[int, ...]
 
@@ -182,7 +182,7 @@ class ArraySpec:
         }
 
     def check_bounds(self) -> None:
-        """Refuse sizes that no store has, before anything is allocated for them.
+        """Refuse impossible sizes before anything is allocated for them.
 
         Raises:
             ValueError: out of bounds.

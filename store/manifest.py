@@ -1,9 +1,9 @@
-"""The manifest: what a store says of itself, in the attributes of its root ``zarr.json``.
+"""The manifest: settings and sources of a store, in the attributes of its root ``zarr.json``.
 
-It holds all that the bytes of a store depend on, and nothing that differs between two harvests of
-the same words: no time, host, user or absolute path. It is fixed when the tokens are committed and
-never changes; what grows (layers, committed contexts) is read off the files. Which key means what
-is normative in docs/format.md; a test compares the two.
+It holds everything that the bytes of a store depend on, and nothing that differs between two harvests with
+the same options: no time, host, user or absolute path. It never changes after the tokens are committed;
+layers and committed contexts are read from the files. docs/format.md is normative for its keys; a test
+compares the two.
 """
 
 import re
@@ -18,13 +18,13 @@ from .layout import FORMAT, MAX_SHARDS, ArraySpec, Json, refuse_newer
 from .rounding import MANTISSA_BITS
 
 _ADDED = {"mantissa_bits": None, "byte_counts": False, "planted": None, "origin": None, "imported": None}
-"""Keys that the first stores lack, each with what its absence means; so written they are left out."""
+"""Keys that the first stores lack, with the values that their absence means; such values are not written."""
 
 MAX_TEXT = 4096
 MAX_LAYERS = 2**16
 MAX_PIECES = 8192
 
-# No control characters: people see these strings on their terminals.
+# No control characters: these strings are printed on terminals.
 Text = Annotated[str, Field(max_length=MAX_TEXT, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 Count = Annotated[int, Field(ge=0, lt=2**48, strict=True)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
@@ -37,7 +37,7 @@ _VERSIONS = TypeAdapter[dict[str, str]](Versions)
 
 
 class Origin(BaseModel):
-    """Which pieces of other stores a store is made of; they follow each other along axis 0."""
+    """The pieces of other stores that a store consists of, in order along axis 0."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
@@ -52,7 +52,7 @@ class Origin(BaseModel):
 
 
 class Imported(BaseModel):
-    """Which files of another program a store's activations were taken from, and what these did not say."""
+    """The files of another program that a store was imported from, and what is not known about them."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
@@ -60,14 +60,14 @@ class Imported(BaseModel):
     """Kind of the files: ``saelens``, ``safetensors``, ``npy`` or ``pt``."""
 
     dtype: Text
-    """Type of the values there, before they became bfloat16."""
+    """Type of the values in the files, before conversion to bfloat16."""
 
     unknown: Annotated[tuple[Text, ...], Field(max_length=64)]
     """What is not known: of ``documents``, ``model``, ``positions``, ``special_tokens``, ``tokens``."""
 
 
 class Manifest(BaseModel):
-    """What was harvested from what, and how."""
+    """The model, the text and the settings of a harvest."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
@@ -102,16 +102,16 @@ class Manifest(BaseModel):
     """Kind of device that the model ran on: ``cpu``, ``cuda``, ``mps``."""
 
     batch_contexts: Annotated[int, Field(ge=1, lt=2**24, strict=True)]
-    """Contexts to a forward pass; batches begin anew in each shard."""
+    """Contexts per forward pass; each shard starts a new batch."""
 
     n_contexts: Annotated[int, Field(ge=1, lt=2**48, strict=True)]
     """Contexts planned: axis 0 of every layer."""
 
     context_length: Annotated[int, Field(ge=2, lt=2**24, strict=True)]
-    """Tokens to a context, L: axis 1 of every layer."""
+    """Tokens per context, L: axis 1 of every layer."""
 
     skip_contexts: Count
-    """Contexts of the corpus passed over before the first one taken."""
+    """Contexts of the corpus skipped before the first one taken."""
 
     held_out: tuple[Count, Count]
     """Contexts [start, stop) at the end of axis 0 that training never reads."""
@@ -147,7 +147,7 @@ class Manifest(BaseModel):
     """Ids that readers leave out on request, and training by default."""
 
     vocabulary_size: Annotated[int, Field(ge=1, lt=2**31, strict=True)]
-    """Token ids lie below this."""
+    """Token ids are below this."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)]
     """Seed of the permutation of contexts."""
@@ -164,19 +164,19 @@ class Manifest(BaseModel):
     planted: (
         Annotated[dict[Annotated[str, Field(max_length=MAX_TEXT)], Text], Field(max_length=64)] | None
     ) = None
-    """What was planted into the activations of a harvest, which then ``model`` says too; None: nothing."""
+    """The effect planted into the activations, also named in ``model``; None: none."""
 
     origin: Origin | None = None
-    """Which pieces of other stores this one is made of; None: none, it was harvested."""
+    """The pieces of other stores that this one consists of; None: it was harvested."""
 
     imported: Imported | None = None
-    """What is known of activations that another program left; None: they were harvested."""
+    """What is known about imported activations; None: they were harvested."""
 
     chunk_contexts: Annotated[int, Field(ge=1, lt=2**20, strict=True)]
-    """Contexts to a chunk."""
+    """Contexts per chunk."""
 
     shard_contexts: Annotated[int, Field(ge=1, lt=2**30, strict=True)]
-    """Contexts to a shard."""
+    """Contexts per shard."""
 
     versions: Versions
     """Versions of the libraries that bytes depend on."""
@@ -194,22 +194,22 @@ class Manifest(BaseModel):
 
     @property
     def language_model(self) -> str:
-        """The model that the tokens went through: ``model``, less what was planted."""
+        """The language model: ``model`` without the planted effect."""
         return (self.planted or {}).get("model", self.model)
 
     @property
     def is_of_local_model(self) -> bool:
-        """Whether that lay in a folder, whose base name is no name on the hub; not so of the one built in."""
+        """Whether the model came from a local folder, so that its name is not a hub id."""
         return (self.model_revision or "").startswith("sha256:") and self.language_model != "demo"
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """What is not known of activations that were imported; nothing of a harvest."""
+        """What is not known about imported activations; empty for a harvest."""
         return self.imported.unknown if self.imported else ()
 
     @property
     def corpus_contexts(self) -> list[range]:
-        """The contexts of the corpus among which those of the store are: as many, unless it is a part."""
+        """The contexts of the corpus that include the store's; exactly these, unless it is a part."""
         if self.origin is None:
             return [range(self.skip_contexts, self.skip_contexts + self.n_contexts)]
         return [range(*map(int, interval.split(":"))) for interval in self.origin.corpus]
@@ -220,7 +220,7 @@ class Manifest(BaseModel):
         return -(-self.n_contexts // self.shard_contexts)
 
     def contexts_of(self, shard: int) -> range:
-        """The contexts that lie in ``shard``."""
+        """The contexts of ``shard``."""
         start = shard * self.shard_contexts
         return range(start, min(start + self.shard_contexts, self.n_contexts))
 
@@ -229,14 +229,14 @@ def parse_manifest(root: Json) -> Manifest:
     """The manifest in a root ``zarr.json``.
 
     Raises:
-        StoreFormatError: no store of posae, one of a newer format, or a manifest that is not whole.
+        StoreFormatError: not a store of posae, one of a newer format, or an incomplete manifest.
     """
     attributes = root.get("attributes")
     found = cast("Json", attributes).get("posae") if isinstance(attributes, dict) else None
     named = root.get("zarr_format") == 3 and root.keys() == {"zarr_format", "node_type", "attributes"}
     if not isinstance(found, dict) or not named or root.get("node_type") != "group":
         raise StoreFormatError(
-            "this is Zarr, but no store of posae: zarr.json has no manifest; read it with zarr-python"
+            "this is a Zarr group, not a store of posae: zarr.json has no manifest; read it with zarr-python"
         )
     versions = cast("Json", found).get("versions")
     written_by = cast("Json", versions).get("posae") if isinstance(versions, dict) else None
@@ -244,17 +244,17 @@ def parse_manifest(root: Json) -> Manifest:
     missing = Manifest.model_fields.keys() - _ADDED.keys() - cast("Json", found).keys()
     if missing:
         raise StoreFormatError(
-            f"zarr.json has a manifest that is not whole: {', '.join(sorted(missing))} missing; "
+            f"the manifest in zarr.json lacks {', '.join(sorted(missing))}; "
             "restore it from a copy of the store"
         )
     try:
         return Manifest.model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]
-        # The key alone: deeper places may be a stranger's words.
+        # The key only: deeper places may contain hostile text.
         place = next((str(part) for part in first["loc"]), "manifest")
         raise StoreFormatError(
-            f"zarr.json has a manifest that is not whole: {place}: {first['msg']}; "
+            f"the manifest in zarr.json is invalid: {place}: {first['msg']}; "
             "restore it from a copy of the store"
         ) from None
 
@@ -272,7 +272,7 @@ def parse_corpus(group: Json) -> Json:
             counts += corpus["special_tokens"].values()
             if any(type(count) is not int or not 0 <= count < 2**63 for count in counts):
                 raise ValueError("not counts")
-            # They are shown to people.
+            # They are printed.
             if not all(token.isascii() and token.isdecimal() for token in corpus["special_tokens"]):
                 raise ValueError("not token ids")
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -283,7 +283,7 @@ def parse_corpus(group: Json) -> Json:
 
 
 def parse_layer_versions(group: Json) -> dict[str, str]:
-    """Versions that wrote a layer where they are not the manifest's, from ``stats/layer_N/zarr.json``.
+    """Versions that wrote a layer, where they differ from the manifest's, from ``stats/layer_N/zarr.json``.
 
     Raises:
         StoreFormatError: not versions.

@@ -1,4 +1,4 @@
-"""Where a store lies, and what its seal says, before anything of it is believed."""
+"""Locating a store and reading its seal, before any of it is trusted."""
 
 import json
 from pathlib import Path
@@ -27,10 +27,10 @@ _FEW_FILES = 10_000
 
 
 def is_store(folder: Path) -> bool:
-    """Whether there is a store, or a group of one, in a folder of this machine; nothing is checked."""
+    """Whether a local folder holds a store, or a group of one; nothing is checked."""
     try:
-        found: Any = json.loads((folder / ROOT_PATH).read_bytes())
-        return "posae" in found["attributes"]
+        root: Any = json.loads((folder / ROOT_PATH).read_bytes())
+        return "posae" in root["attributes"]
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
         return False
 
@@ -39,22 +39,22 @@ def files_at(place: str | Path, cache: PartCache | None) -> ReadableFiles:
     """The files of the store at a folder or URL.
 
     Raises:
-        StoreNotFoundError: a server that has no store there.
-        StoreIncompleteError: a store on a server that is not sealed.
+        StoreNotFoundError: the server has no store there.
+        StoreIncompleteError: the store is on a server and not sealed.
         StoreRemoteError: the server refused, or does not answer.
     """
-    if "://" in str(place):  # of whatever scheme: no folder is named so
+    if "://" in str(place):  # no folder is named like this, whatever the scheme
         return RemoteFiles(open_remote(str(place)), cache or PartCache())
     return StoreFiles(Path(place))
 
 
 def seal_of(files: ReadableFiles) -> Seal | None:
-    """The seal of a store; None where it is not finished.
+    """The seal of a store; None if it is unfinished.
 
     Raises:
         StoreNotFoundError: there is no store.
         StoreFormatError: something else is there, or a store of a newer format.
-        StoreDamagedError: the seal is none that this store can have.
+        StoreDamagedError: the store cannot have this seal.
     """
     if isinstance(files, RemoteFiles):
         _refuse_endless(files, files.read(SEAL_PATH, MAX_SEAL_BYTES))
@@ -69,16 +69,18 @@ def seal_of(files: ReadableFiles) -> Seal | None:
             raise FileNotFoundError
         elif files.exists(COPY_PATH):
             raise StoreIncompleteError(
-                f"{root} is the beginning of a copy that was stopped; run the same posae copy again"
+                f"{root} holds an unfinished copy; run the same posae copy again to finish it"
             )
         else:
             raise StoreFormatError(
-                f"{root} is no store: it has no zarr.json; give the folder that posae harvest wrote"
+                f"{root} is not a store: it has no zarr.json; give the folder that posae harvest wrote"
             )
     except FileNotFoundError:
-        raise StoreNotFoundError(f"there is no store at {root}; make one: posae harvest {root}") from None
+        raise StoreNotFoundError(
+            f"there is no store at {root}; make one with: posae harvest {root}"
+        ) from None
     except NotADirectoryError:
-        raise StoreFormatError(f"{root} is a file, and a store is a folder") from None
+        raise StoreFormatError(f"{root} is a file, but a store is a folder") from None
     except OSError as error:
         raise StoreFormatError(f"{root} cannot be read: {error.strerror}") from None
     _refuse_endless(files, data)
@@ -86,7 +88,7 @@ def seal_of(files: ReadableFiles) -> Seal | None:
 
 
 def _refuse_endless(files: ReadableFiles, data: bytes) -> None:
-    """Refuse a stranger's seal that names more files than its store can have, before it is parsed."""
+    """Refuse a seal that names more files than its store can have, before parsing it."""
     n_files = data.count(b"{") - 2  # no path in a store has a brace
     if n_files <= _FEW_FILES:
         return
@@ -99,5 +101,5 @@ def _refuse_endless(files: ReadableFiles, data: bytes) -> None:
     most = 2 + sum(1 + spec.n_shards for spec in beside)
     most += manifest.model_layers * (1 + sum(1 + spec.n_shards for spec in of_a_layer))
     if n_files > most:
-        problem = f"it names {n_files:,} files, and such a store has {most:,} at the most"
+        problem = f"it names {n_files:,} files, but a store of this manifest has at most {most:,}"
         raise StoreDamagedError(problem, array=SEAL_PATH)

@@ -9,7 +9,7 @@ _MOST_NAMES = 12
 
 
 def quantity(n_bytes: float) -> str:
-    """Bytes for people.
+    """Bytes in readable units.
 
     >>> quantity(1536), quantity(2.5e12)
     ('1.54 kB', '2.50 TB')
@@ -39,13 +39,22 @@ def numbers(values: Iterable[int]) -> str:
     return ", ".join(map(str, values))
 
 
+def layers_named(layers: Sequence[int]) -> str:
+    """Layers in a sentence.
+
+    >>> layers_named((5,)), layers_named((5, 12))
+    ('layer 5', 'layers 5, 12')
+    """
+    return f"layer{'' if len(layers) == 1 else 's'} {numbers(layers) or 'none'}"
+
+
 def printable(text: str) -> str:
-    """The text, with a mark for each character that is not seen, such as one that turns the line around."""
+    """The text with a replacement for each unprintable character, e.g. one that reverses the line."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def shortened(value: object) -> str:
-    """A value as Python writes it, cut behind its first 16 characters where it is long, as a digest is.
+    """The repr of a value, cut after 16 characters if it is long, e.g. a digest.
 
     >>> shortened("a" * 64), shortened("google/gemma-2-2b-it"), shortened(None)
     ("'aaaaaaaaaaaaaaa…", "'google/gemma-2-2b-it'", 'None')
@@ -55,30 +64,30 @@ def shortened(value: object) -> str:
 
 
 def differences(differ: Sequence[tuple[str, object, object]], most: int = 3) -> str:
-    """What differs between before and now, in one line: the first few with their values, more by name.
+    """What changed, in one line: the first few with their values, the others by name.
 
     Args:
-        differ: name, value before, value now; what matters most comes first.
-        most: how many are told with their values.
+        differ: name, recorded value, new value; the most important first.
+        most: how many are shown with their values.
 
-    >>> differences([("codec", "small", "raw"), ("seed", 0, 1), ("n_contexts", 8, 16)], 1)
-    "codec is 'small' there and 'raw' now; also seed, n_contexts"
+    >>> differences([("codec", "small", "raw"), ("seed", 0, 1), ("d_model", 8, 16)], 1)
+    "codec was 'small' and is now 'raw'; also seed, d_model"
     """
-    told = [f"{name} is {shortened(old)} there and {shortened(new)} now" for name, old, new in differ[:most]]
+    shown = [f"{name} was {shortened(old)} and is now {shortened(new)}" for name, old, new in differ[:most]]
     names = [name for name, *_ in differ[most:]]
     more = [f"{len(names) - _MOST_NAMES} more"] if len(names) > _MOST_NAMES else []
     rest = [f"also {', '.join([*names[:_MOST_NAMES], *more])}"] if names else []
-    return "; ".join([*told, *rest])
+    return "; ".join([*shown, *rest])
 
 
 def plot(values: Sequence[float], width: int = 64, height: int = 4, *, top: float | None = None) -> list[str]:
-    """Bars from 0 to ``top``, top line first; a bar over several values shows the greatest.
+    """Bars from 0 to ``top``, top line first; a bar over several values shows their maximum.
 
     Args:
-        values: numbers from 0 on; what is not finite is drawn as 0.
-        width: bars at most.
-        height: lines, each of eight levels.
-        top: what fills all lines; the greatest value where it is not given.
+        values: numbers from 0 up; those that are not finite are drawn as 0.
+        width: maximum number of bars.
+        height: lines of eight levels each.
+        top: the value that fills all lines; by default the maximum.
 
     >>> plot([4, 2, 1, 1], width=4, height=1)
     ['█▄▂▂']

@@ -1,7 +1,7 @@
-"""What readers ask of a store's files, wherever they lie: on this machine (``files.py``), or on a server.
+"""The interface of a store's files for readers, local (``files.py``) or on a server (``remote/files.py``).
 
-A local shard is a map of its file, or is read where its file system has no maps. One on a server
-(``remote/files.py``) is fetched part by part, and kept.
+A local shard is mapped, or read if its file system has no maps. One on a server is fetched in parts and
+cached.
 """
 
 import mmap
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Protocol
 
 WHOLE_BYTES = 2**21
-"""A file on a server that is no longer than this is fetched whole, whatever of it is wanted."""
+"""A file on a server up to this size is always fetched whole."""
 
 
 class ShardFile(Protocol):
-    """A file of parts that lie one after the other; its length is the file's, in bytes."""
+    """A file of consecutive parts; its length is the file's, in bytes."""
 
     def __len__(self) -> int:
         """Bytes of the file."""
@@ -29,9 +29,9 @@ class ShardFile(Protocol):
         """Some of several parts in a row, read together.
 
         Args:
-            edges: where part i begins is ``edges[i]``, and where it ends ``edges[i + 1]``; rising.
-            wanted: numbers of the parts to give; the others may be kept for later.
-            anew: not from a cache, whose bytes were wrong.
+            edges: part i is bytes ``edges[i]`` to ``edges[i + 1]``; sorted.
+            wanted: numbers of the parts to return; the others may be cached.
+            anew: bypass the cache, as its bytes were wrong.
 
         Raises:
             StoreDamagedError: the file is missing, or has another size than was sealed.
@@ -44,7 +44,7 @@ class MappedFile:
     """A file as read-only memory."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        """Take the map of a whole file."""
+        """Use the map of a whole file."""
         self._data = data
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class MappedFile:
 
     @property
     def is_cut_short(self) -> bool:
-        """Whether the file is now shorter than its map: reading what is gone would kill the process."""
+        """Whether the file is now shorter than its map, so that reading could kill the process."""
         return self._data.size() < len(self._data)
 
     def will_need(self, start: int, stop: int) -> None:
@@ -70,15 +70,15 @@ class MappedFile:
             self._data.madvise(mmap.MADV_WILLNEED, first, stop - first)
 
     def let_go(self) -> None:
-        """Give the pages back that were read."""
+        """Release the pages that were read."""
         self._data.madvise(mmap.MADV_DONTNEED)
 
 
 class UnmappedFile:
-    """A file of a file system that has no maps, as some of those in user space."""
+    """A file of a file system without maps, e.g. of some in user space."""
 
     def __init__(self, file: int) -> None:
-        """Take a descriptor of its own, and close it in the end."""
+        """Duplicate the descriptor, and close it at the end."""
         self._file, self._n_bytes = file, os.fstat(file).st_size
         weakref.finalize(self, os.close, file)
 
@@ -89,7 +89,7 @@ class UnmappedFile:
     def parts(
         self, edges: Sequence[int], wanted: Sequence[int], *, anew: bool = False
     ) -> Sequence[memoryview]:
-        """The parts, read; shorter than they should be where the file is."""
+        """The parts, read; shorter if the file is."""
         return [self._part(edges[part], edges[part + 1]) for part in wanted]
 
     def _part(self, start: int, stop: int) -> memoryview:
@@ -103,16 +103,16 @@ class UnmappedFile:
 
 
 class ReadableFiles(Protocol):
-    """The files of a store, on this machine or on a server."""
+    """The files of a store, local or on a server."""
 
     @property
     def root(self) -> Path | str:
-        """The folder, or the URL as it may be shown."""
+        """The folder, or the URL without credentials."""
         ...
 
     @property
     def has_latency(self) -> bool:
-        """Whether reading begins late, as from a server: few, large and many at once are better there."""
+        """Whether reads have a high latency, as from a server, and should be few, large and concurrent."""
         ...
 
     def read(self, path: str, limit_bytes: int) -> bytes:
@@ -120,7 +120,7 @@ class ReadableFiles(Protocol):
         ...
 
     def pieces(self, path: str, start: int = 0) -> Iterator[bytes]:
-        """The bytes of a file of any size from ``start`` on, a few megabytes at a time, not from a cache.
+        """The bytes of a file of any size from ``start``, a few megabytes at a time, not from a cache.
 
         Raises:
             FileNotFoundError: no such file.
@@ -130,10 +130,10 @@ class ReadableFiles(Protocol):
         ...
 
     def map(self, path: str) -> ShardFile:
-        """A file to decode chunks out of.
+        """A file to decode chunks from.
 
         Raises:
-            FileNotFoundError: no such file, or none that the seal names.
+            FileNotFoundError: no such file, or the seal does not name it.
             StoreDamagedError: not a regular file, or empty.
         """
         ...

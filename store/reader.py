@@ -1,7 +1,7 @@
 """Reading from a store: ``ActivationStore``.
 
-Decodes whole chunks (8 contexts) out of the memory map, about 2 GB/s to a core with checksums on; how it
-reads from a server is told in ``remote/files.py``.
+Decodes whole chunks (8 contexts) from the memory map, about 2 GB/s per core with checksums on. Reading from
+a server is described in ``remote/files.py``.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class ActivationStore(StoreStatistics):
     """A store opened for reading; safe to use from many threads, in forked children and pickled.
 
     Attributes:
-        manifest: what was harvested from what.
+        manifest: the model, the text and the settings of the harvest.
         layers: the layers that can be read, sorted.
         n_contexts: contexts committed in every layer.
         contexts_by_layer: contexts committed, by layer.
@@ -36,8 +36,8 @@ class ActivationStore(StoreStatistics):
     def held_out_part(self, layer: int) -> tuple[int, int]:
         """Contexts [start, stop) that training does not read.
 
-        Where none that the manifest names is committed (a part copied out, an unfinished harvest),
-        the last 5 % of what is there, in whole chunks; nothing of a single chunk.
+        If none of the manifest's held-out contexts is committed (a partial copy, an unfinished harvest),
+        the last 5 % of the committed ones, in whole chunks; none of a single chunk.
         """
         committed, chunk = self.contexts_by_layer[layer], self.manifest.chunk_contexts
         start = self.manifest.held_out[0]
@@ -48,7 +48,7 @@ class ActivationStore(StoreStatistics):
         return min(kept * chunk, committed), committed
 
     def training_contexts(self, layer: int) -> int:
-        """How many contexts, from the first, training reads."""
+        """Number of contexts, from the first, that training reads."""
         return self.held_out_part(layer)[0]
 
     def read(
@@ -74,7 +74,7 @@ class ActivationStore(StoreStatistics):
             StoreDamagedError: a chunk is not what was written.
         """
         if dtype not in ("uint16", "float32"):
-            raise SettingsError(f"dtype {dtype!r}: take uint16 (the bits of bfloat16) or float32")
+            raise SettingsError(f"dtype {dtype!r}: use uint16 (the bits of bfloat16) or float32")
         if layer not in self.layers:
             self.check_layer(layer)
         rows = select(contexts, self.contexts_by_layer[layer], "contexts")
@@ -130,16 +130,16 @@ def _names_each(selection: Selection) -> bool:
     if isinstance(selection, slice):
         ends = (selection.start, selection.stop)
         return selection.stop is not None and all(end is None or end >= 0 for end in ends)
-    wanted = np.asarray(selection)
-    return wanted.dtype != np.bool_ and wanted.size > 0 and int(wanted.min()) >= 0
+    indices = np.asarray(selection)
+    return indices.dtype != np.bool_ and indices.size > 0 and int(indices.min()) >= 0
 
 
 def select(selection: Selection, size: int, axis: str) -> NDArray[np.int64]:
     """A selection along one axis as indices from 0.
 
     Raises:
-        StoreIncompleteError: an index that is not committed.
-        TypeError: neither whole numbers nor booleans.
+        StoreIncompleteError: an index is not committed.
+        TypeError: neither integers nor booleans.
 
     >>> select(slice(-2, None), 5, "contexts")
     array([3, 4])
@@ -147,18 +147,18 @@ def select(selection: Selection, size: int, axis: str) -> NDArray[np.int64]:
     if isinstance(selection, slice):
         for edge in (selection.start, selection.stop):
             if edge is not None and edge > size:
-                raise StoreIncompleteError(f"{axis} up to {edge} were asked for, and {size} are there")
+                raise StoreIncompleteError(f"{axis} up to {edge} are out of range: the store has {size}")
         return np.arange(*selection.indices(size))
-    wanted = np.atleast_1d(np.asarray(selection))
-    if wanted.size and wanted.dtype.kind not in "iub":
-        raise TypeError(f"{axis} are chosen by a slice, whole numbers or booleans, not by {wanted.dtype}")
-    if wanted.dtype == np.bool_:
-        if wanted.shape != (size,):
-            raise StoreIncompleteError(f"{len(wanted)} booleans for {size} {axis}; give one for each")
-        return np.flatnonzero(wanted)
-    wanted = wanted.astype(np.int64).reshape(-1)
-    if wanted.size and not -size <= int(wanted.min()) <= int(wanted.max()) < size:
-        low, high = int(wanted.min()), int(wanted.max())
-        told = f"{axis} {low} to {high} were" if low < high else f"{axis.removesuffix('s')} {low} was"
-        raise StoreIncompleteError(f"{told} asked for, and {size} are there")
-    return wanted % size if wanted.size else wanted
+    indices = np.atleast_1d(np.asarray(selection))
+    if indices.size and indices.dtype.kind not in "iub":
+        raise TypeError(f"{axis} are selected by a slice, integers or booleans, not by {indices.dtype}")
+    if indices.dtype == np.bool_:
+        if indices.shape != (size,):
+            raise StoreIncompleteError(f"{len(indices)} booleans for {size} {axis}; give one for each")
+        return np.flatnonzero(indices)
+    indices = indices.astype(np.int64).reshape(-1)
+    if indices.size and not -size <= int(indices.min()) <= int(indices.max()) < size:
+        low, high = int(indices.min()), int(indices.max())
+        which = f"{axis} {low} to {high} are" if low < high else f"{axis.removesuffix('s')} {low} is"
+        raise StoreIncompleteError(f"{which} out of range: the store has {size}")
+    return indices % size if indices.size else indices

@@ -1,18 +1,15 @@
-"""Rounding: float32 to bfloat16, and bfloat16 to fewer mantissa bits.
+"""Rounding: float32 to bfloat16, and bfloat16 to fewer mantissa bits before compression.
 
-The second happens before a codec: loss by choice, for a smaller store.
-
-The low bits of a mantissa are noise that no codec can shrink, so each one dropped saves about a bit a value
-(16 bits become 9.0 at 5 mantissa bits, ratio 1.78; docs/benchmarks.md). Nothing else of the format
-changes: rounded values are bfloat16 values. How many bits were kept is in the manifest, and the error that
-was made in ``stats/layer_N/rounding``. Costs one pass in memory over each chunk while it is encoded.
+The low bits of a mantissa are incompressible noise, so each one dropped saves about a bit per value (16 bits
+become 9.0 at 5 mantissa bits, ratio 1.78; docs/benchmarks.md). Rounded values are still bfloat16. The
+manifest records the number of bits, ``stats/layer_N/rounding`` the error. Costs one pass in memory per chunk.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 MANTISSA_BITS = 7
-"""Bits of a bfloat16 mantissa that are written down."""
+"""Explicit mantissa bits of bfloat16."""
 
 _INFINITY = 0x7F80
 _NAN = 0x7FC0
@@ -20,7 +17,7 @@ _NEAR_INFINITY = 0x7F00
 
 
 def float32_to_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The bits of values as bfloat16, to nearest, half to even; too large ones become infinite.
+    """The bits of values as bfloat16, rounded to nearest, half to even; too large ones become infinite.
 
     Args:
         values: float32 of any shape.
@@ -31,18 +28,18 @@ def float32_to_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     bits = values.view(np.uint32)
     to_even = bits >> np.uint32(16) & np.uint32(1)
     rounded = (bits + (to_even + np.uint32(0x7FFF)) >> np.uint32(16)).astype(np.uint16)
-    # Of a NaN, what is added may run over into the sign, and leave a number.
+    # Adding to a NaN may overflow into the sign and give a number.
     return np.where(np.isnan(values), np.uint16(_NAN), rounded)
 
 
 def round_mantissas(bits: NDArray[np.uint16], mantissa_bits: int) -> NDArray[np.uint16]:
     """bfloat16 bits rounded to ``mantissa_bits``, to nearest, half to even.
 
-    Values from 2^127 on are cut instead, so finite ones stay finite; what is not finite stays as it is.
+    Values from 2^127 are truncated instead, so finite ones stay finite; others stay unchanged.
 
     Args:
         bits: bfloat16 bits of any shape.
-        mantissa_bits: how many to keep, 1 to 7.
+        mantissa_bits: bits to keep, 1 to 7.
 
     >>> [hex(b) for b in round_mantissas(np.array([0x3F81, 0x3F82, 0x3F83, 0x7F7F], np.uint16), 5)]
     ['0x3f80', '0x3f80', '0x3f84', '0x7f7c']

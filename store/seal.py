@@ -1,8 +1,8 @@
 """The seal: the list of every file that belongs to a finished store, with its size and digest.
 
-``seal.json`` is written last. A file that it names and that is missing or changed is damage; a file
-that it does not name is no part of the store. Its own digest is the store's identity. It has one form only:
-what it says is written again and compared. Costs about 5 us and 350 bytes of memory a file.
+``seal.json`` is written last. A missing or changed file that it names is damage; a file that it does not name
+is not part of the store. Its own digest is the store's identity. It has only one form: its content is
+serialised again and compared. Costs about 5 us and 350 bytes of memory per file.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ CARD_PATH = "README.md"
 """The card. May be edited, and so is never sealed."""
 
 COPY_PATH = f".copy{PARTIAL}"
-"""In a folder that a copy was begun in, until it is sealed: the identity of the source."""
+"""In the folder of an unfinished copy: the identity of the source."""
 
 MAX_PATH = 255
 MAX_METADATA_BYTES = 1 << 20
 MAX_SEAL_BYTES = 1 << 26
 
 _HEAD, _TAIL = b'{"files":{', b'},"format":%d}' % FORMAT
-# Printable, as a damaged file's path is shown to people. No part of it is empty, "." or "..".
+# Printable, as paths of damaged files are shown. No part of it is empty, "." or "..".
 _PART = r'(?!\.{1,2}[/"])[ !#-.0-\[\]-~]+'
 _LINE = re.compile(
     rf'"(?=[^"]{{1,{MAX_PATH}}}"){_PART}(?:/{_PART})*":'
@@ -42,7 +42,7 @@ _ANY_FORMAT = re.compile(rb'"format"\s*:\s*([0-9]{1,18})')
 
 
 class SealedFile(NamedTuple):
-    """What the seal says of one file."""
+    """The entry of one file."""
 
     n_bytes: int
     sha256: str
@@ -57,12 +57,12 @@ class Seal(NamedTuple):
 
 
 def pretty_json(value: Json) -> bytes:
-    """JSON for a ``zarr.json``, which people read; equal values give equal bytes."""
+    """Readable JSON for a ``zarr.json``; equal values give equal bytes."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def parse_json(data: bytes, path: str) -> Json:
-    """A JSON object, from anywhere.
+    """A JSON object from an untrusted source.
 
     Raises:
         StoreFormatError: not JSON, not an object, a key twice, or too deep.
@@ -100,10 +100,10 @@ def sha256_of(files: ReadableFiles, path: str) -> SealedFile:
 
 
 def seal_bytes(sealed: Mapping[str, SealedFile]) -> bytes:
-    """The ``seal.json`` of these files, with sorted keys and no spare space: equal stores have equal seals.
+    """The ``seal.json`` of these files, with sorted keys and no white space: equal stores have equal seals.
 
     Raises:
-        StoreWriteError: so many files that no reader would take it.
+        StoreWriteError: more files than a reader accepts.
     """
     listed = {path: {"bytes": entry.n_bytes, "sha256": entry.sha256} for path, entry in sealed.items()}
     seal = {"format": FORMAT, "files": listed}
@@ -127,7 +127,7 @@ def parse_seal(data: bytes) -> Seal:
         if not {ROOT_PATH, CORPUS_PATH} <= files.keys():
             raise ValueError("files")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        # A newer seal may have any form; of that only its format is looked for, at either end.
+        # A newer seal may have any form; only its format is searched for, at either end.
         if newer := _ANY_FORMAT.search(data[-256:]) or _ANY_FORMAT.search(data[:256]):
             refuse_newer(int(newer[1]))
         raise StoreFormatError(
@@ -137,13 +137,13 @@ def parse_seal(data: bytes) -> Seal:
 
 
 def _files_in(data: bytes) -> dict[str, SealedFile]:
-    """The entries of a seal that is byte for byte what ``seal_bytes`` makes of them."""
-    # Nothing in it is empty: the cheapest look at what a stranger made long.
+    """The entries of a seal, which must equal the output of ``seal_bytes``."""
+    # Nothing in it is empty: the cheapest check of a long hostile file.
     if not (data.startswith(_HEAD) and data.endswith(_TAIL)) or b'""' in data:
         raise ValueError("form")
     listed: dict[str, Any] = json.loads(data.decode())["files"]
     files = {path: SealedFile(entry["bytes"], entry["sha256"]) for path, entry in listed.items()}
-    # Written here as quickly as can be: a store may have hundreds of thousands of files.
+    # Fast, as a store may have hundreds of thousands of files.
     lines = [
         f'"{path}":{{"bytes":{n_bytes},"sha256":"{sha256}"}}' for path, (n_bytes, sha256) in files.items()
     ]

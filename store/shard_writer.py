@@ -1,7 +1,7 @@
 """Writing the shards of an array: encoding rows, streaming chunks, committing by a rename.
 
-A shard is written under its lock to a temporary file, a chunk at a time, and renamed when its index is
-durable: the rename is the commit record. Costs what the codec costs, and two fsyncs a shard.
+A shard is written to a temporary file under its lock, a chunk at a time, and renamed when its index is
+durable: the rename is the commit record. Costs the codec's time, and two fsyncs per shard.
 """
 
 import errno
@@ -23,13 +23,13 @@ from .shards import ABSENT, ShardReader
 
 
 class ShardWriter:
-    """One shard being written, under its lock; whoever holds the lock alone may write it.
+    """One shard being written, under its exclusive lock.
 
-    The temporary file is the lock: a kill frees it, and the next holder begins it anew.
+    The temporary file is the lock: a kill frees it, and the next holder starts over.
     """
 
     def __init__(self, files: StoreFiles, spec: ArraySpec, shard: int, handle: int) -> None:
-        """Begin with an empty file; use ``try_lock``."""
+        """Start with an empty file; use ``try_lock``."""
         self.spec = spec
         self.shard = shard
         self._files = files
@@ -52,14 +52,14 @@ class ShardWriter:
         wait: bool,
         is_committed: Callable[[], bool] | None = None,
     ) -> Self | None:
-        """The writer of ``shard``, or None where another process has it or it is committed.
+        """The writer of ``shard``, or None if another process has it or it is committed.
 
         Args:
             files: the store.
             spec: the array.
-            shard: which of its shards.
-            wait: wait for the other process, rather than return None at once.
-            is_committed: whether nothing is left to do; by default, whether the shard is there.
+            shard: index of the shard.
+            wait: wait for the other process instead of returning None at once.
+            is_committed: whether nothing is left to do; by default whether the shard exists.
 
         Raises:
             StoreWriteError: the disk refused.
@@ -91,7 +91,7 @@ class ShardWriter:
                 return None
 
     def append(self, encoded: bytes) -> None:
-        """Write the next chunk, as its codec encoded it.
+        """Write the next encoded chunk.
 
         Raises:
             StoreWriteError: the disk refused.
@@ -109,7 +109,7 @@ class ShardWriter:
                 view = view[self._file.write(view) :]
 
     def finish(self) -> SealedFile:
-        """Write the index and make the file durable; it is not committed yet. What a seal says of it.
+        """Write the index and make the file durable, without committing it; return its entry in the seal.
 
         Raises:
             StoreWriteError: the disk refused.
@@ -123,14 +123,14 @@ class ShardWriter:
         return SealedFile(self._n_bytes, self._digest.hexdigest())
 
     def adopt(self, source: ShardReader, shard: int) -> None:
-        """Be a whole shard of a sealed store, in place of ``append`` and ``finish``; nothing is decoded.
+        """Take a whole shard of a sealed store instead of ``append`` and ``finish``, without decoding it.
 
-        The file gets one more name where the file system can do that, and only its size and its index are
-        looked at. Else it is copied, and all of its bytes checked.
+        The file is hard-linked if the file system supports it, and only its size and index are checked.
+        Otherwise it is copied, and all of its bytes are checked.
 
         Args:
-            source: the same layer, with the same codec and shards, of the other store.
-            shard: which of its shards.
+            source: the same layer of the other store, with the same codec and shards.
+            shard: index of the shard there.
 
         Raises:
             StoreDamagedError: the file is missing or not what was sealed.
@@ -138,7 +138,7 @@ class ShardWriter:
         """
         source.check_index(shard)
         path = source.spec.shard_path(shard)
-        # Not the temporary name: that is the lock, and whoever gets it next empties the file.
+        # Not the temporary name: that is the lock, and its next holder empties the file.
         linked = partial_name(f"{self._path}.linked")
         with writing(self._target), self._files.folder_of(self._path) as folder:
             with suppress(FileNotFoundError):
@@ -172,10 +172,10 @@ class ShardWriter:
         self._file.close()
 
     def check_is_held(self) -> None:
-        """Refuse to go on where the temporary file, which is the lock, was replaced or removed.
+        """Stop if the temporary file, which is the lock, was replaced or removed.
 
         Raises:
-            StoreWriteError: something other than a harvest, merge or the like writes here.
+            StoreWriteError: another program changed the folder.
         """
         with writing(self._target), self._files.folder_of(self._path) as folder:
             if not _is_at(folder, partial_name(self._path), self._file.fileno()):
@@ -185,7 +185,7 @@ class ShardWriter:
                 )
 
     def _remove_temporary(self, folder: int) -> None:
-        # Of a linked file both may be there: renaming one name of a file to another does nothing.
+        # A linked file may have both names, as renaming one name of a file to another does nothing.
         for name in filter(None, (self._linked, partial_name(self._path))):
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=folder)
@@ -220,7 +220,7 @@ def encode_chunks(spec: ArraySpec, rows: NDArray[Any]) -> list[bytes]:
 
 
 class Rows(Protocol):
-    """Entries of an array, some at a time: numpy's own, or what makes them as they are asked for."""
+    """Entries of an array: a numpy array, or an object that makes them on access."""
 
     def __getitem__(self, rows: slice, /) -> NDArray[Any]:
         """The entries of a slice without a step."""
@@ -238,8 +238,8 @@ def write_array(
     Args:
         files: the store.
         spec: the array.
-        rows: all of its entries.
-        existing: the file of a shard, where there is one to be taken as it is.
+        rows: all entries.
+        existing: the file of a shard, if there is one to take unchanged.
 
     Raises:
         StoreWriteError: the disk refused.
@@ -253,7 +253,7 @@ def write_array(
 
 
 def write_shard(files: StoreFiles, spec: ArraySpec, shard: int, rows: NDArray[Any]) -> None:
-    """Write one shard of a small array, in place of what may be there; durable, no lock.
+    """Write or replace one shard of a small array, durably and without a lock.
 
     Raises:
         StoreWriteError: the disk refused.

@@ -1,12 +1,11 @@
 """Reading the shards of one array: the store's hot path.
 
-A shard file is its chunks one after the other, each encoded with a checksum, then an index: offset
-and size of every chunk as little-endian uint64, and the index's own checksum (Zarr's
-``sharding_indexed``). Reading maps the file and decodes straight out of the map into the caller's
-buffer; the index is checked once a shard, the checksum every time a chunk is read (where nothing is
-compressed, the first time: then rows come straight from the map). Of the maps at most 2 GiB stay in
-memory, so a reader's does not grow with the store. From a server, chunks that lie near each other come
-with one request.
+A shard file consists of its chunks, each encoded with a checksum, and an index: offset and size of every
+chunk as little-endian uint64, and the index's own checksum (Zarr's ``sharding_indexed``). Reading maps the
+file and decodes from the map into the caller's buffer. The index is checked once per shard, the checksum of a
+chunk at every read (of uncompressed chunks only at the first, as rows are then read from the map). At most 2
+GiB of maps stay in memory, whatever the size of the store. From a server, neighbouring chunks come with one
+request.
 """
 
 import resource
@@ -29,12 +28,12 @@ from .seal import SealedFile
 from .threads import Renewed, SharedWork, stop
 
 ABSENT = 2**64 - 1
-# A map keeps its file open; a process may often open no more than 1,024. Of all readers together.
+# A map keeps its file open, and a process may often open only 1,024. For all readers together.
 _MAPS_KEPT = min(4096, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
-# Pages of a map that were read count as the process's memory until let go. Having them back costs a tenth of
-# the decoding, so small stores keep theirs.
+# Read pages of a map count as the process's memory until released. Reading them again costs a tenth of
+# decoding, so small stores keep theirs.
 _PAGES_KEPT_BYTES = 2**31
-# From a server: in the time of a request half a megabyte comes, which may be wanted later.
+# From a server: half a megabyte, which may be needed later, takes as long as a request.
 _RUN_BYTES = 2**22
 _GAP_BYTES = 2**19
 _CUT_SHORT = "the file was cut short while it was read"
@@ -54,13 +53,13 @@ def parse_index(spec: ArraySpec, shard: int, data: bytes | memoryview, file_byte
 
     Args:
         spec: the array.
-        shard: which of its shards.
+        shard: index of the shard.
         data: the last ``index_bytes(spec)`` bytes of the file.
         file_bytes: size of the whole file.
 
     Raises:
-        StoreDamagedError: the checksum does not hold, or the entries are not chunks that follow
-            each other and fill the file.
+        StoreDamagedError: the checksum is wrong, or the entries are not consecutive chunks that fill
+            the file.
     """
 
     def damaged(problem: str) -> StoreDamagedError:
@@ -90,7 +89,7 @@ class _OpenShard(NamedTuple):
     file: ShardFile
     edges: NDArray[np.int64]  # where each chunk begins, and the last one ends; [chunks + 1]
     checked: NDArray[np.bool_]  # payload checked, for good; [chunks]
-    touched: NDArray[np.bool_]  # read since pages were last let go; [chunks]
+    touched: NDArray[np.bool_]  # read since pages were last released; [chunks]
 
 
 class ShardReader(Renewed):
@@ -106,7 +105,7 @@ class ShardReader(Renewed):
         Args:
             files: the store.
             spec: the array.
-            sealed: what the seal names, where there is one: no other file is opened.
+            sealed: entries of the seal, if there is one: no other file is opened.
         """
         self.files = files
         self.spec = spec
@@ -124,9 +123,9 @@ class ShardReader(Renewed):
 
     @classmethod
     def cut_short(cls) -> list[StoreDamagedError]:
-        """What is to be said of mapped files that are shorter than their maps: reading one kills the process.
+        """Messages about mapped files that are shorter than their maps, as reading one kills the process.
 
-        Takes no lock, so a handler of that signal may ask.
+        Takes no lock, so that a signal handler may call it.
         """
         readers = [reader for ref in cls._all.valuerefs() if (reader := ref()) is not None]
         return [
@@ -137,7 +136,7 @@ class ShardReader(Renewed):
         ]
 
     def is_committed(self, shard: int) -> bool:
-        """Whether the file of ``shard`` is there with an index that holds."""
+        """Whether the file of ``shard`` exists with a valid index."""
         try:
             self._index(shard, self.files.map(self.spec.shard_path(shard)))
         except (FileNotFoundError, StoreDamagedError):
@@ -156,12 +155,12 @@ class ShardReader(Renewed):
         """Open ``shard`` and check its index.
 
         Raises:
-            StoreDamagedError: the file is missing or its index does not hold.
+            StoreDamagedError: the file is missing or its index is invalid.
         """
         self._shard(shard)
 
     def check_sealed(self, shard: int, n_bytes: int | None = None) -> None:
-        """Check that the seal, where there is one, names the file of ``shard``, and with this size.
+        """Check that the seal, if there is one, names the file of ``shard`` with its size.
 
         Raises:
             StoreDamagedError: it does not.
@@ -185,7 +184,7 @@ class ShardReader(Renewed):
 
     @classmethod
     def _close_some(cls) -> None:
-        """Keep the files of all readers together within what a process may open."""
+        """Keep the open files of all readers within the limit of the process."""
         while True:
             readers = [reader for ref in cls._all.valuerefs() if (reader := ref()) is not None]
             if sum(len(reader._opened) for reader in readers) <= _MAPS_KEPT:
@@ -226,7 +225,7 @@ class ShardReader(Renewed):
         return StoreDamagedError(problem, array=self.spec.path, shard=shard)
 
     def _use(self, chunks: Sequence[int], use: Callable[[int, memoryview], None]) -> None:
-        """Read chunks of one shard together, and give ``use`` each one's number and checked payload.
+        """Read chunks of one shard together, and call ``use`` with each one's number and checked payload.
 
         Raises:
             StoreDamagedError: the file is missing, cut short, or a chunk is not what was written.
@@ -248,7 +247,7 @@ class ShardReader(Renewed):
                 self._let_go_of_pages(len(part))
 
     def _payload(self, shard: _OpenShard, within: int, data: memoryview) -> memoryview:
-        """What stands before the checksum of a chunk, whose checksum holds."""
+        """The bytes of a chunk before its checksum, after checking it."""
         codec, n_bytes = self.spec.codec, self.spec.chunk_bytes
         if shard.checked[within]:
             return data[:-CHECKSUM_BYTES]
@@ -257,12 +256,12 @@ class ShardReader(Renewed):
         except ChunkError:  # changed on its way here, or in a cache
             (data,) = shard.file.parts(shard.edges[within : within + 2].tolist(), [0], anew=True)
             payload = codec.payload(data, n_bytes)
-        # Uncompressed rows may be read one by one, and a checksum over all each time would cost more.
+        # Uncompressed rows may be read one by one; checking all of the chunk each time would cost more.
         shard.checked[within] = codec.compressor is None and isinstance(shard.file, MappedFile)
         return payload
 
     def _let_go_of_pages(self, n_bytes: int) -> None:
-        """Count pages that maps brought into memory, and let go of all when they are many."""
+        """Count the pages of maps in memory, and release all when they are many."""
         with self._lock:
             self._touched_bytes += n_bytes
             if self._touched_bytes < _PAGES_KEPT_BYTES:
@@ -295,9 +294,9 @@ class ShardReader(Renewed):
         """Begin to read chunks in the threads of ``pool``.
 
         Args:
-            chunks: which.
-            use: given the number of a chunk and a function that decodes it, as ``read_chunk`` does, into an
-                array that ``use`` passes to it.
+            chunks: their numbers.
+            use: called with the number of a chunk and a function that decodes it, as ``read_chunk`` does,
+                into an array.
             pool: threads to read and decode in.
         """
         if not self.files.has_latency:
@@ -309,7 +308,7 @@ class ShardReader(Renewed):
         return [pool.submit(self._use, run, decode) for run in self._runs(sorted(chunks))]
 
     def _runs(self, chunks: Sequence[int]) -> list[list[int]]:
-        """Chunks, which rise, cut into those to be read together: on this machine each by itself."""
+        """Sorted chunks in groups to be read together; local ones each alone."""
         if not self.files.has_latency:
             return [[chunk] for chunk in chunks]
         runs: list[list[int]] = []
@@ -341,8 +340,7 @@ class ShardReader(Renewed):
         Args:
             rows: indices from 0.
             pool: threads to decode in; by default this one.
-            columns: indices into axis 1, by default all of it; chunks are decoded whole all the same, but
-                one at a time.
+            columns: indices into axis 1, by default all; whole chunks are decoded, but one at a time.
 
         Raises:
             StoreDamagedError: a chunk is missing or not what was written.
@@ -384,7 +382,7 @@ class ShardReader(Renewed):
         return out
 
     def _decoded(self, payload: memoryview) -> NDArray[Any]:
-        """A chunk of which a part is to be copied, before this thread decodes the next one."""
+        """A decoded chunk to copy a part from, before this thread decodes the next one."""
         shape, dtype = self.spec.chunk_shape, self.spec.dtype
         if self.spec.codec.compressor is None:
             return np.frombuffer(payload, dtype).reshape(shape)
@@ -396,5 +394,5 @@ class ShardReader(Renewed):
 
 
 def _is_cut_short(file: ShardFile) -> bool:
-    # Reading a map past the end of a file cut short meanwhile would kill the process.
+    # Reading a map past the end of a truncated file would kill the process.
     return isinstance(file, MappedFile) and file.is_cut_short

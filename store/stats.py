@@ -1,10 +1,9 @@
 """Statistics of a layer, made while its shards are written and merged when they are read.
 
-One entry per shard, so that harvests by many processes need no common state: sums by position of
-the training part's ordinary tokens (what position means are made of), their second moments, norms
-of every token by position, how often each byte occurs (what compression can gain at most), the error
-of rounding, and the digest of the shard's file (so that sealing reads nothing again). Sums run in
-float64, context after context, so equal shards give equal bytes. Costs about as much CPU time as
+One entry per shard, so that several processes need no common state: sums by position over the training part's
+ordinary tokens (for position means), their second moments, norms of every token by position, counts of each
+byte (for the bound on compression), the rounding error, and the digest of the shard's file (for the seal).
+Sums run in float64, context after context, so equal shards give equal bytes. Costs about as much CPU time as
 compressing the shard, in the same threads.
 """
 
@@ -19,7 +18,7 @@ from .manifest import Manifest, layer_path
 NORM_BINS = 128
 NORM_BINS_TO_AN_OCTAVE = 4
 NORM_FIRST_OCTAVE = -8
-"""Bin b counts norms in [2^(b/4 - 8), 2^((b+1)/4 - 8)); the first and last also what lies beyond."""
+"""Bin b counts norms in [2^(b/4 - 8), 2^((b+1)/4 - 8)); the first and last include all values beyond."""
 
 
 def stats_specs(manifest: Manifest, layer: int) -> dict[str, ArraySpec]:
@@ -53,12 +52,12 @@ def stats_specs(manifest: Manifest, layer: int) -> dict[str, ArraySpec]:
 
 
 def ordinary_tokens(manifest: Manifest, tokens: NDArray[np.int32], contexts: range) -> NDArray[np.bool_]:
-    """Which tokens the position means are over: those of the training part that are not special.
+    """The tokens that enter the position means: those of the training part that are not special.
 
     Args:
         manifest: of the store.
         tokens: their ids, int32 [contexts, positions].
-        contexts: where in the store they lie.
+        contexts: their indices in the store.
 
     Returns:
         bool [contexts, positions].
@@ -78,7 +77,7 @@ def bits_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 class ChunkStats(NamedTuple):
-    """Sums over one chunk; added up chunk after chunk."""
+    """Sums over chunks."""
 
     sums: NDArray[np.float64]  # [positions, d_model]
     counts: NDArray[np.int64]  # [positions]
@@ -98,7 +97,7 @@ class ChunkStats(NamedTuple):
             bits: bfloat16 bits as stored [contexts, positions, d_model].
             ordinary: bool [contexts, positions]: tokens of the training part that are not special;
                 the sums are over these, the norms over all.
-            exact: what ``bits`` were before rounding, if they were rounded.
+            exact: ``bits`` before rounding, if they were rounded.
 
         Raises:
             FloatingPointError: a value is not finite.
@@ -115,7 +114,7 @@ class ChunkStats(NamedTuple):
         rows = np.empty((length, d_model))
         for context in range(n_contexts):
             values = bits_to_float32(bits[context])
-            with np.errstate(invalid="ignore"):  # a signalling NaN, told below
+            with np.errstate(invalid="ignore"):  # a signalling NaN, reported below
                 np.copyto(rows, values)
             norms = np.sqrt(np.einsum("pd,pd->p", rows, rows))
             if not np.isfinite(norms).all():
@@ -128,7 +127,7 @@ class ChunkStats(NamedTuple):
                 rows[~ordinary[context]] = 0
             sums += rows
             squares += np.einsum("pd,pd->d", rows, rows)
-        # Of the first context alone: bytes of one in eight are plenty, and counting costs time.
+        # Only of the first context: one in eight is enough, and counting costs time.
         counts = np.bincount(bits[0].reshape(-1), minlength=2**16).reshape(256, 256)
         byte_counts = np.stack([counts.sum(axis=1), counts.sum(axis=0)]).astype(np.int64)
         n_ordinary = ordinary.sum(axis=0, dtype=np.int64)
@@ -176,29 +175,29 @@ class LayerStats(NamedTuple):
     """Sums of ordinary training tokens' activations; [positions, d_model]."""
 
     counts: NDArray[np.int64]
-    """How many tokens each row of ``sums`` is over; [positions]."""
+    """Number of tokens in each row of ``sums``; [positions]."""
 
     squares: NDArray[np.float64]
     """Sums of their squares; [d_model]."""
 
     @property
     def n_tokens(self) -> int:
-        """Ordinary tokens that the sums are over."""
+        """Number of ordinary tokens in the sums."""
         return int(self.counts.sum())
 
     @property
     def variation(self) -> float:
         """Sum of squared distances of the ordinary tokens from their mean."""
-        with np.errstate(over="ignore", invalid="ignore"):  # the greatest numbers, and a stranger's
+        with np.errstate(over="ignore", invalid="ignore"):  # overflow of huge numbers in a hostile store
             mean = self.sums.sum(axis=0) / max(1, self.n_tokens)
             return float(self.squares.sum() - self.n_tokens * np.dot(mean, mean))
 
     @property
     def position_r2(self) -> float:
-        """Share of the variance that the position alone explains, less what chance would; NaN of too few.
+        """Share of the variance that position alone explains, minus chance; NaN for too few tokens.
 
         One-way analysis of variance with positions as groups, adjusted for their number: 1 - (1 - R²) ·
-        (n - 1) / (n - groups), about 0 where position means nothing.
+        (n - 1) / (n - groups), about 0 without an effect of position.
         """
         there = self.counts > 0
         n_groups = int(there.sum())
@@ -214,13 +213,13 @@ class LayerStats(NamedTuple):
 
 
 class RoundingError(NamedTuple):
-    """What rounding the mantissas cost."""
+    """The error of rounding mantissas."""
 
     relative: float
     """Mean over all tokens of |error| / |activation|."""
 
     fvu: float
-    """Squared error over the variance, both of ordinary training tokens."""
+    """Squared error over the variance, for ordinary training tokens."""
 
 
 class NormStats(NamedTuple):
@@ -249,7 +248,7 @@ def norm_stats(norm_sums: NDArray[np.float64], norm_counts: NDArray[np.int64]) -
 
 
 def byte_plane_bound(byte_counts: NDArray[np.int64]) -> float:
-    """The best ratio of any code that takes values byte by byte: 16 bits over both planes' entropies.
+    """The best ratio of coding byte by byte: 16 bits over both planes' entropies.
 
     Args:
         byte_counts: how often each value of the high and of the low byte occurs; [2, 256].

@@ -1,8 +1,7 @@
-"""What the threads that read a store share: work done once for all who ask, and locks that survive a fork.
+"""Shared by reading threads: work that is done once for all callers, and locks that survive a fork.
 
-A forked child has the memory of its parent and none of its threads: a lock that one of these held stays
-locked there for ever, and a pool never does anything. Whatever has locks or pools is a ``Renewed``, and gets
-fresh ones in the child.
+A forked child has its parent's memory but none of its threads: a lock held by one of them stays locked for
+ever, and a pool never runs. Objects with locks or pools are ``Renewed``, and get new ones in the child.
 """
 
 import os
@@ -18,7 +17,7 @@ _renewed: "WeakSet[Renewed]" = WeakSet()
 
 
 class Renewed:
-    """Base of what has locks or pools: ``renew`` makes them, at first and in every forked child."""
+    """Base of objects with locks or pools: ``renew`` makes them, at first and in every forked child."""
 
     def __init__(self) -> None:
         """Make the locks."""
@@ -26,7 +25,7 @@ class Renewed:
         _renewed.add(self)
 
     def renew(self) -> None:
-        """Replace locks and pools; what other threads were doing is not continued."""
+        """Replace locks and pools; work of other threads is not continued."""
         raise NotImplementedError
 
 
@@ -39,15 +38,15 @@ os.register_at_fork(after_in_child=_renew_all)
 
 
 class SharedWork(Renewed, Generic[Result]):
-    """Work with a name: whoever asks for it while another thread does it waits for that thread's result."""
+    """Named work: a thread that requests work in progress waits for its result."""
 
     def renew(self) -> None:
-        """Forget what is being done."""
+        """Forget the work in progress."""
         self._lock = threading.Lock()
         self._running: dict[Hashable, Future[Result]] = {}
 
     def do(self, name: Hashable, work: Callable[[], Result]) -> Result:
-        """The result of ``work``, or of the same work where it is being done; raises what that raises."""
+        """The result of ``work``, or of the same work in progress in another thread; raises its error."""
         with self._lock:
             running = self._running.get(name)
             is_ours = running is None
@@ -65,7 +64,7 @@ class SharedWork(Renewed, Generic[Result]):
 
 
 def stop(running: Sequence[Future[Any]]) -> None:
-    """Leave no thread that still reads a map, or writes into a buffer that others will use."""
+    """Wait until no thread reads a map or writes into a buffer that others will use."""
     for future in running:
         future.cancel()
     wait(running)

@@ -1,13 +1,12 @@
-"""Reading a store back, byte by byte, to say what of it is damaged.
+"""Reading a store back, byte by byte, to find damage.
 
-Every file that the seal names must be there with the size and SHA-256 that it had; every chunk's checksum
-must hold and every chunk decode; positions must count up and token ids lie in the vocabulary. Of an
-unfinished store each shard that stands under its own name is checked the same way, with its statistics,
-against the digests taken while writing: the name is the commit record, so a shard that stands there and
-is not whole is damage, though readers only see the store end before it. Another process may write the store
-meanwhile: what must be there is looked for in the order opposite to that of writing.
-Costs one pass over the disk and about 1 s a core for each GB on it. It ends early where more is damaged than
-anybody would read: a stranger's store cannot make it go on for ever.
+Every file that the seal names must have its sealed size and SHA-256; every chunk must have a correct checksum
+and decode; positions must be 0, 1, 2, … and token ids within the vocabulary. In an unfinished store each
+shard under its final name is checked the same way, with its statistics, against the digests taken while
+writing: the name is the commit record, so an incomplete shard is damage, though for readers the store just
+ends before it. Files are looked for in reverse order of writing, as another process may be writing. Costs one
+pass over the disk and about 1 core-second per GB. It stops after many findings, so a hostile store cannot
+keep it busy.
 """
 
 import errno
@@ -33,7 +32,7 @@ from .shards import ShardReader, index_bytes, parse_index
 from .stats import stats_specs
 
 MOST_DAMAGED = 1000
-"""So many damaged parts are told of; with more than that, reading back stops."""
+"""Maximum number of damaged parts to report; reading back stops after that."""
 
 _MOST_CHUNKS = 100  # bad chunks of one shard, before the rest of it is left unread
 
@@ -43,7 +42,7 @@ Result = TypeVar("Result")
 
 
 class Damage(NamedTuple):
-    """One thing that is not as it was written."""
+    """One damaged part."""
 
     array: str
     """Name of the array; for metadata the path of the file."""
@@ -56,11 +55,11 @@ class Damage(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """What reading everything back found."""
+    """The result of reading everything back."""
 
     damaged: list[Damage]
     foreign: list[str]
-    """Files that are no part of the store, such as a kill's leftovers; harmless."""
+    """Files that are not part of the store, e.g. leftovers of a kill; harmless."""
 
     n_bytes: int
     """Bytes read."""
@@ -72,7 +71,7 @@ def verify(
     """Read the whole store back.
 
     Args:
-        store: the store, made by ``ActivationStore(root)`` so that damage does not stop the opening.
+        store: the store, from ``ActivationStore(root)``, which opens damaged ones too.
         progress: called with the bytes read since the last call.
         threads: files read at once.
     """
@@ -93,7 +92,7 @@ def verify(
             if progress:
                 progress(size)
             if len(damaged) >= MOST_DAMAGED:
-                damaged.append(Damage(ROOT_PATH, None, None, "and so much more that the rest was not read"))
+                damaged.append(Damage(ROOT_PATH, None, None, "too much damage; the rest was not read"))
                 break
     known = {*plain, *covered, *expected, SEAL_PATH, CARD_PATH}
     foreign = [path for path in store.files.walk() if path not in known and not _may_be_ours(store, path)]
@@ -103,7 +102,7 @@ def verify(
 def _few_ahead(
     pool: Executor, check: Callable[[Task], Result], tasks: Iterable[Task], ahead: int
 ) -> Iterator[Result]:
-    """As ``pool.map``, but with at most ``ahead`` results waiting, and none begun once nobody asks."""
+    """As ``pool.map``, but with at most ``ahead`` pending results, and lazily."""
     waiting: deque[Future[Result]] = deque()
     try:
         for task in tasks:
@@ -118,12 +117,12 @@ def _few_ahead(
 
 
 def _may_be_ours(store: ActivationStore, path: str) -> bool:
-    # A harvest in progress: what lies past the committed part is neither damage nor foreign.
+    # A harvest in progress: files past the committed part are neither damage nor foreign.
     return path == LOCK_PATH or (not store.is_sealed and not is_leftover(path))
 
 
 def _plain_files(store: ActivationStore) -> Iterator[str]:
-    """The metadata that must be there."""
+    """Metadata that must exist."""
     yield ROOT_PATH
     if store.is_sealed or store.layers or store.files.exists(CORPUS_PATH):
         yield CORPUS_PATH
@@ -134,7 +133,7 @@ def _plain_files(store: ActivationStore) -> Iterator[str]:
 
 
 def _misread_metadata(store: ActivationStore) -> Iterator[Damage]:
-    """What no digest tells: metadata whose bytes are those that were sealed, and not in our form."""
+    """Metadata that has the sealed bytes but is not in our form, which digests do not show."""
     checks: list[tuple[str, Callable[[], object]]] = [(CORPUS_PATH, lambda: store.corpus)]
     checks += [(f"{path}/zarr.json", partial(store.spec, path)) for path, _ in _arrays(store)]
     for path, check in checks:
@@ -143,11 +142,11 @@ def _misread_metadata(store: ActivationStore) -> Iterator[Damage]:
         except StoreFormatError as error:
             yield Damage(path, None, None, str(error))
         except StoreDamagedError:
-            pass  # told by ``_check_file``
+            pass  # reported by ``_check_file``
 
 
 def _arrays(store: ActivationStore) -> Iterator[tuple[str, Sequence[int]]]:
-    """Each array and which of its shards are to be whole."""
+    """Each array, and the shards of it that must be complete."""
     if not store.is_sealed and not store.files.exists(CORPUS_PATH):
         return
     for name, spec in token_specs(store.manifest).items():
@@ -162,12 +161,12 @@ def _arrays(store: ActivationStore) -> Iterator[tuple[str, Sequence[int]]]:
 
 
 def _shards(store: ActivationStore) -> Iterator[tuple[ShardReader, int, str | None]]:
-    """Every shard, with the SHA-256 in hex that its file must have, where that is known."""
+    """Every shard, with the SHA-256 in hex of its file, if known."""
     for path, shards in _arrays(store):
         try:
             reader = store.array(path)
         except (StoreDamagedError, StoreFormatError):
-            continue  # its zarr.json is told by itself
+            continue  # its zarr.json is reported separately
         for shard in shards:
             yield reader, shard, _sha256(store, reader, shard)
 
@@ -205,7 +204,7 @@ def _check_file(store: ActivationStore, path: str) -> tuple[list[Damage], int]:
 
 
 def _unreadable(error: OSError) -> str:
-    """What an error says of a file, unless it is the process that may open no more, or the server."""
+    """The problem of a file from an error, unless it is the limit of open files, or the server."""
     if error.errno in (errno.EMFILE, errno.ENFILE) or isinstance(error, StoreRemoteError):
         raise error
     if isinstance(error, FileNotFoundError):
@@ -237,7 +236,7 @@ def _check_shard(
 
 
 class _Stream:
-    """A file read once from its start, and hashed on the way; of a long one the end before that."""
+    """A file read once from its start and hashed; the end of a long one is read first."""
 
     def __init__(self, files: ReadableFiles, path: str) -> None:
         self._files, self._path = files, path

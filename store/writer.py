@@ -1,10 +1,10 @@
-"""Making a store: the root, the tokens, shard after shard, the seal. Each step is durable.
+"""Writing a store: the root, the tokens, shard after shard, the seal. Each step is durable.
 
-The order is the protocol (docs/format.md): root ``zarr.json``; tokens, documents, positions and
-last their counts; per layer its metadata; per shard its statistics and then, by a rename, the shard
-itself; ``seal.json`` when all is there, and last the card. Any of it may be killed; doing it again
-finishes it, with the same bytes. Many processes may write one store: a shard belongs to whoever holds its
-lock.
+The order is the protocol (docs/format.md): root ``zarr.json``; tokens, documents, positions, then their
+counts; per layer its metadata; per shard its statistics and then, by a rename, the shard itself;
+``seal.json`` when all is complete, and last the card. After a kill at any step, repeating the work finishes
+it with the same bytes. Several processes may write one store: a shard is written by the process that holds
+its lock.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from .errors import (
 from .files import PARTIAL, StoreFiles, exclusive, is_leftover, unlocked
 from .layout import MAX_CHUNK_BYTES, ArraySpec, Json
 from .manifest import Manifest, group_json, layer_path, layer_spec, root_json, token_specs
-from .plain_text import differences, quantity
+from .plain_text import differences, layers_named, quantity
 from .reader import ActivationStore
 from .rounding import round_mantissas
 from .seal import (
@@ -53,12 +53,13 @@ _CHOSEN = {
     *("model", "dataset", "dataset_config", "n_contexts", "context_length", "skip_contexts", "packing"),
     *("held_out", "seed", "codec", "mantissa_bits", "batch_contexts", "attention", "device"),
 }
-"""What of a manifest its user chose; the rest follows, and is told after it."""
+"""Keys of the manifest that the user chose; in messages they stand before those that follow from them."""
+_OTHER_OPTIONS = {"model_revision", "dataset_revision", "dataset_split", "dataset_column"}
 _LARGE_FILE = SealedFile(10**10 - 1, "0" * 64)
 
 
 def standing_store(root: Path) -> ActivationStore | None:
-    """The store at ``root``, or None where one can be begun.
+    """The store at ``root``, or None if a new one can be begun.
 
     Raises:
         StoreFormatError: something else is there.
@@ -69,7 +70,7 @@ def standing_store(root: Path) -> ActivationStore | None:
     except StoreNotFoundError:
         return None
     except StoreFormatError:
-        # What a kill left is no obstacle.
+        # Leftovers of a kill are ignored.
         if any(not is_leftover(name) for name in StoreFiles(root).walk()):
             raise
         return None
@@ -79,7 +80,7 @@ class NotFiniteError(FloatingPointError):
     """An activation is not finite.
 
     Attributes:
-        layer: which layer's.
+        layer: its layer.
     """
 
     def __init__(self, layer: int) -> None:
@@ -92,7 +93,7 @@ class StoreWriter:
     """A store opened for writing; every method may be called again after a kill.
 
     Attributes:
-        manifest: what the store is made from.
+        manifest: of the store.
         files: its files.
     """
 
@@ -109,19 +110,19 @@ class StoreWriter:
     ) -> "StoreWriter":
         """Create the store, or open it to resume.
 
-        Before its tokens are committed nothing is fixed, and the root is simply written again.
+        Before the tokens are committed nothing is fixed, and the root is written again.
 
         Args:
             root: the store's folder.
-            manifest: what the store is made from.
-            layers: those that are to be filled.
-            allow_versions: other versions of libraries than the store's may write further layers, whose
-                versions are recorded with them.
+            manifest: of the store.
+            layers: layers to fill.
+            allow_versions: let other library versions than the store's write further layers, and record
+                them.
 
         Raises:
             SettingsError: chunks larger than a store can have.
             StoreFormatError: the folder holds something else.
-            StoreMismatchError: the store was made with other settings; says which.
+            StoreMismatchError: the store was made with other settings; lists them.
             StoreDamagedError: what is there is not what was written.
             StoreWriteError: the disk refused, or the store would have more files than its seal can name.
         """
@@ -145,7 +146,7 @@ class StoreWriter:
         store = standing_store(self.root)
         if store and self.files.exists(COPY_PATH):
             raise StoreMismatchError(
-                f"a copy into {self.root} was stopped; run the same posae copy again to finish it first"
+                f"{self.root} holds an unfinished copy; run the same posae copy again to finish it first"
             )
         if store and self.has_tokens:
             _check_same(self.root, store.manifest, self.manifest, allow_versions=self._allow_versions)
@@ -153,21 +154,21 @@ class StoreWriter:
             raise StoreDamagedError("the file is missing", array=CORPUS_PATH)
         elif store and (foreign := next(filter(_follows_tokens, self.files.walk()), None)):
             raise StoreFormatError(
-                f"{self.root} holds {foreign} but no committed tokens, so it is not this store's beginning; "
-                "remove the folder, or name another"
+                f"{self.root} holds {foreign} but no committed tokens, so it is not an unfinished harvest; "
+                "remove the folder, or choose another"
             )
         self._check_can_be_finished({*layers, *(store.layers if store else ())})
 
     def _check_can_be_finished(self, layers: Collection[int]) -> None:
-        """Hold the new store to its reader's bounds before anything is written."""
+        """Check the new store against the reader's bounds before anything is written."""
         for spec in specs_of(self.manifest, [*layers] or [0]):
             try:
                 spec.check_bounds()
             except ValueError:
                 raise SettingsError(
-                    f"{self.manifest.context_length:,} tokens a context and activations "
-                    f"{self.manifest.d_model:,} wide make chunks of {quantity(spec.chunk_bytes)} in "
-                    f"{spec.path}, and a chunk may have {quantity(MAX_CHUNK_BYTES)}; take shorter contexts"
+                    f"contexts of {self.manifest.context_length:,} tokens with {self.manifest.d_model:,} "
+                    f"numbers each make chunks of {quantity(spec.chunk_bytes)} in {spec.path}, above the "
+                    f"maximum of {quantity(MAX_CHUNK_BYTES)}; choose a smaller --context-length"
                 ) from None
         # As if each file had ten digits: the seal must name them all.
         seal_bytes(dict.fromkeys(files_of(self.manifest, sorted(layers)), _LARGE_FILE))
@@ -191,15 +192,15 @@ class StoreWriter:
         """Commit the tokens; call under ``lock``.
 
         Args:
-            tokens: int32 [contexts, positions]; asked for a shard at a time.
+            tokens: int32 [contexts, positions]; read a shard at a time.
             documents: int64 [contexts, positions]; likewise.
-            corpus: counts for people: documents, duplicates, special tokens.
-            existing: the file of a shard of ``tokens`` or ``document``, where there is one to be taken so.
+            corpus: counts of documents, duplicates and special tokens.
+            existing: the file of a shard of ``tokens`` or ``document``, if there is one to take unchanged.
 
         Raises:
             StoreWriteError: the disk refused.
         """
-        # Another process may have begun the store otherwise meanwhile: nothing was fixed before.
+        # Another process may have begun the store with other settings: nothing was fixed before.
         self.files.write(ROOT_PATH, pretty_json(root_json(self.manifest)))
         values: dict[str, Rows] = {
             "tokens": tokens,
@@ -207,7 +208,7 @@ class StoreWriter:
             "position": np.arange(self.manifest.context_length, dtype=np.int32),
         }
         for name, spec in token_specs(self.manifest).items():
-            # Before the commit other settings may have left theirs here.
+            # Other settings may have left shards here before the commit.
             self._remove_shards_past(spec)
             self.files.write(spec.metadata_path, pretty_json(spec.to_json()))
             write_array(self.files, spec, values[name], partial(existing, name))
@@ -224,12 +225,12 @@ class StoreWriter:
     def add_layers(
         self, layers: Sequence[int], versions: Mapping[int, Mapping[str, str]] | None = None
     ) -> None:
-        """Write the metadata of layers that the store does not have yet; call under ``lock``.
+        """Write the metadata of new layers; call under ``lock``.
 
         Args:
-            layers: which.
-            versions: by layer, versions of libraries that computed its activations where they are not those
-                of this writer's manifest, as of a layer of another store.
+            layers: the layers.
+            versions: by layer, the library versions that computed its activations, where they differ from
+                this writer's manifest, e.g. for a layer of another store.
 
         Raises:
             StoreMismatchError: a layer was begun with other versions of libraries.
@@ -244,38 +245,38 @@ class StoreWriter:
             self._write_metadata(layer_spec(self.manifest, layer))
 
     def _write_layer_group(self, layer: int, versions: Mapping[str, str]) -> None:
-        """The group of a layer's statistics; it records versions that are not the manifest's."""
+        """The group of a layer's statistics; it records versions that differ from the manifest's."""
         path = f"stats/{layer_path(layer)}/zarr.json"
         group = pretty_json(group_json({"posae": {"versions": versions}} if versions else {}))
         if not self.files.exists(path):
             self.files.write(path, group)
         elif self.files.read(path, MAX_METADATA_BYTES) != group:
             raise StoreMismatchError(
-                f"layer {layer} of {self.root} was begun with other versions of libraries ({path}, or else "
-                "zarr.json, names them); finish it with those"
+                f"layer {layer} of {self.root} was begun with other library versions, recorded in {path} or "
+                "zarr.json; finish it with those"
             )
 
     def begin_layers(
-        self, wanted: Sequence[int], versions: Mapping[int, Mapping[str, str]] | None = None
+        self, requested: Sequence[int], versions: Mapping[int, Mapping[str, str]] | None = None
     ) -> tuple[int, ...]:
-        """Begin the layers that are ``wanted``, and return those to be filled; call under ``lock``.
+        """Begin the ``requested`` layers, and return those to fill; call under ``lock``.
 
-        Of a finished store what is sealed is not touched; layers that others began are left to them.
-        ``versions`` are those of ``add_layers``.
+        Sealed layers are not touched; layers begun by others are left to them. ``versions``: see
+        ``add_layers``.
 
         Raises:
-            StoreMismatchError: another process committed other tokens since ``begin``; says what differs.
+            StoreMismatchError: another process committed other tokens since ``begin``.
             StoreWriteError: the disk refused.
         """
         store = ActivationStore.open(self.root)
         _check_same(self.root, store.manifest, self.manifest, allow_versions=self._allow_versions)
-        layers = tuple(sorted({*wanted} - {*(store.layers if store.is_sealed else ())}))
+        layers = tuple(sorted({*requested} - {*(store.layers if store.is_sealed else ())}))
         self._check_can_be_finished({*layers, *store.layers})
         self.add_layers(layers, versions)
         return layers
 
     def is_committed(self, layer: int, shard: int) -> bool:
-        """Whether one shard of one layer, and its statistics, are there."""
+        """Whether one shard of one layer, and its statistics, are committed."""
         specs = [layer_spec(self.manifest, layer), *stats_specs(self.manifest, layer).values()]
         return all(ShardReader(self.files, spec).is_committed(shard) for spec in specs)
 
@@ -285,9 +286,9 @@ class StoreWriter:
         return [shard for shard in shards if not all(self.is_committed(layer, shard) for layer in layers)]
 
     def standing_shards(self, layers: Sequence[int]) -> set[int]:
-        """The shards whose files stand in all of ``layers``: a look into folders, cheap where files are many.
+        """The shards whose files exist in all of ``layers``, from folder listings, without checks.
 
-        Nothing is checked: enough to tell how far other processes are.
+        Enough to show the progress of other processes.
         """
         standing = set(range(self.manifest.n_shards))
         for layer in layers:
@@ -297,14 +298,14 @@ class StoreWriter:
         return standing
 
     def lock_each(self, layers: Sequence[int], shards: Sequence[int]) -> "Iterator[ShardOfLayers]":
-        """Lock one shard after the other, for the caller to fill: first those that are free.
+        """Lock one shard after another for the caller to fill: first the free ones.
 
-        Then come those that another process had and did not finish. A caller that commits a shard only after
-        it has asked for the next one must do so in another thread: others may wait for it.
+        Then come those that another process left unfinished. A caller that commits a shard after requesting
+        the next one must do so in another thread, as other processes may wait for it.
 
         Args:
-            layers: to be filled; a shard is locked in those of them that lack it.
-            shards: which, in the order to try them in.
+            layers: layers to fill; a shard is locked in those of them that lack it.
+            shards: their indices, in the order to try.
 
         Raises:
             StoreWriteError: the disk refused.
@@ -341,10 +342,9 @@ class StoreWriter:
             return locked
 
     def finish(self, layers: Sequence[int]) -> str:
-        """Seal the store unless its seal names ``layers`` already, and see to its card; call under ``lock``.
+        """Seal the store unless its seal names ``layers``, and write its card; call under ``lock``.
 
-        The card comes last: a kill, or a disk that refuses it, leaves a finished store, and doing the
-        same again writes it.
+        The card is last: if writing it fails, the store is finished, and repeating the call writes it.
 
         Returns:
             The store's identity.
@@ -363,10 +363,10 @@ class StoreWriter:
         return str(store.identity)
 
     def seal(self, layers: Sequence[int] = ()) -> str:
-        """Name every file of the finished store, and return its identity; ``finish`` does it where needed.
+        """Write the seal, and return the store's identity; ``finish`` calls it if necessary.
 
-        What it names are ``layers``, what an older seal names, and other layers that are complete. Files
-        of an older seal keep their entry; digests of shards were taken while they were written.
+        It names ``layers``, the files of an older seal with their entries, and other complete layers.
+        Digests of shards were taken while they were written.
 
         Raises:
             StoreError: as for ``finish``.
@@ -378,13 +378,13 @@ class StoreWriter:
         ]
         if lacking := sorted(set(layers) - set(complete)):
             raise StoreIncompleteError(
-                f"{self.root} lacks shards of layers {', '.join(map(str, lacking))}, so it is not sealed; "
+                f"{self.root} lacks shards of {layers_named(lacking)} and cannot be sealed yet; "
                 "run the same command again"
             )
         for path in files_of(self.manifest, complete):
             if path not in sealed:
                 sealed[path] = self._digest(path)
-        # Nobody writes these any more: what is left was left by a kill.
+        # Complete layers have no writers, so these are leftovers of a kill.
         for spec in specs_of(self.manifest, complete):
             self.files.remove(spec.path, lambda name: name.startswith(".") and name.endswith(PARTIAL))
         data = seal_bytes(sealed)
@@ -405,11 +405,11 @@ class StoreWriter:
 
 
 class ShardOfLayers:
-    """One shard of several layers, being written batch after batch. A context manager.
+    """One shard of several layers, written batch after batch. A context manager.
 
-    Chunks are encoded, and their statistics made, by a pool's threads; each layer has a thread that takes
-    them in order, digests and writes them. At most a few batches wait, so whoever appends waits only where
-    encoding or the disk is slower than that.
+    A pool's threads encode chunks and compute their statistics; each layer has a thread that digests and
+    writes them in order. At most a few batches are pending, so appending waits only for slow encoding or
+    disks.
     """
 
     def __init__(self, store: StoreWriter, shard: int, writers: dict[int, ShardWriter]) -> None:
@@ -435,7 +435,7 @@ class ShardOfLayers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Free the locks; what is not committed is removed."""
+        """Free the locks, and remove uncommitted files."""
         for encoding, _writing in self._waiting:
             encoding.cancel()
         for thread in self._threads.values():
@@ -454,12 +454,12 @@ class ShardOfLayers:
 
         Args:
             layer: one of ``layers``.
-            bits: bfloat16 bits [contexts, positions, d_model]; not to be changed until they are encoded.
-            ordinary: bool [contexts, positions]: tokens that the position means are over.
+            bits: bfloat16 bits [contexts, positions, d_model]; unchanged until they are encoded.
+            ordinary: bool [contexts, positions]: tokens that enter the position means.
             pool: threads to encode in.
 
         Returns:
-            What encodes them, chunk by chunk: once all are done, nobody reads ``bits`` any more.
+            The pending encodings by chunk: when all are done, ``bits`` may be changed.
 
         Raises:
             ValueError: part of a chunk before the shard's end, or contexts past it.
@@ -484,12 +484,12 @@ class ShardOfLayers:
         return encodings
 
     def adopt(self, layer: int, source: ShardReader, shard: int, statistics: Mapping[str, bytes]) -> None:
-        """Take a whole shard of a sealed store for one layer, in place of ``append``.
+        """Take a whole shard of a sealed store for one layer, instead of ``append``.
 
         Args:
             layer: one of ``layers``.
             source: the layer in the other store, with the same codec and sizes.
-            shard: which of its shards; it has as many contexts as this one.
+            shard: index of its shard, which has as many contexts as this one.
             statistics: files of its entries, by short name.
 
         Raises:
@@ -500,7 +500,7 @@ class ShardOfLayers:
         self._adopted[layer] = statistics
 
     def set_rounding(self, layer: int, rounding: NDArray[np.float64]) -> None:
-        """Say what rounding had cost before ``append`` got the values.
+        """Record the error of rounding that was done before ``append``.
 
         Args:
             layer: one of ``layers``.
@@ -526,7 +526,7 @@ class ShardOfLayers:
             self._waiting.popleft()[1].result()
 
     def commit(self) -> None:
-        """Commit the shard in every layer, side by side: statistics first, then the rename.
+        """Commit the shard in every layer concurrently: statistics first, then the rename.
 
         Raises:
             NotFiniteError: an activation is not finite.
@@ -555,7 +555,7 @@ class ShardOfLayers:
 
 
 Encoding = Future[tuple[list[bytes], ChunkStats]]
-"""A chunk being encoded, and its statistics made."""
+"""A chunk being encoded, with its statistics."""
 
 
 def _encode_and_count(
@@ -588,27 +588,35 @@ def files_of(manifest: Manifest, layers: Sequence[int]) -> list[str]:
 
 
 def _follows_tokens(path: str) -> bool:
-    """Whether a file is one that no store has before its tokens are committed."""
+    """Whether a file can only exist after the tokens are committed."""
     return path.startswith(("layer_", "stats/")) and not is_leftover(path)
 
 
 def _but_posae(versions: Mapping[str, str]) -> dict[str, str]:
-    # Within a format every posae writes the same bytes; of other libraries nobody can say that.
+    # Within a format every version of posae writes the same bytes; other libraries may not.
     return {name: version for name, version in versions.items() if name != "posae"}
 
 
+def _option(key: str) -> str:
+    """The option of ``posae harvest`` that sets a key of the manifest; the key if there is none."""
+    if key not in _CHOSEN | _OTHER_OPTIONS:
+        return key
+    name = {"n_contexts": "contexts", "dataset_split": "split", "dataset_column": "column"}.get(key, key)
+    return f"--{name.replace('_', '-')}"
+
+
 def _rank(key: str) -> int:
-    """Where a key stands among those that differ: before what follows from it."""
+    """Sort order of the keys that differ: before those that follow from them."""
     if key in ("model", "dataset"):
         return 0
     return 1 if key.startswith(("planted ", "origin ", "imported ")) else 2 if key in _CHOSEN else 3
 
 
-def _check_same(root: Path, found: Manifest, wanted: Manifest, *, allow_versions: bool) -> None:
-    before, now = found.model_dump(), wanted.model_dump()
+def _check_same(root: Path, recorded: Manifest, new: Manifest, *, allow_versions: bool) -> None:
+    before, now = recorded.model_dump(), new.model_dump()
     for manifest in (before, now):
         manifest["versions"] = {} if allow_versions else _but_posae(manifest["versions"])
-        # What differs within one of these is named key by key.
+        # Compared key by key.
         for name in ("planted", "origin", "imported", "versions"):
             inner: Json = manifest.pop(name) or {}
             manifest |= {f"{name} {key}": value for key, value in inner.items()}
@@ -617,8 +625,10 @@ def _check_same(root: Path, found: Manifest, wanted: Manifest, *, allow_versions
     ]
     if not differ:
         return
-    differ.sort(key=lambda found: _rank(found[0]))
+    differ.sort(key=lambda change: _rank(change[0]))
     remedy = "give the same settings to resume, or another folder"
     if all(key.startswith("versions ") for key, *_ in differ):
         remedy = "install those versions, or record the difference: --allow-versions"
+    if not (recorded.planted or recorded.origin or recorded.imported):
+        differ = [(_option(key), old, new) for key, old, new in differ]
     raise StoreMismatchError(f"{root} was begun with other settings: {differences(differ)}; {remedy}")

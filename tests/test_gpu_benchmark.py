@@ -81,7 +81,7 @@ def test_a_step_without_time_says_so_and_is_done_later(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["--device", "cuda"], None, "no device cuda can be used here"),
+        (["--device", "cuda"], None, "device cuda is not available"),
         ([], PRETENDED, "24 GB of GPU memory are needed, and 17.2 GB are free"),
     ],
     ids=["no GPU", "too little memory"],

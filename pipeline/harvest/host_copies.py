@@ -1,8 +1,8 @@
-"""Activations on their way from a device to memory, while the device goes on computing.
+"""Copying activations from a device to host memory while the device keeps computing.
 
-On a GPU they are copied into pinned memory by a stream of their own: the host asks for the next batch
-before it waits for the last, so the GPU has work at all times. Memory is taken once, room for three batches:
-one that arrives and two that are being encoded. On the CPU nothing is copied.
+On a GPU they are copied into pinned memory on a separate stream: the host launches the next batch before it
+waits for the last, so the GPU is always busy. Memory is allocated once, for three batches: one in transfer
+and two being encoded. On the CPU nothing is copied.
 """
 
 from collections import deque
@@ -18,7 +18,7 @@ _N_ROOMS = 3
 
 
 class _Room:
-    """Memory for one batch, pinned if a GPU is to copy into it."""
+    """Memory for one batch, pinned if a GPU copies into it."""
 
     def __init__(self, *, pinned: bool) -> None:
         self._pinned = pinned
@@ -35,18 +35,18 @@ class _Room:
 
 
 class HostCopy:
-    """The activations of one batch in memory, or on their way there."""
+    """The activations of one batch, in memory or in transfer."""
 
     def __init__(
         self, values: Mapping[int, torch.Tensor], room: _Room | None, copied: torch.cuda.Event | None
     ) -> None:
-        """Speak of a copy; ``HostCopies.start`` makes one."""
+        """Describe a copy; ``HostCopies.start`` makes one."""
         self._values = values
         self._room = room
         self._copied = copied
 
     def bits(self) -> dict[int, NDArray[np.uint16]]:
-        """The bits by layer, as soon as they are there; uint16 [contexts, positions, d_model]."""
+        """The bits by layer, after waiting for the copy; uint16 [contexts, positions, d_model]."""
         if self._copied:
             self._copied.synchronize()
         found: dict[int, NDArray[np.uint16]] = {}
@@ -56,24 +56,24 @@ class HostCopy:
         return found
 
     def read_by(self, readers: Sequence[Future[Any]]) -> None:
-        """Say who reads the bits: their memory is used again when all of them are done."""
+        """Register readers of the bits: the memory is reused when all of them are done."""
         if self._room:
             self._room.readers += readers
 
 
 class HostCopies:
-    """Batches brought from a device to memory, one after the other."""
+    """Copies batches from a device to memory, one after another."""
 
     def __init__(self, device: torch.device) -> None:
-        """Bring them from ``device``; memory is taken with the first of them."""
+        """Copy from ``device``; memory is allocated with the first batch."""
         self._device = device
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._rooms = deque(_Room(pinned=self._copying is not None) for _ in range(_N_ROOMS))
 
     def start(self, activations: Mapping[int, torch.Tensor]) -> HostCopy:
-        """Begin to copy a batch, and on a GPU do not wait for it, nor for the model that computes it.
+        """Start copying a batch; on a GPU without waiting for the copy or the model.
 
-        Waits for the readers of the batch that had the memory before.
+        Waits for the readers of the batch that used the memory before.
 
         Args:
             activations: by layer, bfloat16 [contexts, positions, d_model] on the device.
@@ -94,7 +94,7 @@ class HostCopies:
         with torch.cuda.stream(self._copying):
             for layer, values in activations.items():
                 places[layer].copy_(values, non_blocking=True)
-                # Its memory on the device is not to be used again before it is copied.
+                # Its memory on the device must not be reused before it is copied.
                 values.record_stream(self._copying)
             copied.record()
         return HostCopy(places, room, copied)

@@ -1,1 +1,1 @@
-"""Doors for other programs: SAELens, SAEBench, and whatever reads activations as a data set of torch."""
+"""Interfaces for other programs: SAELens, SAEBench, and trainers that read a PyTorch data set."""

@@ -1,7 +1,7 @@
-"""A store's training part for trainers that are not posae's: a data set of PyTorch, a buffer of activations.
+"""A store's training part for other trainers: a PyTorch data set, and a buffer of activations.
 
-The order is that of ``posae train`` with the same seed, window and batch size, so it is fixed, and each
-wanted token comes once an epoch. Costs a copy of each batch, beside what ``ShuffledBatches`` does.
+The order is that of ``posae train`` with the same seed, window and batch size: fixed, with each token once
+per epoch. Costs a copy of each batch in addition to ``ShuffledBatches``.
 """
 
 from collections.abc import Iterator
@@ -26,17 +26,17 @@ class Rows(NamedTuple):
     """[rows, d_model]."""
 
     positions: Tensor
-    """int64 [rows]: the position of each in its context; of no meaning if an imported store knows none."""
+    """int64 [rows]: the position in the context; without meaning if an imported store has none."""
 
     tokens: Tensor
-    """int32 [rows]: token ids; 0 if an imported store knows none."""
+    """int32 [rows]: token ids; 0 if an imported store has none."""
 
 
 class ActivationDataset(IterableDataset[Rows]):
     """Batches of a layer, shuffled; give it to ``DataLoader(dataset, batch_size=None)``.
 
-    With workers it gives the same batches in the same order as without. Each worker decodes all that is read,
-    and gives its share of the batches: one takes the decoding off the trainer, more only share the copying.
+    Workers do not change the batches or their order. Each worker decodes everything and yields its share of
+    the batches: one relieves the trainer of decoding, more only share the copying.
     """
 
     def __init__(
@@ -56,12 +56,11 @@ class ActivationDataset(IterableDataset[Rows]):
         Args:
             store: an opened store, or its folder or URL; each worker opens it for itself.
             layer: one of its layers.
-            steps: batches to give; by default those of one epoch. With more the next epoch follows, in an
-                order of its own.
-            batch_size: tokens to a batch, about.
+            steps: number of batches; by default those of one epoch. Further epochs have other orders.
+            batch_size: approximate number of tokens per batch.
             window_contexts: contexts decoded at once, twice in memory; a multiple of the store's chunks.
             seed: of the order.
-            special_tokens: whether BOS, EOS and the like are given too.
+            special_tokens: whether to include special tokens (BOS, EOS …).
             dtype: of the activations; the store has bfloat16.
 
         Raises:
@@ -78,7 +77,7 @@ class ActivationDataset(IterableDataset[Rows]):
             "window_contexts": window_contexts,
             "seed": seed,
             "leave_out": () if special_tokens else opened.manifest.special_token_ids,
-            # A store that grows meanwhile would else have another order in each worker.
+            # Otherwise a growing store would have another order in each worker.
             "n_contexts": opened.training_contexts(layer),
         }
 

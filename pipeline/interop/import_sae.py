@@ -1,8 +1,8 @@
-"""An autoencoder that another program trained, made a run: to be evaluated on a store beside those of posae.
+"""Importing an autoencoder of another program as a run, to evaluate it on a store.
 
-The run has the weights, a ``config.json`` that says where they came from, and no metrics: posae did not train
-it. Whether it was trained on what the store holds is not known, so its held-out part may have been seen.
-Cost: the weights, twice in memory for a moment; of the store only its manifest is read.
+The run has the weights, a ``config.json`` that records their source, and no metrics. It is not known whether
+the autoencoder was trained on the store's held-out part. Costs twice the weights in memory for a moment; only
+the manifest of the store is read.
 """
 
 import hashlib
@@ -24,32 +24,32 @@ from ..settings import ImportSaeSettings
 
 
 class ImportedSae(NamedTuple):
-    """What an import left."""
+    """The result of an import."""
 
     run: Run
     architecture: str
     dictionary_size: int
     layer: int
     model_name: str | None
-    """The language model that it says it was trained on; None where it does not."""
+    """The language model that the file names; None if it names none."""
 
 
 def import_sae(
     folder: Path, destination: Path, store: ActivationStore, settings: ImportSaeSettings
 ) -> ImportedSae:
-    """Make a run of the autoencoder in ``folder``; done again with the same words it changes nothing.
+    """Make a run of the autoencoder in ``folder``; repeated with the same options it changes nothing.
 
     Args:
-        folder: as SAELens 6 saved it, or a run of posae, of which only the weights are taken.
+        folder: saved by SAELens 6, or a run of posae, of which only the weights are used.
         destination: folder of the new run.
-        store: that it is to be evaluated on.
-        settings: which layer it is of, and by which ranges it is scored.
+        store: the store to evaluate on.
+        settings: its layer, and the position ranges of scores.
 
     Raises:
         RunNotFoundError: there is no autoencoder in ``folder``.
         RunError: a file is damaged, or posae has no such autoencoder; the destination holds something else.
         RunMismatchError: its activations are not those of the store, or the destination is another run.
-        SettingsError: which layer it is of cannot be told, or is another than was said.
+        SettingsError: its layer is unknown, or not the given one.
         StoreIncompleteError: the store lacks the layer.
         StoreWriteError: the disk refused.
     """
@@ -57,7 +57,7 @@ def import_sae(
     said = read_metadata(folder)
     if said.is_of_posae:
         if settings.ranges is not None:
-            raise SettingsError(f"{folder} is a run of posae, with ranges of its own; leave --ranges out")
+            raise SettingsError(f"{folder} is a run of posae, with its own ranges; leave out --ranges")
         autoencoder = load_autoencoder(folder)
     else:
         count = str(min(4, length))
@@ -95,7 +95,7 @@ def import_sae(
 
 
 def _digest(folder: Path) -> str:
-    """What tells the autoencoder from another in a folder of the same name."""
+    """A digest that identifies the autoencoder."""
     digest = hashlib.sha256()
     for name in ("cfg.json", WEIGHTS):
         with (folder / name).open("rb") as file:
@@ -106,16 +106,16 @@ def _digest(folder: Path) -> str:
 def _layer(folder: Path, wanted: int | None, hook_name: str | None) -> int:
     if hook_name is None:
         if wanted is None:
-            raise SettingsError(f"{folder} does not say which layer it is of; name it with --layer")
+            raise SettingsError(f"{folder} does not record its layer; give it with --layer")
         return wanted
     found = layer_of(hook_name)
     if found is None:
         raise SettingsError(
-            f"{folder} was trained at {hook_name}, and a store holds the residual stream after a block; "
+            f"{folder} was trained at {hook_name}, but a store holds the residual stream after a block; "
             "import one that was trained there"
         )
     if wanted not in (None, found):
-        raise SettingsError(f"{folder} was trained at {hook_name}, which is layer {found}; leave --layer out")
+        raise SettingsError(f"{folder} was trained at {hook_name}, which is layer {found}; leave out --layer")
     return found
 
 
@@ -127,7 +127,7 @@ def _config(
     architecture: str,
     ranges: tuple[PositionRange, ...],
 ) -> dict[str, Any]:
-    """What ``config.json`` says: what ``evaluate`` needs, and that posae did not train this."""
+    """The content of ``config.json``: what ``evaluate`` needs, and that posae did not train this."""
     manifest = store.manifest
     return {
         "posae": __version__,

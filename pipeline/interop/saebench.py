@@ -1,9 +1,8 @@
-"""A run as SAEBench wants an autoencoder, so that its sparse probing scores it, positions and all.
+"""A run in the form of a SAEBench autoencoder, so that its sparse probing can score it with positions.
 
-SAEBench gives activations [contexts, positions, d_model] alone. The position of a token is then its column,
-which is true only where texts are padded on the right; padding on the left is refused where it shows.
-SAEBench and SAELens must be installed, and take seconds to import. What is computed costs what it does in
-``Autoencoder``.
+SAEBench passes only activations [contexts, positions, d_model], so the position of a token is its column.
+That is correct only if texts are padded on the right; left padding is refused where it can be detected.
+SAEBench and SAELens must be installed, and take seconds to import.
 """
 
 from pathlib import Path
@@ -20,10 +19,10 @@ from ..sae.saving import load_autoencoder
 
 
 class SAEBenchAutoencoder(BaseSAE):
-    """The autoencoder of a run; the rows of ``W_dec`` have unit norm, and codes are in units of activations.
+    """The autoencoder of a run; rows of ``W_dec`` have unit norm, and codes are in units of activations.
 
     Attributes:
-        autoencoder: as ``load_autoencoder`` gives it; a code here is its code times ``norms``.
+        autoencoder: from ``load_autoencoder``; a code here is its code times ``norms``.
         norms: length of each feature's row in its decoder; [d_sae].
     """
 
@@ -42,16 +41,15 @@ class SAEBenchAutoencoder(BaseSAE):
 
         Args:
             run: its folder.
-            model_name: the language model, as SAEBench names it; by default as the run does.
-            device: where it is to be.
+            model_name: SAEBench's name of the language model; by default the run's.
+            device: of the weights.
             dtype: of its weights, and of codes.
-            tokenizer: what texts are padded with, if its side is to be checked.
+            tokenizer: pads the texts; given to check its padding side.
 
         Raises:
             RunNotFoundError: there is no autoencoder.
             RunError: a file is damaged.
-            SettingsError: the tokenizer pads on the left, or the run does not say where in which model it
-                belongs.
+            SettingsError: the tokenizer pads on the left, or the run does not record its model and layer.
         """
         if tokenizer is not None and tokenizer.padding_side != "right":
             raise SettingsError(
@@ -63,9 +61,7 @@ class SAEBenchAutoencoder(BaseSAE):
         layer = layer_of(said.hook_name or "")
         name = model_name or said.model_name
         if layer is None or name is None:
-            raise SettingsError(
-                f"{run} does not say of which layer and model it is; give one trained by posae"
-            )
+            raise SettingsError(f"{run} does not record its layer and model; give a run trained by posae")
         super().__init__(
             d_in=autoencoder.d_model,
             d_sae=autoencoder.dictionary_size,
@@ -93,7 +89,7 @@ class SAEBenchAutoencoder(BaseSAE):
         """The position of each activation of [..., d_in]; a shape that broadcasts to [...].
 
         Raises:
-            SettingsError: they cannot be told from the columns.
+            SettingsError: the columns are not the positions.
         """
         if self.autoencoder.ignores_positions:
             return torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
@@ -121,11 +117,11 @@ class SAEBenchAutoencoder(BaseSAE):
         """Codes [..., d_sae] of activations [..., d_in] in raw units.
 
         Args:
-            x: [contexts, positions, d_in], padded on the right; masked tokens are 0. Where positions change
-                nothing any shape will do.
+            x: [contexts, positions, d_in], padded on the right; masked tokens are 0. Any shape if positions
+                do not matter.
 
         Raises:
-            SettingsError: positions matter and cannot be told, or are beyond the context length.
+            SettingsError: positions matter but are unknown, or are beyond the context length.
         """
         return self.autoencoder.encode(x, self._positions(x)) * self.norms
 
@@ -133,9 +129,9 @@ class SAEBenchAutoencoder(BaseSAE):
         """Reconstructions [..., d_in] in raw units of codes [..., d_sae], shaped as for ``encode``.
 
         Raises:
-            SettingsError: positions matter and cannot be told, or are beyond the context length.
+            SettingsError: positions matter but are unknown, or are beyond the context length.
         """
-        # A code that is 0 throughout is no sign of padding: only columns count here.
+        # An all-zero code does not indicate padding: only columns matter here.
         at = self._positions(torch.ones_like(feature_acts[..., :1]))
         return self.autoencoder.decode(feature_acts / self.norms, at)
 
@@ -143,6 +139,6 @@ class SAEBenchAutoencoder(BaseSAE):
         """``decode`` of ``encode``.
 
         Raises:
-            SettingsError: positions matter and cannot be told, or are beyond the context length.
+            SettingsError: positions matter but are unknown, or are beyond the context length.
         """
         return self.decode(self.encode(x))

@@ -1,13 +1,11 @@
-"""Runs of posae whose codes depend on positions, for SAELens: importing this registers their names there.
+"""Position-aware runs for SAELens; importing this module registers their architectures there.
 
-``SAE.load_from_disk(RUN)`` then opens them, as ``posae_hierarchical``, ``posae_batchtopk`` and so on; where
-positions change nothing a run is one of SAELens' own architectures, and needs none of this. Positions are
-given, never guessed: by ``sae.encode(x, positions)``, or for code that knows nothing of them by
-``with sae.at(positions):``. Without them everything is refused. Dropout, and BatchTopK's choice among the
-tokens of a batch, are off.
+``SAE.load_from_disk(RUN)`` then opens them as ``posae_hierarchical``, ``posae_batchtopk`` and so on; runs
+without positions are SAELens' own architectures and do not need this. Positions are passed explicitly, by
+``sae.encode(x, positions)``, or by ``with sae.at(positions):`` for code that does not pass them; without them
+calls raise an error. Dropout, and BatchTopK's choice among the tokens of a batch, are off.
 
-SAELens must be installed (``pip install sae-lens``); importing it takes some seconds. What is computed costs
-what it does in ``Autoencoder``.
+SAELens must be installed (``pip install sae-lens``); importing it takes some seconds.
 """
 
 from collections.abc import Generator
@@ -29,7 +27,7 @@ _WITHIN = "autoencoder."
 
 @dataclass
 class PositionAwareConfig(SAEConfig):
-    """SAELens' configuration, and under ``posae`` what ``cfg.json`` says there."""
+    """SAELens' configuration, with posae's part of ``cfg.json`` under ``posae``."""
 
     posae: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -38,7 +36,7 @@ class PositionAwareSAE(SAE[PositionAwareConfig]):
     """An autoencoder of posae with SAELens' methods and hooks; made by ``SAE.load_from_disk``.
 
     Attributes:
-        autoencoder: the same as ``load_autoencoder`` gives.
+        autoencoder: as from ``load_autoencoder``.
     """
 
     autoencoder: Autoencoder
@@ -50,7 +48,7 @@ class PositionAwareSAE(SAE[PositionAwareConfig]):
         Raises:
             RunError: posae has not saved such a configuration.
         """
-        # Its weights are kept as they were saved, whatever they are changed to for use.
+        # Weights stay as they were saved, whatever form they take for use.
         configuration = self.cfg.to_dict() | {"dtype": "float32"}
         self.autoencoder = without_values(configuration, "SAELens' configuration")
 
@@ -72,7 +70,7 @@ class PositionAwareSAE(SAE[PositionAwareConfig]):
 
     @contextmanager
     def at(self, positions: Tensor) -> Generator["PositionAwareSAE"]:
-        """Within this ``encode``, ``decode`` and calls take these positions where none are given.
+        """A context in which ``encode``, ``decode`` and calls use these positions by default.
 
         Args:
             positions: integers of a shape that broadcasts to that of the activations without d_in: for
@@ -118,7 +116,7 @@ class PositionAwareSAE(SAE[PositionAwareConfig]):
         return self.hook_sae_recons(self.autoencoder.decode(feature_acts, at))
 
     def train(self, mode: bool = True) -> "PositionAwareSAE":
-        """As in torch, but for the autoencoder, whose codes would else depend on chance or neighbours."""
+        """As in torch, except that the autoencoder stays in evaluation mode."""
         super().train(mode)
         self.autoencoder.eval()
         return self
@@ -139,7 +137,7 @@ class PositionAwareSAE(SAE[PositionAwareConfig]):
         Raises:
             NotImplementedError: always; SAELens expects it.
         """
-        raise NotImplementedError(f"nothing can be folded into the weights of {self.cfg.architecture()}")
+        raise NotImplementedError(f"norms cannot be folded into the weights of {self.cfg.architecture()}")
 
     fold_W_dec_norm = _refuse_folding
     fold_and_get_W_dec_norm = _refuse_folding

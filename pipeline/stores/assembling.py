@@ -1,12 +1,10 @@
-"""A new store made of pieces of sealed ones: what ``merge`` makes, and a part of one store copied out.
+"""Making a store from pieces of sealed ones, for merging and for copying a part.
 
-Each shard of each layer is made in one of two ways. One that is exactly a whole shard of another store, in
-the same codec, becomes one more name of that file (a hard link), or a copy of it where the file system
-cannot do that. Any other is decoded and encoded. The bytes are the same whichever way is taken, as all is
-written by the same rules.
+A shard that equals a whole shard of another store, in the same codec, becomes a hard link to that file, or a
+copy if the file system has no hard links. Every other shard is decoded and encoded. Both give the same bytes.
 
-It may be killed and goes on, and many processes may do it, as with a harvest. Linking costs ten small files
-a shard, however large it is; encoding costs what it costs a harvest. Memory: all tokens, and a few batches.
+Like a harvest, it resumes after a kill, and several processes may share it. Linking writes ten small files
+per shard, whatever its size; encoding costs as much as in a harvest. Memory: all tokens, and a few batches.
 """
 
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
@@ -32,7 +30,7 @@ from ..harvest.corpus import corpus_counts
 from ..progress import Progress, Silent
 
 VERSIONS_OF_BYTES = ("posae", "numpy", "numcodecs")
-"""Libraries that encode and sum up, and change no activation."""
+"""Libraries that encode and compute statistics, but do not change activations."""
 
 _BATCH_CHUNKS = 4
 _ENCODING_THREADS = 4
@@ -47,12 +45,12 @@ class Piece(NamedTuple):
 
     @property
     def n_training(self) -> int:
-        """How many of them are of the store's training part."""
+        """Number of them in the store's training part."""
         return max(0, min(self.stop, self.store.manifest.held_out[0]) - self.start)
 
 
 def assembled_manifest(pieces: Sequence[Piece], codec: str | None = None) -> Manifest:
-    """The manifest of a store made of ``pieces``; what it does not change is that of the first one's store.
+    """The manifest of a store made of ``pieces``; unchanged keys come from the first piece's store.
 
     Args:
         pieces: in their order along axis 0, of the training parts first, then of those held out.
@@ -71,8 +69,8 @@ def assembled_manifest(pieces: Sequence[Piece], codec: str | None = None) -> Man
     n_training = sum(piece.n_training for piece in pieces)
     if not n_training:
         raise SettingsError(
-            f"all {n_contexts} contexts are held out, and a store needs some to train on; "
-            f"take some before {sources[0].held_out[0]} too"
+            f"all {n_contexts} contexts are held out, but a store needs some to train on; "
+            f"include some before {sources[0].held_out[0]}"
         )
     _check_order(pieces, n_training)
     corpus = union(interval for source in sources for interval in source.corpus_contexts)
@@ -105,12 +103,12 @@ def _check_order(pieces: Sequence[Piece], n_training: int) -> None:
 
 
 def but(versions: Mapping[str, str], left_out: Collection[str]) -> dict[str, str]:
-    """Versions of all libraries but some."""
+    """Versions of all libraries except some."""
     return {name: version for name, version in versions.items() if name not in left_out}
 
 
 def union(intervals: Iterable[range]) -> list[range]:
-    """Intervals as few as can be that cover the same numbers, in rising order.
+    """The fewest intervals that cover the same numbers, sorted.
 
     >>> union([range(4, 6), range(0, 2), range(2, 3)])
     [range(0, 3), range(4, 6)]
@@ -125,15 +123,15 @@ def union(intervals: Iterable[range]) -> list[range]:
 
 
 class Assembly:
-    """A store about to be made of pieces: ``begin``, ``fill``, ``finish``; after a kill the same again."""
+    """A store to be made of pieces, by ``begin``, ``fill``, ``finish``; repeat them after a kill."""
 
     def __init__(self, root: Path, pieces: Sequence[Piece], manifest: Manifest) -> None:
         """Plan a store in ``root``; nothing is read or written yet.
 
         Args:
             root: folder of the new store.
-            pieces: what it is made of; their stores agree in all that makes activations what they are.
-            manifest: of the new store, by ``assembled_manifest``.
+            pieces: the pieces; their stores agree in everything that activations depend on.
+            manifest: of the new store, from ``assembled_manifest``.
         """
         self.root = root
         self.pieces = pieces
@@ -141,7 +139,7 @@ class Assembly:
         self._starts = np.cumsum([0, *(piece.stop - piece.start for piece in pieces)]).tolist()
 
     def begin(self, layers: Sequence[int]) -> int:
-        """Commit the tokens, begin ``layers``, and return how many contexts are still to be written.
+        """Commit the tokens, begin ``layers``, and return the number of contexts left to write.
 
         Raises:
             StoreIncompleteError: a store lacks one of the layers.
@@ -162,7 +160,7 @@ class Assembly:
         return sum(len(self.manifest.contexts_of(shard)) for shard in self._missing)
 
     def _versions(self, layers: Sequence[int]) -> dict[int, dict[str, str]]:
-        """Versions that computed each layer, where they are not those of the first store's manifest."""
+        """By layer, the versions that computed it where they differ from the first store's manifest."""
         first = self.pieces[0].store
         return {layer: but(first.layer_versions(layer), VERSIONS_OF_BYTES) for layer in layers}
 
@@ -170,7 +168,7 @@ class Assembly:
         """Commit every shard that is missing.
 
         Args:
-            advance: told how many more contexts are written.
+            advance: called with the number of contexts written since the last call.
 
         Raises:
             StoreDamagedError: a store is not what was sealed.
@@ -210,7 +208,7 @@ class Assembly:
         corpora = [piece.store.corpus for piece in self.pieces]
         if not all(corpora):
             return {}
-        # All are counted from the corpus's beginning: whoever read furthest read what the others did.
+        # Counts begin at the start of the corpus, so the store that read furthest includes the others.
         return corpus_counts(
             tokens,
             self.manifest.special_token_ids,
@@ -219,7 +217,7 @@ class Assembly:
         )
 
     def _existing(self, array: str, shard: int) -> bytes | None:
-        """The file of a shard of tokens or documents, where a store has it already."""
+        """The file of a shard of tokens or documents, if a store has it."""
         if array == "position":
             return None
         found = self._whole_shard(self.manifest.contexts_of(shard))
@@ -230,7 +228,7 @@ class Assembly:
             return _sealed_file(store, token_specs(store.manifest)[array], number)
 
     def _parts(self, contexts: range) -> list[Piece]:
-        """The pieces, cut, that some contexts of the new store are."""
+        """The parts of pieces that make up some contexts of the new store."""
         found: list[Piece] = []
         for piece, first in zip(self.pieces, self._starts[:-1], strict=True):
             start = piece.start + max(0, contexts.start - first)
@@ -240,16 +238,16 @@ class Assembly:
         return found
 
     def _whole_shard(self, contexts: range) -> tuple[ActivationStore, int] | None:
-        """The store, and the number of its shard, that the contexts of a shard are exactly; else None."""
+        """The store and shard that equal a shard of the new store; else None."""
         (store, start, stop), *others = self._parts(contexts)
         shard, rest = divmod(start, self.manifest.shard_contexts)
         is_whole = not others and not rest and store.manifest.shard_contexts == self.manifest.shard_contexts
         return (store, shard) if is_whole and stop == store.manifest.contexts_of(shard).stop else None
 
     def _adopt(self, shard: ShardOfLayers, advance: Callable[[int], None]) -> bool:
-        """Take a whole shard of another store as it is, if this shard is one.
+        """Link or copy a whole shard of another store, if this shard equals one.
 
-        What is held out there is held out here, and so the statistics are the same too.
+        Held-out contexts are the same in both, so the statistics are too.
         """
         found = self._whole_shard(shard.contexts)
         if found is None or found[0].manifest.codec != self.manifest.codec:
@@ -266,7 +264,7 @@ class Assembly:
         return True
 
     def _append(self, shard: ShardOfLayers, pool: ThreadPoolExecutor, advance: Callable[[int], None]) -> None:
-        """Fill a shard with chunks that are decoded and encoded again."""
+        """Fill a shard with re-encoded chunks."""
         tokens = ShardReader(self._writer.files, token_specs(self.manifest)["tokens"])
         ordinary = ordinary_tokens(self.manifest, tokens.read_rows(np.array(shard.contexts)), shard.contexts)
         step = self.manifest.chunk_contexts * _BATCH_CHUNKS
@@ -294,10 +292,10 @@ class Assembly:
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def _rounding(self, layer: int, contexts: range, ordinary: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """What rounding had cost these contexts, by their share in the shards that they come from.
+        """Rounding errors of these contexts, in proportion to their share in their original shards.
 
-        Relative errors are shared out by contexts, squared errors by ordinary tokens at the position, so that
-        the sums of a whole store are again its sums. float64 [measures, positions].
+        Relative errors are divided by contexts, squared errors by ordinary tokens at the position, so the
+        sums over a whole store stay the same. float64 [measures, positions].
         """
         total = np.zeros((2, self.manifest.context_length))
         done = 0
@@ -319,7 +317,7 @@ class Assembly:
 
 
 def _reader(store: ActivationStore, path: str) -> ShardReader:
-    """A reader for one use: thousands of maps need not stay open."""
+    """A reader for one use, so that thousands of maps do not stay open."""
     array = store.array(path)
     return ShardReader(array.files, array.spec, array.sealed)
 
@@ -337,7 +335,7 @@ def _entry(store: ActivationStore, spec: ArraySpec, shard: int) -> NDArray[Any]:
 
 
 def _sealed_file(store: ActivationStore, spec: ArraySpec, shard: int) -> bytes:
-    """The file of a shard of a small array, sound and as it was sealed.
+    """The file of a shard of a small array, checked against the seal.
 
     Raises:
         StoreDamagedError: it is not.
@@ -355,12 +353,12 @@ def _sealed_file(store: ActivationStore, spec: ArraySpec, shard: int) -> bytes:
 
 
 def _check_digest(store: ActivationStore, layer: int, shard: int) -> None:
-    """Refuse a digest among the statistics, which the new seal would repeat, that is not the seal's."""
+    """Refuse a digest in the statistics that differs from the seal, as the new seal would repeat it."""
     spec = stats_specs(store.manifest, layer)["sha256"]
     path = layer_spec(store.manifest, layer).shard_path(shard)
     sealed = store.seal.files.get(path) if store.seal else None
     if sealed is None or _entry(store, spec, shard).tobytes().hex() != sealed.sha256:
-        raise StoreDamagedError("it is not the digest that was sealed", array=spec.path, shard=shard)
+        raise StoreDamagedError("its digest is not the sealed one", array=spec.path, shard=shard)
 
 
 def _is_finite(bits: NDArray[np.uint16]) -> bool:
@@ -370,7 +368,7 @@ def _is_finite(bits: NDArray[np.uint16]) -> bool:
 
 @contextmanager
 def _named(store: ActivationStore) -> Generator[None]:
-    """Say of which store it is that something is damaged."""
+    """Name the store in an error of damage."""
     try:
         yield
     except StoreDamagedError as error:
@@ -380,11 +378,11 @@ def _named(store: ActivationStore) -> Generator[None]:
 
 
 class Assembled(NamedTuple):
-    """What making a store of pieces left."""
+    """The result of making a store of pieces."""
 
     store: ActivationStore
     n_tokens: int
-    """Tokens that were written this time; 0 if all was there."""
+    """Tokens written this time; 0 if the store was complete."""
 
 
 def assemble(
@@ -396,15 +394,15 @@ def assemble(
     codec: str | None = None,
     progress: Progress | None = None,
 ) -> Assembled:
-    """Make what is missing of a store of ``pieces``, and seal it.
+    """Make a store of ``pieces``, or resume it, and seal it.
 
     Args:
         path: folder of the new store.
         pieces: of sealed stores, in their order along axis 0; those of training parts first.
         layers: layers to take.
-        task: what is being done, in a word, for whoever watches.
+        task: its name in the progress.
         codec: of the new store; by default that of the first piece's store.
-        progress: told what is done.
+        progress: receives the progress.
 
     Raises:
         SettingsError: the folder is that of a piece's store, or all contexts are held out.
@@ -416,7 +414,7 @@ def assemble(
     progress = progress or Silent()
     for piece in pieces:
         if str(path.absolute()) == piece.store.address:
-            raise SettingsError(f"{path} is a store to take from; name another folder for the new one")
+            raise SettingsError(f"{path} is one of the source stores; choose another folder for the new one")
     manifest = assembled_manifest(pieces, codec)
     length = manifest.context_length
     assembly = Assembly(path, pieces, manifest)
@@ -439,10 +437,9 @@ def copy_part(
     codec: str | None = None,
     progress: Progress | None = None,
 ) -> Assembled:
-    """Copy some layers, some contexts, or into another codec; run again, it goes on where it stopped.
+    """Copy some layers or contexts, or convert to another codec; run again, it resumes.
 
-    Contexts that are held out stay so. A part without any names none, and training then leaves out its last
-    5 %, as of any such store.
+    Held-out contexts stay held out. For a part without any, training holds out the last 5 %.
 
     Args:
         source: a sealed store; it is not changed.
@@ -450,7 +447,7 @@ def copy_part(
         layers: by default all of the store.
         contexts: [start, stop) along axis 0; by default all.
         codec: ``small``, ``fast`` or ``raw``; by default that of the store.
-        progress: told what is done.
+        progress: receives the progress.
 
     Raises:
         SettingsError: contexts that are not there, or all held out; no such codec; source and destination
@@ -463,10 +460,10 @@ def copy_part(
     start, stop = contexts or (0, source.manifest.n_contexts)
     if not 0 <= start < stop <= source.manifest.n_contexts:
         raise SettingsError(
-            f"contexts {start}:{stop}: {source.root} has 0:{source.manifest.n_contexts}; name some of these"
+            f"contexts {start}:{stop}: {source.root} has 0:{source.manifest.n_contexts}; choose some of these"
         )
     if codec is not None and codec not in CODECS:
-        raise SettingsError(f"there is no codec {codec!r}; there are {', '.join(CODECS)}")
+        raise SettingsError(f"codec {codec!r} does not exist; use one of {', '.join(CODECS)}")
     chosen = source.layers if layers is None else tuple(sorted(set(layers)))
     if not chosen:
         raise StoreIncompleteError(f"{source.root} holds no layer, so there is nothing to copy")
@@ -476,14 +473,14 @@ def copy_part(
 
 
 def first_part(manifest: Manifest, fraction: float) -> tuple[int, int]:
-    """The contexts of the first part of a store, in whole shards: the nearest number, at least one.
+    """The contexts of the first part of a store, rounded to whole shards, at least one.
 
-    Whole shards are copied as they are; contexts are in random order, so that the first are as good as any.
+    Whole shards are copied unchanged; contexts are in random order, so the first are a random sample.
 
     Raises:
-        SettingsError: no fraction.
+        SettingsError: not a fraction.
     """
     if not 0 < fraction <= 1:
-        raise SettingsError(f"fraction {fraction:g}: take one above 0, up to 1")
+        raise SettingsError(f"fraction {fraction:g} is not above 0 and at most 1; use e.g. 0.1")
     n_shards = max(1, round(fraction * manifest.n_shards))
     return 0, min(n_shards * manifest.shard_contexts, manifest.n_contexts)

@@ -1,4 +1,4 @@
-"""Activations that other programs left on disk, read a few rows at a time: whatever the files, one interface.
+"""One interface to activations saved by other programs, read a few rows at a time.
 
     a folder of Hugging Face datasets   SAELens' cached activations: a column of them, and ``token_ids``
     *.safetensors                       a tensor of activations, with or without one of token ids
@@ -6,7 +6,7 @@
     *.pt                                a tensor, or tensors by name, as ``torch.save`` writes them
 
 A folder of files of one of the last three kinds is read in the order of their names. Nothing is unpickled or
-run. Files are mapped into memory, one at a time: reading costs the rows that are asked for.
+executed. Files are mapped into memory, one at a time, so reading costs only the requested rows.
 """
 
 import pickle
@@ -29,19 +29,19 @@ from ...store.rounding import float32_to_bits
 from ..errors import ForeignFileError
 
 TOKEN_NAMES = ("token_ids", "tokens", "input_ids")
-"""What programs call the tensor of token ids."""
+"""Names that programs use for the tensor of token ids."""
 
 _FLOATS = ("float16", "float32", "float64", "bfloat16")
 
 
 class Shape(NamedTuple):
-    """Of an array of activations: [contexts, positions, d_model], or [rows, d_model]."""
+    """Shape of activations: [contexts, positions, d_model], or [rows, d_model]."""
 
     n_entries: int
     """Axis 0."""
 
     length: int | None
-    """Positions of a context; None of rows."""
+    """Positions of a context; None for rows."""
 
     d_model: int
     dtype: str
@@ -54,9 +54,9 @@ class Cache(ABC):
     Attributes:
         kind: ``saelens``, ``safetensors``, ``npy`` or ``pt``.
         shape: of all of them together.
-        has_tokens: whether token ids lie beside them.
+        has_tokens: whether there are token ids.
         tensor: name of the tensor or column of activations; empty in files that hold a single array.
-        hook_name: where in the model they are from; None where the files do not say.
+        hook_name: the hook point in the model; None if the files do not record it.
         files: all of them, by name.
     """
 
@@ -69,7 +69,7 @@ class Cache(ABC):
 
     @abstractmethod
     def read(self, start: int, stop: int) -> NDArray[np.uint16]:
-        """Entries ``start`` to ``stop`` of axis 0, as the bits of bfloat16, rounded to nearest.
+        """Entries ``start`` to ``stop`` of axis 0 as bits of bfloat16, rounded to nearest.
 
         Raises:
             ForeignFileError: the file is not what it was, or damaged.
@@ -77,7 +77,7 @@ class Cache(ABC):
 
     @abstractmethod
     def read_tokens(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Token ids [contexts, positions] of the same; only where there are any.
+        """Token ids [contexts, positions] of the same entries; only if there are any.
 
         Raises:
             ForeignFileError: the file is not what it was, or damaged.
@@ -89,13 +89,13 @@ def open_cache(source: Path, tensor: str | None = None) -> Cache:
 
     Args:
         source: a file, or a folder.
-        tensor: which tensor or column, where there are several.
+        tensor: the tensor or column, if there are several.
 
     Raises:
-        ForeignFileError: nothing is there, or not what can be imported.
+        ForeignFileError: there are no files, or none that can be imported.
     """
     if not source.exists():
-        raise ForeignFileError(f"{source}: there is nothing; give the file or folder of activations")
+        raise ForeignFileError(f"{source}: no such file or folder; give the file or folder of activations")
     if source.is_dir() and (source / "state.json").exists():
         return _DatasetCache(source, tensor)
     files = [source]
@@ -114,17 +114,17 @@ def open_cache(source: Path, tensor: str | None = None) -> Cache:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """A key by which ``part_10`` comes after ``part_9``."""
+    """A sort key that puts ``part_10`` after ``part_9``."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def _line(error: Exception) -> str:
-    """What a library says, in one line that is not too long."""
+    """A library's message in one line of limited length."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def bits_of(values: Any) -> NDArray[np.uint16]:
-    """The bits of values as bfloat16, rounded to nearest; of bfloat16 exactly.
+    """The bits of values as bfloat16, rounded to nearest; exact for bfloat16.
 
     Args:
         values: a tensor or array of floats, of any shape.
@@ -224,7 +224,7 @@ class _FileCache(Cache):
             if shape[1:] != shapes[0][1:]:
                 raise ForeignFileError(
                     f"{path}: {shape} is not of the form of {files[0].name}, {shapes[0]}; "
-                    "import them one by one"
+                    "import them separately"
                 )
         self._ends = list(accumulate(shape.n_entries for shape in shapes))
         self.shape = shapes[0]._replace(n_entries=self._ends[-1])
@@ -244,8 +244,8 @@ class _FileCache(Cache):
                 pickle.UnpicklingError,
             ) as error:
                 raise ForeignFileError(
-                    f"{path}: damaged, or not plain tensors, which alone are read ({_line(error)}); save "
-                    "it anew, as tensors"
+                    f"{path}: damaged, or not only plain tensors ({_line(error)}); save it again, "
+                    "as plain tensors"
                 ) from None
         return self._opened[1]
 
@@ -253,7 +253,7 @@ class _FileCache(Cache):
         arrays, path = self._file(number), self._paths[number]
         if self.tensor not in arrays.shapes:
             raise ForeignFileError(
-                f"{path}: has no tensor {self.tensor!r}, and {self._paths[0].name} has; import each alone"
+                f"{path}: no tensor {self.tensor!r}, unlike {self._paths[0].name}; import them separately"
             )
         shape = arrays.shapes[self.tensor]
         if self._tokens and arrays.shapes.get(self._tokens) != shape[:-1]:
@@ -292,8 +292,8 @@ def _chosen(
         return fit[0]
     has = ", ".join(repr(name) for name in fit[:8]) or "none"
     raise ForeignFileError(
-        f"{path}: which tensor holds the activations? Of two or three axes and a type of floats there are "
-        f"{has}; name one with --tensor"
+        f"{path}: the tensor of activations is unclear (floats with two or three axes: {has}); "
+        "choose one with --tensor"
     )
 
 
@@ -301,7 +301,7 @@ def _as_shape(path: Path, shape: Sequence[int], dtype: str) -> Shape:
     if len(shape) not in (2, 3) or min(shape) < 1 or dtype not in _FLOATS:
         raise ForeignFileError(
             f"{path}: {dtype} {list(shape)} is neither [contexts, positions, d_model] nor [rows, d_model] of "
-            "floats; save it so"
+            "floats; save it in one of these forms"
         )
     return Shape(shape[0], shape[1] if len(shape) == 3 else None, shape[-1], dtype)
 
@@ -310,7 +310,7 @@ def _as_shape(path: Path, shape: Sequence[int], dtype: str) -> Shape:
 
 
 class _DatasetCache(Cache):
-    """What SAELens' ``CacheActivationsRunner`` writes: a column named after the hook, and ``token_ids``."""
+    """Output of SAELens' ``CacheActivationsRunner``: a column named after the hook, and ``token_ids``."""
 
     kind = "saelens"
 
@@ -320,7 +320,7 @@ class _DatasetCache(Cache):
             loaded = datasets.load_from_disk(str(folder))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ForeignFileError(
-                f"{folder}: datasets cannot read it ({_line(error)}); write it anew"
+                f"{folder}: datasets cannot read it ({_line(error)}); create it again"
             ) from None
         features: dict[str, Any] = dict(getattr(loaded, "features", None) or {})
         fit = {name: found for name, found in features.items() if isinstance(found, datasets.Array2D)}
@@ -329,7 +329,7 @@ class _DatasetCache(Cache):
         self.tensor = self.hook_name = _chosen(folder, shapes, dtypes, column)
         self.shape = _as_shape(folder, shapes[self.hook_name], dtypes[self.hook_name])
         self.has_tokens = "token_ids" in features
-        # Not all that lies there: datasets keeps what it computes later beside them.
+        # Not every file in the folder: datasets also stores later computations there.
         paths = [Path(file["filename"]) for file in loaded.cache_files]
         self.files = {path.name: path for path in paths}
         self._folder = folder
@@ -342,7 +342,7 @@ class _DatasetCache(Cache):
         found = np.asarray(self._column("token_ids", start, stop), np.int64)
         if found.shape != (stop - start, self.shape.length):
             raise ForeignFileError(
-                f"{self._folder}: token_ids are not those of the activations; write it anew"
+                f"{self._folder}: token_ids do not match the activations; create the folder again"
             )
         return found
 

@@ -1,8 +1,8 @@
-"""A store, or a part of it, brought to another place: a folder, or a server.
+"""Copying a store, or a part of it, to a folder or a server.
 
-All of a store is moved file by file, byte for byte. A part is made in a folder of this machine first, of
-whole shards where they are whole; where it goes to a server that folder lies beside the cache of parts, in
-``staging``, and is removed once it has arrived.
+A whole store is copied file by file. A part is first made in a local folder, from whole shards where
+possible; for a server that folder is in ``staging``, beside the cache of parts, and is removed after the
+upload.
 """
 
 import hashlib
@@ -23,31 +23,31 @@ from .publishing import publish
 
 
 class Copied(NamedTuple):
-    """What a copy left."""
+    """The result of a copy."""
 
     store: ActivationStore
-    """The copy; where it lies on a server, that which was sent there."""
+    """The copy; for a server, the store that was sent."""
 
     place: str
-    """Where it is, as it may be shown."""
+    """Its address without credentials."""
 
     was_there: bool
-    """Whether all of it was there before."""
+    """Whether the copy was complete before."""
 
     n_bytes: int
-    """What its layers take."""
+    """Size of its layers."""
 
 
 def copy(
     source: ActivationStore, destination: str, settings: CopySettings, progress: Progress | None = None
 ) -> Copied:
-    """Copy what ``settings`` ask for; run again it goes on where it stopped.
+    """Copy the part that ``settings`` select; run again, it resumes.
 
     Args:
         source: a sealed store, opened from a folder or a server.
         destination: a folder, or a URL.
-        settings: which part.
-        progress: told what is done.
+        settings: select the part.
+        progress: receives the progress.
 
     Raises:
         SettingsError: a part that the store does not have, or a copy onto itself.
@@ -60,25 +60,25 @@ def copy(
     progress = progress or Silent()
     if source.identity is None:
         raise StoreIncompleteError(
-            f"{source.root} is an unfinished harvest, which is not copied; run the harvest again to finish it"
+            f"{source.root} is an unfinished harvest and cannot be copied; run the harvest again to finish it"
         )
     is_remote = "://" in destination
     if is_remote and destination.lower().startswith(("http://", "https://")):
         raise SettingsError(
-            f"{shown(destination)} cannot be written: the web can only be read; name a folder, hf://, s3://, "
-            "gs:// or az://"
+            f"{shown(destination)} cannot be written: web servers are read-only; give a folder, hf://, "
+            "s3://, gs:// or az://"
         )
     server = open_remote(destination) if is_remote else None
     place = shown(destination) if is_remote else str(Path(destination).absolute())
     if place == source.address:
-        raise SettingsError(f"{destination} is the store to copy from; name another place")
+        raise SettingsError(f"{destination} is the store to copy from; choose another destination")
     if not _is_part(source, settings):
         if server:
             return _published(source, server, progress)
         return _moved(source, Path(destination), progress)
     if not server:
         return _copied(*_part(source, Path(destination), settings, progress))
-    # Of each destination its own: the first of two copies to be done removes it.
+    # One per destination: the first of two copies to finish removes it.
     words = f"{source.identity} {settings.model_dump_json()} {place}"
     folder = default_folder() / "staging" / hashlib.sha256(words.encode()).hexdigest()[:16]
     part, _, _ = _part(source, folder, settings, progress)
@@ -88,7 +88,7 @@ def copy(
 
 
 def _is_part(source: ActivationStore, settings: CopySettings) -> bool:
-    """Whether anything but the whole store, as it is, was asked for."""
+    """Whether ``settings`` select anything but the whole, unchanged store."""
     layers = set(source.layers if settings.layers is None else settings.layers)
     codec = settings.codec or source.manifest.codec
     return (
@@ -106,7 +106,7 @@ def _contexts(source: ActivationStore, settings: CopySettings) -> tuple[int, int
     start, stop = map(int, settings.contexts.split(":"))
     if not start < stop <= source.n_contexts:
         raise SettingsError(
-            f"contexts {settings.contexts}: {source.root} has 0:{source.n_contexts}; name a part of them"
+            f"contexts {settings.contexts}: {source.root} has 0:{source.n_contexts}; choose a part of them"
         )
     return start, stop
 

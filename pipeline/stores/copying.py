@@ -1,10 +1,10 @@
-"""A whole sealed store copied into a folder of this machine, from a folder or a server.
+"""Copying a whole sealed store into a local folder, from a folder or a server.
 
-Files are copied as they are, several at once, each checked against the seal: what arrives is what was sealed,
-or it is not there. The root comes last but for the seal, so a copy that was stopped is no store, and a record
-of the source tells it from anything else: run again, the copy resumes, and every other writer refuses the
-folder. Nothing of others is overwritten, except a seal whose files are all in the new one: so a store
-grows by a layer. Costs one pass over the bytes, and a few megabytes of memory per file under way.
+Files are copied unchanged, several at once, and each is checked against the seal before it gets its name. The
+root is written last except for the seal, so an unfinished copy is not a store; a record of the source lets
+the same copy resume, and every other writer refuses the folder. Nothing else is overwritten, except a seal
+whose files are all in the new one: so a store gains a layer. Takes one pass over the bytes, and a few
+megabytes of memory per file in transfer.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ from ...store.writer import files_of
 FILES_AT_ONCE = 8
 
 Moved = Callable[[int], None]
-"""Told how many bytes arrived since the last call."""
+"""Called with the number of bytes that arrived since the last call."""
 
 
 def bytes_to_move(store: ActivationStore) -> int:
@@ -49,15 +49,15 @@ def bytes_to_move(store: ActivationStore) -> int:
 
 
 def copy_store(store: ActivationStore, destination: Path, moved: Moved) -> int:
-    """Copy a sealed store, from wherever it lies, into a folder of this machine.
+    """Copy a sealed store into a local folder.
 
     Args:
-        store: opened; its files are read anew, not from a cache.
-        destination: the folder; made where it is not there.
-        moved: told of the bytes, those that had arrived before too.
+        store: opened; its files are read from the source, not from a cache.
+        destination: the folder; created if missing.
+        moved: called with numbers of bytes, including those of earlier attempts.
 
     Returns:
-        How many files were moved this time; 0 where the copy was whole before.
+        Number of files copied this time; 0 if the copy was complete before.
 
     Raises:
         StoreFormatError: the folder holds something else.
@@ -93,7 +93,7 @@ def copy_store(store: ActivationStore, destination: Path, moved: Moved) -> int:
 
 
 def _end(store: ActivationStore, files: StoreFiles) -> None:
-    """Give the copy the card that the source's owner wrote, where it has none of its own; else posae's."""
+    """Write the card of the source's owner if the copy has none, else posae's."""
     files.remove("", lambda name: name == COPY_PATH)
     theirs = read_card(store.files)
     if theirs is not None and not is_ours(theirs):
@@ -112,11 +112,11 @@ def seal_of(store: ActivationStore) -> Seal:
     """
     if store.seal is None:
         raise StoreFormatError(
-            f"{store.root} is an unfinished harvest, which is not copied; run the harvest again to finish it"
+            f"{store.root} is an unfinished harvest and cannot be copied; run the harvest again to finish it"
         )
-    # A stranger's seal could name files of ours.
+    # A hostile seal could name other files in the folder.
     if others := store.seal.files.keys() ^ set(files_of(store.manifest, store.layers)):
-        raise StoreDamagedError(f"it should not name {min(others)}, or should and does not", array=SEAL_PATH)
+        raise StoreDamagedError(f"it names {min(others)} wrongly, or lacks it", array=SEAL_PATH)
     return store.seal
 
 
@@ -130,22 +130,22 @@ def _seal_there(files: StoreFiles, destination: Path) -> Seal | None:
 
 
 def holds(old: Seal, new: Seal, place: str) -> bool:
-    """Whether all of the new store is there already.
+    """Whether the new store is complete already.
 
     Raises:
-        StoreMismatchError: what is there is neither it, nor what it grew from.
+        StoreMismatchError: there is another store, and not an earlier state of this one.
     """
     if new.files.items() <= old.files.items():
         return True
     if not old.files.items() <= new.files.items():
         raise StoreMismatchError(
-            f"{place} holds another store, sealed as {old.identity[:16]}; name another place, or remove it"
+            f"{place} holds another store, sealed as {old.identity[:16]}; choose another place, or remove it"
         )
     return False
 
 
 def _begun(seal: Seal, files: StoreFiles) -> tuple[Seal | None, bool]:
-    """The seal in the folder, and whether this copy was begun there; refuses what is not of this copy.
+    """The seal in the folder, and whether this copy was begun there; refuses anything else.
 
     Raises:
         StoreFormatError: the folder holds something else.
@@ -157,17 +157,17 @@ def _begun(seal: Seal, files: StoreFiles) -> tuple[Seal | None, bool]:
     try:
         source = files.read(COPY_PATH, MAX_METADATA_BYTES).decode(errors="replace")
     except FileNotFoundError:
-        # Beside a sealed store only what would be replaced is in the way.
+        # Beside a sealed store only files that would be replaced are in the way.
         new = [path for path in seal.files if path not in old.files and files.exists(path)] if old else ()
         if other := next((path for path in (new if old else files.walk()) if not is_leftover(path)), None):
             raise StoreFormatError(
                 f"{files.root} holds {other}, which this copy did not write; finish what was begun there, "
-                "remove it, or name another folder"
+                "remove it, or choose another folder"
             ) from None
         return old, False
     if source != seal.identity:
         raise StoreMismatchError(
-            f"{files.root} holds the beginning of a copy of another store; finish that one, or name another "
+            f"{files.root} holds an unfinished copy of another store; finish that copy, or choose another "
             "folder"
         )
     return old, True
@@ -178,7 +178,7 @@ def _check_room(seal: Seal, files: StoreFiles) -> None:
     free = shutil.disk_usage(files.root).free
     if missing > free:
         raise StoreWriteError(
-            f"{files.root} has room for {free:,} bytes and {missing:,} are to come; free some space, or copy "
+            f"the copy needs {missing:,} bytes, but {files.root} has {free:,} free; free some space, or copy "
             "a part: --layers, --fraction"
         )
 
@@ -186,14 +186,14 @@ def _check_room(seal: Seal, files: StoreFiles) -> None:
 def _bring(
     store: ActivationStore, files: StoreFiles, path: str, entry: SealedFile, moved: Moved, old: Seal | None
 ) -> bool:
-    """Bring one file, unless it has arrived; whether it was brought."""
+    """Copy one file unless it is there; return whether it was copied."""
     if (old is not None and path in old.files) or _has_arrived(files, path, entry):
         moved(entry.n_bytes)
         return False
     try:
         files.write_pieces(path, checked_pieces(store, path, entry, moved))
     except StoreDamagedError:
-        # Perhaps it was changed on the way here; a second time it is the source's own damage.
+        # It may have been damaged in transfer; after a second time the source itself is damaged.
         files.write_pieces(path, checked_pieces(store, path, entry, moved))
     return True
 
@@ -204,13 +204,13 @@ def _has_arrived(files: StoreFiles, path: str, entry: SealedFile) -> bool:
 
 
 def checked_pieces(store: ActivationStore, path: str, entry: SealedFile, moved: Moved) -> Iterator[bytes]:
-    """The bytes of a file of the source; raises at their end unless they are those that were sealed.
+    """The bytes of a file of the source; raises at the end unless they match the seal.
 
     Args:
         store: the source.
         path: the file.
-        entry: what the seal says of it.
-        moved: told of the bytes; told to take them back where they are not the right ones.
+        entry: its entry in the seal.
+        moved: called with numbers of bytes, and with a negative one if they were wrong.
     """
     digest, n_bytes = hashlib.sha256(), 0
     try:
@@ -233,11 +233,11 @@ def checked_pieces(store: ActivationStore, path: str, entry: SealedFile, moved: 
 
 
 def nobody(_: int) -> None:
-    """Told of bytes, and does nothing."""
+    """Ignore the number of bytes."""
 
 
 def each(work: Callable[[str], bool], paths: Iterable[str]) -> int:
-    """Do the work for every path, several at once; how many of them were work."""
+    """Do the work for every path, several at once; return how many needed it."""
     with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="posae-move") as pool:
         running = [pool.submit(work, path) for path in paths]
         try:

@@ -1,6 +1,6 @@
-"""Shards of a begun store, filled one after another: what planting and importing have in common.
+"""Filling the shards of a new store one after another, for planting and importing.
 
-Costs what computing the activations costs: they are encoded in threads beside it.
+Costs as much as computing the activations, as they are encoded in other threads.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,15 +22,15 @@ def fill_shards(
     progress: Progress,
     not_finite: Callable[[range], PosaeError],
 ) -> int:
-    """Commit every shard that one of ``layers`` lacks; gives the tokens that were filled in this time.
+    """Commit every shard that one of ``layers`` lacks; return the number of tokens filled this time.
 
     Args:
         writer: of a store whose layers are begun.
-        layers: which; where there is none, nothing is done.
+        layers: the layers; may be empty.
         fill: appends the activations of a shard, encoding in the pool, and advances ``progress`` by tokens.
-        task: what it is called while it is done.
-        progress: told of the tokens of all shards.
-        not_finite: what is wrong if activations of some contexts are not finite.
+        task: its name in the progress.
+        progress: receives the progress in tokens.
+        not_finite: makes the error for non-finite activations of some contexts.
 
     Raises:
         PosaeError: that of ``not_finite``.

@@ -1,8 +1,8 @@
-"""Activations that other programs left on disk, made a store: what is not known of them is marked.
+"""Importing activations saved by other programs as a store, which records what is not known about them.
 
-The store is a harvest's but for that: the same arrays, statistics and seal. Activations become bfloat16,
-rounded to nearest where they were not. Contexts keep their order; the last of them are held out. Rows without
-contexts are cut into contexts, whose positions then mean nothing. Killed, it goes on when it is run again.
+Otherwise the store is like a harvest's: the same arrays, statistics and seal. Activations become bfloat16,
+rounded to nearest. Contexts keep their order; the last of them are held out. Rows without contexts are cut
+into contexts, whose positions then have no meaning. Run again after a kill, it resumes.
 
 Cost: reading the files twice, once for their digest, and writing the store once; memory for the tokens, 12
 bytes each, and a few batches.
@@ -35,33 +35,33 @@ from .caches import open_cache
 from .filling import fill_shards
 
 UNKNOWN = "unknown"
-"""The name of a model or device that nobody named."""
+"""The recorded name of an unknown model or device."""
 
 _ROWS_AT_ONCE = 8192
 _MOST_VALUES = 2**24
-"""Values that are in memory at once, about: 64 MB in float32."""
+"""Approximate number of values in memory at once: 64 MB in float32."""
 _VERSIONS_THAT_MATTER = ("posae", "numpy", "numcodecs")
 
 
 class ImportedStore(NamedTuple):
-    """What an import left."""
+    """The result of an import."""
 
     store: ActivationStore
     n_tokens: int
-    """Tokens that were written this time; 0 if all was there."""
+    """Tokens written this time; 0 if the store was complete."""
     n_left_out: int
-    """Rows at the end that fill no context."""
+    """Rows at the end that do not fill a context."""
 
 
 class Import:
-    """An import about to run: files opened, settings resolved, nothing written yet."""
+    """An import before it runs: files are opened and settings resolved, and nothing is written yet."""
 
     def __init__(self, source: Path, path: Path, settings: ImportSettings) -> None:
-        """Resolve what ``settings`` leave open.
+        """Resolve the open settings.
 
         Raises:
-            ForeignFileError: there is nothing, or not what can be imported.
-            SettingsError: a setting contradicts the files, or says too little.
+            ForeignFileError: there are no files, or none that can be imported.
+            SettingsError: a setting contradicts the files, or is missing.
         """
         self.path = path
         self.settings = settings
@@ -93,7 +93,7 @@ class Import:
             )
         if settings.special_token_ids is not None and not self.cache.has_tokens:
             raise SettingsError(
-                f"{source} has no token ids, so none are special; leave --special-token-ids out"
+                f"{source} has no token ids, so none are special; leave out --special-token-ids"
             )
         self.layer = self._layer()
 
@@ -102,23 +102,25 @@ class Import:
         found = None if hook is None else layer_of(hook)
         if hook is not None and found is None and hook.startswith(("blocks.", "model.")):
             raise SettingsError(
-                f"{self.source} holds activations of {hook}, and a store keeps the residual stream after a "
-                "block; harvest that anew"
+                f"{self.source} holds activations of {hook}, but a store holds the residual stream after a "
+                "block; save activations of that hook point"
             )
         if found is not None and wanted not in (None, found):
             raise SettingsError(
-                f"{self.source} is of {hook}, which is layer {found}, not {wanted}; leave --layer out"
+                f"{self.source} is of {hook}, which is layer {found}, not {wanted}; leave out --layer"
             )
         layer = wanted if found is None else found
         if layer is None:
-            raise SettingsError(f"{self.source} does not say which layer it is of; name it with --layer")
+            raise SettingsError(f"{self.source} does not record its layer; give it with --layer")
         if layer >= MAX_LAYERS:
-            raise SettingsError(f"layer {layer}: a store has layers below {MAX_LAYERS:,}; name another")
+            raise SettingsError(
+                f"layer {layer} is too large: layers are below {MAX_LAYERS:,}; choose another"
+            )
         return layer
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """What nobody said of the activations, in order of the alphabet."""
+        """What is not known about the activations, sorted."""
         said = {
             "documents": False,
             "model": self.settings.model != UNKNOWN,
@@ -133,7 +135,7 @@ class Import:
         """Token ids [contexts, positions]; zeros where they are not known.
 
         Raises:
-            ForeignFileError: ids that are none.
+            ForeignFileError: values that are not token ids.
         """
         tokens = np.zeros((self.n_contexts, self.length), np.int32)
         if not self.cache.has_tokens:
@@ -144,18 +146,18 @@ class Import:
             found = self.cache.read_tokens(*self._entries(start, stop)).reshape(stop - start, self.length)
             if found.min() < 0 or found.max() >= 2**31 - 1:
                 raise ForeignFileError(
-                    f"{self.source}: token ids are not all from 0 to 2^31 - 2; write it anew"
+                    f"{self.source}: token ids are not all between 0 and 2^31 - 2; save it again"
                 )
             tokens[start:stop] = found
         return tokens
 
     def _entries(self, start: int, stop: int) -> tuple[int, int]:
-        """Entries of the files' axis 0 that contexts ``start`` to ``stop`` are."""
+        """Entries of the files' axis 0 that make up contexts ``start`` to ``stop``."""
         each = 1 if self.cache.shape.length else self.length
         return start * each, stop * each
 
     def _digest(self) -> str:
-        """What the files hold, by name: digests, not sizes, as other activations may have the same sizes."""
+        """Digests of the files by name; sizes would not distinguish other activations."""
         files = self.cache.files
         try:
             with reading("digest of the files", files.values(), self._progress) as advance:
@@ -168,7 +170,7 @@ class Import:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """All that the store's bytes depend on, as far as it is known."""
+        """The manifest, as far as its values are known."""
         s, cache = self.settings, self.cache
         held_out = held_out_contexts(self.n_contexts, s.held_out, CHUNK_CONTEXTS)
         special = tuple(sorted(set(s.special_token_ids or ())))
@@ -228,7 +230,7 @@ class Import:
         writer = StoreWriter.begin(self.path, manifest, [self.layer])
         with writer.lock():
             if not writer.has_tokens:
-                # No counts: of the corpus nothing is known.
+                # No counts: the corpus is not known.
                 writer.write_tokens(self.tokens, np.zeros(self.tokens.shape, np.int64), {})
             layers = writer.begin_layers([self.layer])
         n_tokens = fill_shards(

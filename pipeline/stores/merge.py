@@ -1,9 +1,9 @@
-"""Several harvests of one corpus made one store.
+"""Merging several harvests of one corpus into one store.
 
-They must agree in all that activations depend on, and hold different contexts of the corpus, as harvests
-with ``--skip-contexts`` do. In the new store come first the training parts' whole shards, store after
-store, which are taken as they are; then what is left of the training parts; then all that is held out. The
-order does not matter to a training: it shuffles chunks. Costs: ``stores/assembling.py``.
+They must agree in everything that activations depend on, and hold different contexts of the corpus, like
+harvests with ``--skip-contexts``. The new store begins with the whole shards of the training parts, which are
+linked or copied unchanged; then comes the rest of the training parts, then all held-out contexts. Training
+shuffles chunks, so the order does not matter to it. For costs see ``stores/assembling.py``.
 """
 
 from collections.abc import Sequence
@@ -26,31 +26,31 @@ MAY_DIFFER = {
     *("held_out", "seed"),  # how these were dealt out, after which each activation is the same
     *("shard_contexts", "byte_counts"),  # how they are kept; the larger shards, the counts that all have
 }
-"""Keys of the manifest in which stores to be merged need not agree; of ``versions`` also those that only
-encode. In all others they must: activations depend on them, or the new store could have only one of both."""
+"""Manifest keys that may differ between merged stores, and in ``versions`` the libraries that only encode.
+All others must agree: activations depend on them, or the new store can have only one value."""
 
 
 class Merged(NamedTuple):
-    """What a merge left."""
+    """The result of a merge."""
 
     store: ActivationStore
     n_tokens: int
-    """Tokens that were written this time; 0 if all was there."""
+    """Tokens written this time; 0 if the store was complete."""
 
     n_repeated: int
-    """Contexts whose tokens are those of a context of another store: the corpus repeats itself."""
+    """Contexts with the same tokens as a context of another store, as the corpus repeats itself."""
 
 
 class Merge:
-    """A merge about to run: the stores are checked, and nothing is written yet."""
+    """A merge before it runs: the stores are checked, and nothing is written yet."""
 
     def __init__(self, stores: Sequence[ActivationStore], path: Path, settings: MergeSettings) -> None:
         """Check that the stores can be merged.
 
         Args:
-            stores: two or more, in the order that they are to have.
+            stores: two or more, in the order of the new store.
             path: folder of the new store.
-            settings: which layers.
+            settings: select layers.
 
         Raises:
             SettingsError: a single store.
@@ -59,7 +59,7 @@ class Merge:
             StoreDamagedError: a store is not what was sealed.
         """
         if len(stores) < 2:
-            raise SettingsError("a single store is merged with nothing; name two or more")
+            raise SettingsError("merging needs at least two stores; give another one")
         self.stores = stores
         self.path = path
         for store in stores:
@@ -76,7 +76,7 @@ class Merge:
 
     @property
     def pieces(self) -> list[Piece]:
-        """The stores cut up, in the order that leaves most shards whole."""
+        """Pieces of the stores, in the order that keeps most shards whole."""
         size = max(store.manifest.shard_contexts for store in self.stores)
         whole: list[Piece] = []
         rest: list[Piece] = []
@@ -87,7 +87,7 @@ class Merge:
             whole.append(Piece(store, 0, end))
             rest.append(Piece(store, end, manifest.held_out[0]))
             held_out.append(Piece(store, *manifest.held_out))
-        # A part of a chunk would leave no chunk behind it whole.
+        # An incomplete chunk would misalign all chunks after it.
         chunk = self.stores[0].manifest.chunk_contexts
         rest.sort(key=lambda piece: (piece.stop - piece.start) % chunk > 0)
         return [piece for piece in whole + rest + held_out if piece.start < piece.stop]
@@ -105,7 +105,7 @@ class Merge:
         return Merged(done.store, done.n_tokens, self._n_repeated(done.store))
 
     def _n_repeated(self, merged: ActivationStore) -> int:
-        """By what was counted when tokens were committed; 0 where a store has no counts."""
+        """From the counts made when tokens were committed; 0 if a store has none."""
         corpora = [store.corpus for store in self.stores]
         if not all(corpora):
             return 0
@@ -113,7 +113,7 @@ class Merge:
 
 
 def _settings(manifest: Manifest) -> dict[str, Any]:
-    """What must be the same in both of two stores, by name."""
+    """The values that must agree between two stores, by name."""
     found = manifest.model_dump(exclude=MAY_DIFFER)
     for name in ("versions", "planted"):
         inner: dict[str, str] = found.pop(name) or {}
@@ -130,14 +130,14 @@ def _check_agreement(one: ActivationStore, other: ActivationStore) -> None:
     ]
     if not differ:
         return
-    remedy = "harvest one of them anew with the settings of the other"
+    remedy = "harvest one of them again with the settings of the other"
     if [name for name in ones if ones[name] != others.get(name)] == ["codec"]:
-        remedy = f"copy one of them into the other codec: posae copy --codec {one.manifest.codec}"
+        remedy = f"convert one of them to the other codec: posae copy --codec {one.manifest.codec}"
     raise StoreMismatchError(f"{one.root} and {other.root} differ: {'; '.join(differ)}; {remedy}")
 
 
 def _check_versions(one: ActivationStore, other: ActivationStore, layer: int) -> None:
-    """Refuse a layer that different versions of libraries computed."""
+    """Refuse a layer computed with different library versions."""
     ones, others = (
         but({**store.manifest.versions, **store.layer_versions(layer)}, VERSIONS_OF_BYTES)
         for store in (one, other)
@@ -146,7 +146,7 @@ def _check_versions(one: ActivationStore, other: ActivationStore, layer: int) ->
         differ = [name for name in ones if ones[name] != others.get(name)]
         raise StoreMismatchError(
             f"layer {layer} of {one.root} and {other.root} was computed by other versions of "
-            f"{', '.join(differ)}; harvest one of them anew with the versions of the other"
+            f"{', '.join(differ)}; harvest one of them again with the versions of the other"
         )
 
 
@@ -163,7 +163,7 @@ def _layers(stores: Sequence[ActivationStore], wanted: Sequence[int] | None) -> 
             shown = ",".join(map(str, common))
             raise StoreMismatchError(
                 f"{stores[0].root} has layers {_shown(layers)} and {store.root} has {_shown(store.layers)}; "
-                + (f"take those that all have: --layers {shown}" if common else "they have none in common")
+                + (f"merge those that all have: --layers {shown}" if common else "they have none in common")
             )
     if not layers:
         raise StoreIncompleteError(f"{stores[0].root} holds no layer, so there is nothing to merge")
@@ -181,13 +181,13 @@ def _check_apart(one: ActivationStore, other: ActivationStore) -> None:
     shared = [interval for interval in shared if interval]
     if not shared:
         return
-    # Of a part it is not known which contexts it holds of those that its store had.
+    # For a part it is not known which of its store's contexts it holds.
     if _is_whole(one) and _is_whole(other):
         first, last = shared[0].start, shared[0].stop - 1
         stop = max(interval.stop for interval in one.manifest.corpus_contexts)
         raise StoreMismatchError(
             f"{one.root} and {other.root} both hold contexts {first} to {last} of the corpus; "
-            f"harvest one of them anew with others: --skip-contexts {stop}"
+            f"harvest one of them again with others: --skip-contexts {stop}"
         )
     mine, theirs = (digests_of(store.tokens(), store.documents()) for store in (one, other))
     if both := len(np.intersect1d(mine, theirs)):
@@ -198,5 +198,5 @@ def _check_apart(one: ActivationStore, other: ActivationStore) -> None:
 
 
 def _is_whole(store: ActivationStore) -> bool:
-    """Whether it holds all contexts of the corpus that its manifest names."""
+    """Whether the store holds all contexts of the corpus that its manifest names."""
     return sum(map(len, store.manifest.corpus_contexts)) == store.manifest.n_contexts

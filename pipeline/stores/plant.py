@@ -1,10 +1,10 @@
-"""A known effect of position, planted into a copy of a store: what a method should then find.
+"""Planting a known effect of position into a copy of a store, to test whether a method finds it.
 
-The copy is made as a harvest makes a store: the same tokens, layout and statistics, shard by shard, so
-that it may be killed and goes on. Its manifest says what was planted, also in the name of the model, so
-that no reader takes it for a harvest. Activations of special tokens stay as they are, since training
-leaves them out; all others are changed in float32 and rounded to bfloat16. Costs reading the store and
-writing it once, and two narrow matrix products a token; memory for the tokens and a few batches.
+The copy is written like a harvest, with the same tokens, layout and statistics, shard by shard, and resumes
+after a kill. Its manifest records what was planted, also in the name of the model, so that no reader mistakes
+it for a harvest. Activations of special tokens stay unchanged, as training leaves them out; all others are
+changed in float32 and rounded to bfloat16. Costs reading and writing the store once, and two narrow matrix
+products per token; memory for the tokens and a few batches.
 """
 
 import math
@@ -37,7 +37,7 @@ _VERSIONS_THAT_MATTER = ("posae", "numpy", "numcodecs")
 
 
 class Effect(Protocol):
-    """What is done to the activations of one layer."""
+    """A change to the activations of one layer."""
 
     def __call__(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """The activations with the effect; float32 [contexts, positions, d_model], not changed in place."""
@@ -54,11 +54,11 @@ class Additive(NamedTuple):
     def drawn(
         cls, stats: LayerStats, *, strength: float, rank: int, generator: np.random.Generator
     ) -> "Additive":
-        """Smooth vectors in a random subspace: sines and cosines, of 1, 2, 3 … cycles in twice a context.
+        """Smooth vectors in a random subspace: sines and cosines with 1, 2, 3 … cycles in twice a context.
 
-        All have one amplitude, such that of the variance of the sum, over the store's ordinary tokens, the
-        share ``strength`` is that of the vectors. How these happen to agree with means by position that are
-        there already is reckoned in.
+        All have the same amplitude, chosen so that the vectors make up the share ``strength`` of the variance
+        of the sum, over the store's ordinary tokens. Their correlation with the existing means by position is
+        taken into account.
 
         Args:
             stats: of the layer.
@@ -85,7 +85,7 @@ class Additive(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """A subspace turned about the layer's mean, by another rotation in each range; the first stays."""
+    """A subspace rotated about the layer's mean, differently in each range; the first is unchanged."""
 
     mean: NDArray[np.float32]
     """Mean of the store's ordinary tokens; [d_model]."""
@@ -94,7 +94,7 @@ class Rotation(NamedTuple):
     """Orthonormal rows; [rank, d_model]."""
 
     changes: NDArray[np.float32]
-    """What each range adds to what lies in the subspace; [ranges, rank, d_model], 0 in the first."""
+    """Change of the subspace's components in each range; [ranges, rank, d_model], 0 in the first."""
 
     ranges: tuple[PositionRange, ...]
 
@@ -108,7 +108,7 @@ class Rotation(NamedTuple):
         ranges: tuple[PositionRange, ...],
         generator: np.random.Generator,
     ) -> "Rotation":
-        """One random subspace for all ranges, and for each but the first a random rotation of it.
+        """One random subspace for all ranges, and a random rotation of it for each range but the first.
 
         The rotation turns ⌊rank / 2⌋ random planes of the subspace, perpendicular to each other, by angles
         drawn evenly between -π and π times ``strength``. It keeps each activation's distance from the mean,
@@ -137,7 +137,7 @@ class Rotation(NamedTuple):
         return cls(mean.astype(np.float32), subspace.astype(np.float32), changes.astype(np.float32), ranges)
 
     def __call__(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Turn what lies in the subspace."""
+        """Rotate the components in the subspace."""
         turned = values.copy()
         for (start, stop), change in zip(self.ranges[1:], self.changes[1:], strict=True):
             inside = (values[:, start:stop] - self.mean) @ self.subspace.T
@@ -151,27 +151,27 @@ def unchanged(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def orthonormal_rows(n_rows: int, width: int, generator: np.random.Generator) -> NDArray[np.float64]:
-    """A random basis of a random subspace, every one as likely; [n_rows, width]."""
+    """A uniformly random orthonormal basis of a random subspace; [n_rows, width]."""
     q, r = np.linalg.qr(generator.standard_normal((width, n_rows)))
     return (q * np.sign(np.diagonal(r))).T
 
 
 class Planted(NamedTuple):
-    """What a planting left."""
+    """The result of planting."""
 
     store: ActivationStore
     layers: tuple[int, ...]
-    """Layers that were asked for."""
+    """The requested layers."""
 
     n_tokens: int
-    """Tokens that were changed or copied this time; 0 if all was there."""
+    """Tokens changed or copied this time; 0 if the store was complete."""
 
 
 class Planting:
-    """A planting about to run: settings resolved, the source checked, nothing written yet."""
+    """Planting before it runs: settings are resolved and the source checked, and nothing is written yet."""
 
     def __init__(self, source: ActivationStore, path: Path, settings: PlantSettings) -> None:
-        """Resolve what ``settings`` leave open.
+        """Resolve the open settings.
 
         Raises:
             SettingsError: a setting does not fit the store.
@@ -184,7 +184,7 @@ class Planting:
         if source.identity is None:
             raise StoreIncompleteError(f"{source.root} is an unfinished harvest; finish it before planting")
         if str(path.absolute()) == source.address:
-            raise SettingsError(f"{path} is the store to plant from; name another folder for the new one")
+            raise SettingsError(f"{path} is the store to plant from; choose another folder for the new one")
         self.layers: tuple[int, ...] = source.layers if settings.layer is None else (settings.layer,)
         for layer in self.layers:
             source.check_layer(layer)
@@ -203,7 +203,7 @@ class Planting:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """That of the source, and what was planted."""
+        """The source's manifest, with what is planted."""
         source, settings = self.source.manifest, self.settings
         planted = {
             "effect": settings.effect,
@@ -219,7 +219,7 @@ class Planting:
         changed = {
             "model": f"{source.model} + {named}",
             "planted": planted,
-            # What is planted is not rounded again, and what rounding had changed is no error of this store.
+            # Planted activations are not rounded again.
             "mantissa_bits": None,
             "byte_counts": True,
             "versions": {**source.versions, **{name: version(name) for name in _VERSIONS_THAT_MATTER}},
@@ -227,7 +227,7 @@ class Planting:
         return Manifest.model_validate(source.model_dump() | changed)
 
     def effect(self, layer: int) -> Effect:
-        """What is done to one layer; each has a subspace of its own.
+        """The change to one layer; each layer has its own subspace.
 
         Raises:
             StoreIncompleteError: the training part has no ordinary tokens to measure an effect by.

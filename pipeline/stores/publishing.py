@@ -1,8 +1,8 @@
-"""A whole sealed store published to a server.
+"""Publishing a whole sealed store to a server.
 
-Nothing is believed but what the server lists now: each file is there with the size and the digest that were
-sealed, or it is written; the listing is read once more, and the seal is written last. Nothing that somebody
-else put there is overwritten, except a seal whose files are all in the new one.
+Only the server's current listing is trusted: a file that is missing, or differs in size or digest from the
+seal, is written; the listing is then read again, and the seal is written last. Files of others are never
+overwritten, except a seal whose files are all in the new one.
 """
 
 import hashlib
@@ -33,15 +33,15 @@ _LARGEST_ON_THE_HUB = 50 * 10**9
 
 
 def publish(store: ActivationStore, folder: RemoteFolder, moved: Moved) -> int:
-    """Bring a sealed store to a server.
+    """Publish a sealed store to a server.
 
     Args:
-        store: opened, on this machine or on a server.
-        folder: where it is to lie.
-        moved: called with the number of bytes that arrived, those that were there before too.
+        store: opened, local or on a server.
+        folder: the destination.
+        moved: called with numbers of bytes, including those of earlier attempts.
 
     Returns:
-        How many files were written this time; 0 where it was whole before.
+        Number of files written this time; 0 if the store was complete before.
 
     Raises:
         StoreFormatError: the folder holds something else.
@@ -92,16 +92,16 @@ def _listed(folder: RemoteFolder) -> dict[str, ListedFile]:
 
 
 def _check_not_foreign(seal: Seal, listed: Mapping[str, object], url: str) -> None:
-    """Refuse a folder of something else; what a dataset of the hub may have from its beginning is allowed."""
+    """Refuse a folder with other contents, except for the initial files of a hub dataset."""
     foreign = listed.keys() - seal.files.keys() - {CARD_PATH, ".gitattributes"}
     if foreign and ROOT_PATH not in listed:
         raise StoreFormatError(
-            f"{url} is not empty and holds no store, but {min(foreign)!r}; name another folder"
+            f"{url} is not empty and holds no store but {min(foreign)!r}; name another folder"
         )
 
 
 def _check_listed(folder: RemoteFolder, path: str, listed: ListedFile, entry: SealedFile) -> None:
-    """Refuse a file that cannot be what was sealed, by what the listing says."""
+    """Refuse a file whose listing contradicts the seal."""
     is_sha256 = len(listed.digest or "") == 64
     if listed.n_bytes != entry.n_bytes or (is_sha256 and listed.digest != entry.sha256):
         raise _not_ours(folder, path)
@@ -109,13 +109,13 @@ def _check_listed(folder: RemoteFolder, path: str, listed: ListedFile, entry: Se
 
 def _not_ours(folder: RemoteFolder, path: str) -> StoreMismatchError:
     return StoreMismatchError(
-        f"{folder.url}/{path} is there and is not of this store: someone else may be publishing there; name "
+        f"{folder.url}/{path} exists and is not of this store: someone else may be publishing there; choose "
         "another place, or remove it"
     )
 
 
 def _batches(seal: Seal, paths: Iterable[str]) -> Iterator[list[str]]:
-    """Files that are to be sent, as many together as one commit may well have."""
+    """Files to send, in groups of a commit's size."""
     batch: list[str] = []
     n_bytes = 0
     for path in paths:
@@ -136,7 +136,7 @@ def _send(
     listed: Mapping[str, ListedFile],
     moved: Moved,
 ) -> int:
-    """Send files, together where they are several, unless they are there; how many were sent."""
+    """Send files, together if several, unless they are there; return how many were sent."""
     seal = seal_of(store)
     missing: dict[str, Path | bytes] = {}
     with ExitStack() as open_files:
@@ -154,10 +154,10 @@ def _send(
             elif missing:
                 folder.write(paths[0], missing[paths[0]], only_new=True)
         except FileExistsError:
-            # Written since the listing: by a try whose answer was lost, or by somebody else.
+            # Written since the listing, by an attempt whose answer was lost or by someone else.
             now = _listed(folder)
             if not missing.keys() & now.keys():
-                raise StoreRemoteError(f"{folder.url} does not list what is there; try again later") from None
+                raise StoreRemoteError(f"{folder.url} does not list its files; try again later") from None
             return _send(store, folder, paths, now, moved)
     for path in paths:
         moved(seal.files[path].n_bytes)
@@ -202,7 +202,7 @@ def _check_arrived(seal: Seal, folder: RemoteFolder) -> None:
 
 
 def _gone(folder: RemoteFolder, path: str) -> StoreRemoteError:
-    return StoreRemoteError(f"{folder.url}/{path} was written and is gone; run the same command again")
+    return StoreRemoteError(f"{folder.url}/{path} was written and is missing now; run the same command again")
 
 
 def _send_seal(store: ActivationStore, folder: RemoteFolder, old: Seal | None) -> None:
@@ -215,13 +215,12 @@ def _send_seal(store: ActivationStore, folder: RemoteFolder, old: Seal | None) -
         raise _gone(folder, SEAL_PATH) from None
     if present != data:
         raise StoreMismatchError(
-            f"someone else published another store at {folder.url} at the same time; theirs is there now: "
-            "name another place"
+            f"someone else published another store at {folder.url} at the same time; choose another place"
         )
 
 
 def _send_card(store: ActivationStore, folder: RemoteFolder) -> None:
-    """Send the card, unless there is one that somebody edited."""
+    """Send the card, unless there is an edited one."""
     data = read_card(store.files) or card(store).encode()
     try:
         folder.write(CARD_PATH, data, only_new=True)

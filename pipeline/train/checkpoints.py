@@ -1,7 +1,7 @@
-"""Checkpoints written beside the training: a step waits for a copy of the state in memory, not for the disk.
+"""Checkpoints written in the background: a step waits for a copy of the state, not for the disk.
 
-One is written at a time; who saves another, or ends, waits for it. Costs a copy of the weights and of the
-optimizer's moments in memory until it is on the disk.
+One is written at a time; saving another, or the end of training, waits for it. Takes memory for a copy of the
+weights and the optimizer's moments until it is on disk.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from ..runs import Run
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread of its own; a context, at whose end all are on the disk."""
+    """Writes checkpoints in a thread; a context manager that ends when all are on disk."""
 
     def __init__(self) -> None:
         """Nothing is written yet."""
@@ -23,12 +23,12 @@ class CheckpointWriter:
         self._writing: Future[None] | None = None
 
     def save(self, run: Run, step: int, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Begin to write a checkpoint, once the last one is written.
+        """Start writing a checkpoint, after waiting for the previous one.
 
         Args:
-            run: whose it is.
+            run: the run.
             step: steps done.
-            tensors: copies the state.
+            tensors: returns a copy of the state.
 
         Raises:
             StoreWriteError: the disk refused the last one.
@@ -47,13 +47,13 @@ class CheckpointWriter:
             writing.result()
 
     def __enter__(self) -> Self:
-        """Nothing more."""
+        """Nothing to do."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        """Wait for what is being written, also where something failed: that error is the one to tell."""
+        """Wait for the pending checkpoint, also after an error, which then takes precedence over its own."""
         with self._thread:
             try:
                 self.wait()

@@ -1,8 +1,8 @@
-"""Memory for decoded chunks of a layer, and how the rows of a batch are taken from it.
+"""Memory for the decoded chunks of a layer, from which the rows of a batch are gathered.
 
-On a CPU, and where a GPU has no room, chunks lie in the host's memory: rows are gathered there, on a GPU into
-pinned memory, and cross on a stream of their own. Where the GPU has room each chunk crosses once, when it is
-decoded, and rows are gathered there: the host's part of a batch is its row numbers.
+On a CPU, or where a GPU has no room, chunks are in host memory: rows are gathered there (for a GPU into
+pinned memory) and copied on a separate stream. Where the GPU has room, each chunk is copied once, when it is
+decoded, and rows are gathered on the GPU: the host only sends row numbers.
 """
 
 import math
@@ -20,33 +20,33 @@ from ...store.shards import Decode
 from ..device import free_bytes
 
 _N_STAGED = 8
-"""Chunks on their way to a GPU at once."""
+"""Number of chunks that may be in transfer to a GPU at once."""
 
 
 class ChunkMemory(Protocol):
-    """Room for some chunks, by number."""
+    """Room for a number of chunks."""
 
     def put(self, home: int, decode: Decode) -> None:
-        """Decode a chunk into a place; several threads may at once."""
+        """Decode a chunk into a slot; thread-safe."""
 
     def reuse(self) -> None:
-        """Say that what was taken so far is all that is wanted of what will be overwritten next."""
+        """Wait for pending reads before slots are overwritten."""
 
     def ready(self) -> None:
-        """Say that what was decoded is used from now on."""
+        """Make the chunks decoded so far available to the current stream."""
 
     def rows(self, places: NDArray[np.int64], buffer: "HostBuffer") -> torch.Tensor:
-        """Some rows of all places' contexts, flattened, on the device; bfloat16 [rows, d_model]."""
+        """Rows of the flattened slots, on the device; bfloat16 [rows, d_model]."""
         ...
 
 
 def chunk_memory(shape: Sequence[int], device: torch.device) -> ChunkMemory:
-    """Memory for chunks of ``shape`` [chunks, contexts, positions, d_model]: the GPU's, where it has room."""
+    """Memory for chunks of ``shape`` [chunks, contexts, positions, d_model], on the GPU if it has room."""
     return _OnDevice(shape, device) if has_room(device, 2 * math.prod(shape)) else _OnHost(shape)
 
 
 def has_room(device: torch.device, n_bytes: int) -> bool:
-    """Whether a GPU takes so much into its own memory: a quarter of what is free."""
+    """Whether ``n_bytes`` fit into a quarter of a GPU's free memory."""
     return device.type == "cuda" and n_bytes <= free_bytes(device) // 4
 
 
@@ -80,12 +80,12 @@ class _OnDevice:
             self._staged.put(buffer)
 
     def put(self, home: int, decode: Decode) -> None:
-        there = self._chunks[home]
+        chunk = self._chunks[home]
         buffer = self._staged.get()
         try:
-            bits = buffer.bits(there.shape[0] * there.shape[1])
-            decode(bits.reshape(there.shape))
-            buffer.copy_to(there.view(-1, there.shape[-1]))
+            bits = buffer.bits(chunk.shape[0] * chunk.shape[1])
+            decode(bits.reshape(chunk.shape))
+            buffer.copy_to(chunk.view(-1, chunk.shape[-1]))
         finally:
             self._staged.put(buffer)
 
@@ -100,17 +100,17 @@ class _OnDevice:
 
 
 class HostBuffer:
-    """Memory for some rows, pinned if a GPU is to copy from it."""
+    """Host memory for rows, pinned if a GPU copies from it."""
 
     def __init__(self, device: torch.device, copying: torch.cuda.Stream | None, d_model: int) -> None:
-        """Take no memory yet; ``copying`` is the stream by which rows cross to a GPU."""
+        """Allocate nothing yet; ``copying`` is the stream for copies to a GPU."""
         self._device = device
         self._copying = copying
         self._rows = torch.empty((0, d_model), dtype=torch.bfloat16)
         self._copied = torch.cuda.Event() if copying else None
 
     def bits(self, n_rows: int) -> NDArray[np.uint16]:
-        """Room for ``n_rows``, as soon as the GPU has taken what was there; uint16 [rows, d_model]."""
+        """Room for ``n_rows``, after waiting for the last copy to the GPU; uint16 [rows, d_model]."""
         if self._copied:
             self._copied.synchronize()
         if n_rows > len(self._rows):
@@ -119,15 +119,15 @@ class HostBuffer:
         bits: NDArray[np.int16] = self._rows[:n_rows].view(torch.int16).numpy()
         return bits.view(np.uint16)
 
-    def copy_to(self, there: torch.Tensor) -> None:
-        """Begin to copy as many rows as ``there`` has, on the stream for copies."""
+    def copy_to(self, target: torch.Tensor) -> None:
+        """Start copying as many rows as ``target`` has, on the stream for copies."""
         assert self._copied is not None
         with torch.cuda.stream(self._copying):
-            there.copy_(self._rows[: len(there)], non_blocking=True)
+            target.copy_(self._rows[: len(target)], non_blocking=True)
             self._copied.record()
 
     def on_device(self, n_rows: int) -> torch.Tensor:
-        """The rows, ready for whatever the current stream does next; bfloat16 [rows, d_model]."""
+        """The rows on the device, ready for the current stream; bfloat16 [rows, d_model]."""
         rows = self._rows[:n_rows]
         if self._copying is None or self._copied is None:
             return rows.to(self._device)
@@ -141,9 +141,7 @@ class HostBuffer:
 
 
 class DecodedLayer:
-    """Memory for a whole layer, filled as it is read; several passes may share it, one after another.
-
-    Costs 2 bytes a number: ``n_bytes``.
+    """Memory for a whole layer, filled as it is read; successive passes may share it. 2 bytes per number.
 
     Attributes:
         chunks: room for all chunks.
@@ -153,13 +151,13 @@ class DecodedLayer:
     def __init__(
         self, store: ActivationStore, layer: int, n_contexts: int, device: torch.device | None = None
     ) -> None:
-        """Take the memory; nothing is read yet.
+        """Allocate the memory; nothing is read yet.
 
         Args:
             store: an opened store.
             layer: one of its layers.
             n_contexts: contexts to keep, from the first.
-            device: that it is read for; a GPU's own memory is used if it has room.
+            device: the device that trains; a GPU's memory is used if it has room.
         """
         shape = self._shape(store, layer, n_contexts)
         self.chunks = chunk_memory(shape, device or torch.device("cpu"))
@@ -172,5 +170,5 @@ class DecodedLayer:
 
     @classmethod
     def n_bytes(cls, store: ActivationStore, layer: int, n_contexts: int) -> int:
-        """How much memory it would take."""
+        """Memory that it takes."""
         return 2 * math.prod(cls._shape(store, layer, n_contexts))

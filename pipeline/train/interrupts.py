@@ -1,4 +1,4 @@
-"""A Ctrl-C, or a request to end, that waits until what must not be left half done is done."""
+"""Delay Ctrl-C and SIGTERM until a step is complete."""
 
 import signal
 from collections.abc import Generator
@@ -7,24 +7,24 @@ from threading import current_thread, main_thread
 from types import FrameType
 
 _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-"""Ctrl-C; and what SLURM and torchrun send to a process that is to end."""
+"""Ctrl-C, and the signal by which SLURM and torchrun end a process."""
 
 
 class Interrupt:
-    """Whether someone asked the process to stop since.
+    """Whether the process was asked to stop.
 
     Attributes:
-        asked: whether someone did.
-        to_end: whether it was SIGTERM, by which the process is to end.
+        asked: whether it was.
+        to_end: whether by SIGTERM.
     """
 
     def __init__(self) -> None:
-        """Nobody did."""
+        """Not asked yet."""
         self.asked = False
         self.to_end = False
 
     def stop(self) -> None:
-        """End, if that was asked for; else raise the KeyboardInterrupt that was held back."""
+        """End the process after a SIGTERM; otherwise raise the delayed KeyboardInterrupt."""
         if self.to_end:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)
@@ -33,15 +33,14 @@ class Interrupt:
 
 @contextmanager
 def held_back(*, is_alone: bool = True) -> Generator[Interrupt]:
-    """Hold a Ctrl-C or SIGTERM back until the caller finds a good place to ``stop``.
+    """Delay Ctrl-C and SIGTERM until the caller reaches a safe point and calls ``stop``.
 
-    A second Ctrl-C interrupts at once, but for one of several processes: to those torchrun passes on what
-    they have got from the terminal. A second SIGTERM never does: SLURM and torchrun each send one, and who
-    cannot wait has SIGKILL. Where signals cannot be caught, outside the main thread, or are not Python's to
-    catch, as in a process that ignores them, everything is as it was.
+    A second Ctrl-C interrupts at once, except in one of several processes, which get each Ctrl-C twice: from
+    the terminal and from torchrun. A second SIGTERM does not, as SLURM and torchrun each send one. Outside
+    the main thread, and where the process ignores these signals, nothing changes.
 
     Args:
-        is_alone: whether this process was started by itself.
+        is_alone: whether this process was not started together with others.
     """
     interrupt = Interrupt()
     is_main = current_thread() is main_thread()

@@ -1,4 +1,4 @@
-"""Whether a layer is kept decoded in memory while it is trained on. Costs its size, 2 bytes a number."""
+"""Keeping a decoded layer in memory during training. Takes 2 bytes per number."""
 
 from typing import Any, Literal
 
@@ -11,11 +11,11 @@ from .chunk_memory import DecodedLayer, has_room
 
 
 class LayerMemory:
-    """Whether a layer is kept decoded in memory, for later epochs and passes; one at a time is.
+    """Keeps at most one decoded layer in memory, for later epochs and passes.
 
     Attributes:
-        wish: ``always``, ``never``, or ``auto``: where a GPU or a server would have to be waited for, a
-            quarter of the GPU's free memory or half of the machine's holds it, and it is read more than once.
+        wish: ``always``, ``never``, or ``auto``: on a GPU or from a server, if the layer is read more than
+            once and fits into a quarter of the GPU's free memory or half of the machine's.
     """
 
     def __init__(self, wish: Literal["auto", "always", "never"] = "auto") -> None:
@@ -27,23 +27,23 @@ class LayerMemory:
     def of(
         self, store: ActivationStore, layer: int, n_contexts: int, *, n_tokens: int, device: torch.device
     ) -> DecodedLayer | None:
-        """Memory for a layer, with what is there of it; None: it is not kept.
+        """Memory for a layer, with the chunks decoded so far; None if it is not kept.
 
         Args:
-            store: whose layer it is.
-            layer: which.
-            n_contexts: that are read, from the first.
-            n_tokens: that will be read in all.
-            device: what they are read for.
+            store: an opened store.
+            layer: one of its layers.
+            n_contexts: contexts that are read, from the first.
+            n_tokens: tokens that will be read in total.
+            device: the device that trains.
         """
         which = (store.address, layer, n_contexts, device)
         if which != self._of:
             self._of, self._kept = which, None
         if self._kept is None:
-            # Beside the products of a CPU decoding is next to nothing.
+            # On a CPU decoding costs little beside the matrix products.
             is_waited_for = device.type != "cpu" or store.is_remote
             is_read_again = n_tokens > n_contexts * store.context_length
-            # In time each process of a machine comes to hold all of it: parts change from epoch to epoch.
+            # Each process ends up with the whole layer, as its part changes from epoch to epoch.
             n_bytes = DecodedLayer.n_bytes(store, layer, n_contexts)
             in_all = n_bytes * processes_here().n_local
             fits = has_room(device, n_bytes) or in_all <= free_bytes(torch.device("cpu")) // 2

@@ -1,26 +1,24 @@
-"""Many trainings from one file: what a sweep file says, and which runs it gives, each in its own folder.
+"""Sweep files: their keys, and the runs they define, each in its own folder.
 
     include = ["layer-norm.toml"]   other sweep files, relative to this one
-    study = "layer-norm"            what these runs are to tell: a name, a title, and what is claimed
+    study = "layer-norm"            the question of these runs: a name, a title, and the claim
     title = "LayerNorm and the variance of the gradient"
     claim = "Layer normalization … reduces gradient variance by 3.2x"
-    seeds = [0, 1, 2]               each run once a seed, which is its seed and its data_seed
-    controls = true                 set position-aware runs beside all their controls; or ["agnostic"]
+    seeds = [0, 1, 2]               each run once per seed, which sets its seed and its data_seed
+    controls = true                 train all controls of position-aware runs; or only ["agnostic"]
 
-    [evaluate]                      settings of all scoring, as in any TOML file of posae: probing = "offline"
-    [train]                         settings of all runs, likewise; a preset too
-    [runs.paper]                    what this run alone has
+    [evaluate]                      scoring settings, as in any TOML file of posae: probing = "offline"
+    [train]                         settings of all runs, likewise; may name a preset
+    [runs.paper]                    settings of this run only
     [runs.no-layer-norm]
     layer_norm = "none"
 
-Values come, later ones first, from: default < preset < ``[train]`` < the run's own < option. What an
-including file says in ``[train]``, ``[evaluate]``, ``seeds`` and ``controls`` wins over what the included one
-says there.
+Precedence, lowest first: default, preset, ``[train]``, the run's own table, option. ``[train]``,
+``[evaluate]``, ``seeds`` and ``controls`` of an including file override those of the included one.
 
-All is resolved, and every control's size found, before anything is trained. Runs of equal settings are one
-training, whatever their names and in however many studies they are. What settings are on a store, and how
-many parameters they give, is asked of the caller. A training knows nothing of its neighbours; whoever shares
-a pass over the store among several needs only ``Plan.trainings``.
+All settings are resolved, and the size of every control computed, before anything is trained. Runs with equal
+settings are trained once, whatever their names and studies. No torch here: the caller resolves settings on a
+store and counts parameters.
 """
 
 import json
@@ -41,7 +39,7 @@ from ..settings import EvaluateSettings, Settings, TrainSettings, build, nearest
 from .controls import CONTROLS, controls_of, has_adapters, is_position_aware
 
 SWEEP = "sweep.json"
-"""In the folder of a sweep: which run is whose control, of which study, and where."""
+"""File in a sweep's folder that lists its studies, runs and controls."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -56,46 +54,46 @@ class SweepFile(Settings):
     """Name of the study that the runs of this file belong to."""
 
     title: str | None = None
-    """The study in a few words; by default its name."""
+    """Title of the study; by default its name."""
 
     claim: str | None = None
-    """What is claimed, word for word."""
+    """The claim that the study tests, quoted."""
 
     seeds: tuple[int, ...] | None = None
-    """Each run is made once with each; by default with 0."""
+    """Each run is trained once per seed; by default with seed 0."""
 
     controls: bool | tuple[str, ...] | None = None
-    """Whether position-aware runs are set beside their controls, or which of these; by default all."""
+    """Whether to train the controls of position-aware runs, or a list of them; by default all."""
 
     train: dict[str, Any] = Field(default_factory=dict)
     """Settings that all runs share."""
 
     evaluate: dict[str, Any] = Field(default_factory=dict)
-    """Settings that they are scored with."""
+    """Settings of scoring."""
 
     runs: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Settings that each run has for itself, by its name."""
+    """Settings of each run, by its name."""
 
 
 class Study(NamedTuple):
     """The runs of one sweep file, or of one call."""
 
     source: str
-    """Where they are from, for messages."""
+    """The file or folder, for messages."""
     name: str
     title: str
     claim: str | None
     runs: dict[str, TrainSettings]
-    """By name; their seeds do not count."""
+    """Settings by name of the run; their seeds are ignored."""
     seeds: tuple[tuple[int, int], ...]
-    """Of initialisation, and of data."""
+    """Pairs of the seeds of initialisation and of data."""
     controls: tuple[str, ...] = CONTROLS
-    """Which are made of position-aware runs."""
+    """Controls to train with position-aware runs."""
     scoring: EvaluateSettings = EvaluateSettings()
-    """What runs and controls are scored with."""
+    """Settings of scoring, for runs and controls."""
 
 
-class _Given(NamedTuple):
+class _Unresolved(NamedTuple):
     """A study before its settings are resolved."""
 
     file: Path
@@ -115,41 +113,41 @@ class _Given(NamedTuple):
         for name, own in self.runs.items():
             with _naming(f"{self.file}, run {name!r}"):
                 runs[name] = resolve_train_settings(config={**self.shared, **own}, options=options)
-        wanted = self.controls if controls is None else controls
-        if wanted is None or isinstance(wanted, bool):
-            wanted = () if wanted is False else CONTROLS
+        chosen = self.controls if controls is None else controls
+        if chosen is None or isinstance(chosen, bool):
+            chosen = () if chosen is False else CONTROLS
         pairs = tuple((seed, seed) for seed in seeds)
         scoring = build(EvaluateSettings, self.scoring, f"{self.file}: [evaluate]")
-        return Study(str(self.file), self.name, self.title, self.claim, runs, pairs, wanted, scoring)
+        return Study(str(self.file), self.name, self.title, self.claim, runs, pairs, chosen, scoring)
 
 
 class Planned(NamedTuple):
-    """One training of a sweep."""
+    """One run of a sweep."""
 
     name: str
     seed: int
     folder: str
-    """Below the folder of the sweep."""
+    """Relative to the sweep's folder."""
     settings: TrainSettings
-    """Resolved: nothing is left to the store."""
+    """Resolved on the store."""
     n_parameters: int
 
     @property
     def cost(self) -> int:
-        """How much work it is, in units that say nothing but compare."""
+        """Relative amount of work."""
         return self.settings.steps * self.settings.batch_size * self.n_parameters
 
 
 class Fitted(NamedTuple):
-    """Settings on a store."""
+    """Settings resolved on a store."""
 
     settings: TrainSettings
-    """Nothing in them is left open."""
+    """Without open choices."""
     n_parameters: int
 
 
 Fit = Callable[[TrainSettings], Fitted]
-"""What settings are on the store; raises SettingsError where they do not fit it."""
+"""Resolves settings on the store; raises SettingsError if they do not fit it."""
 
 
 def read_sweep(path: Path, options: Mapping[str, Any], controls: bool | None = None) -> list[Study]:
@@ -157,53 +155,51 @@ def read_sweep(path: Path, options: Mapping[str, Any], controls: bool | None = N
 
     Args:
         path: the file.
-        options: settings given on the command line, which win; None means not given. A ``seed`` is the only
-            one then.
-        controls: wins over the files where it is given.
+        options: settings from the command line, which override the file; None means not given. A ``seed``
+            replaces all seeds of the file.
+        controls: overrides the files unless None.
 
     Raises:
-        SettingsError: no such file or no TOML, an unknown key, files that include each other, a name that
-            cannot be a folder's or stands twice, seeds set otherwise than by ``seeds``, no runs at all, or
-            settings that are impossible; says which run of which file.
+        SettingsError: the file is missing or not TOML, has an unknown key, includes itself or has no runs; a
+            name is invalid or used twice; seeds are set other than by ``seeds``; or settings are invalid.
+            Names the file and the run.
     """
     if options.get("data_seed") is not None:
-        raise SettingsError("a sweep's runs have their seed as data seed too; leave --data-seed out")
-    given = list(_read(path, ()))
-    if not given:
-        raise SettingsError(
-            f"{path} has no runs; give it tables [runs.NAME], or include a file that has some"
-        )
+        raise SettingsError("a sweep uses each seed as data seed too; leave out --data-seed")
+    studies = list(_read(path, ()))
+    if not studies:
+        raise SettingsError(f"{path} has no runs; add tables [runs.NAME], or include a file with runs")
     seen: dict[str, Path] = {}
-    for study in given:
+    for study in studies:
         if study.name in seen:
             raise SettingsError(
-                f"study {study.name!r} stands twice, in {seen[study.name]} and {study.file}; "
-                "give each another name, and include each file once"
+                f"study {study.name!r} occurs twice, in {seen[study.name]} and {study.file}; "
+                "give each study its own name, and include each file once"
             )
         seen[study.name] = study.file
-    return [study.resolved(options, controls) for study in given]
+    return [study.resolved(options, controls) for study in studies]
 
 
-def _read(path: Path, above: tuple[Path, ...]) -> Iterator[_Given]:
+def _read(path: Path, above: tuple[Path, ...]) -> Iterator[_Unresolved]:
     if path.resolve() in [file.resolve() for file in above]:
         raise SettingsError(
-            f"{path} includes itself: {' > '.join(map(str, (*above, path)))}; break the circle"
+            f"{path} includes itself: {' > '.join(map(str, (*above, path)))}; remove one of these includes"
         )
-    found = read_toml(path)
-    for name in found:
+    table = read_toml(path)
+    for name in table:
         if name in {"preset", *all_declared()} - {"seed", "data_seed"}:
-            raise SettingsError(f"{path}: {name} stands outside of a table; put it under [train]")
-    parsed = build(SweepFile, found, f"{path}:")
+            raise SettingsError(f"{path}: {name} is outside of a table; put it under [train]")
+    parsed = build(SweepFile, table, f"{path}:")
     seeds = parsed.seeds
     if seeds is not None and (not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds)):
-        raise SettingsError(f"{path}: seeds are different whole numbers from 0, at least one")
+        raise SettingsError(f"{path}: seeds must be distinct integers from 0 up, at least one")
     for name in parsed.controls if isinstance(parsed.controls, tuple) else ():
         if name not in CONTROLS:
-            raise SettingsError(f"{path}: there is no control {name!r}; {nearest(name, CONTROLS)}")
+            raise SettingsError(f"{path}: unknown control {name!r}; {nearest(name, CONTROLS)}")
     for values in (parsed.train, *parsed.runs.values()):
         for name in ("seed", "data_seed"):
             if name in values:
-                raise SettingsError(f"{path}: {name} is set by the list seeds, for all runs alike")
+                raise SettingsError(f"{path}: {name} is not a setting of a sweep; use the list seeds")
     for included in parsed.include:
         for study in _read(path.parent / included, (*above, path)):
             yield study._replace(
@@ -215,14 +211,14 @@ def _read(path: Path, above: tuple[Path, ...]) -> Iterator[_Given]:
     if not parsed.runs:
         return
     if parsed.study is None:
-        raise SettingsError(f"{path} has runs and no name for them; give it a key study")
+        raise SettingsError(f"{path} has runs but no name for their study; add the key study")
     for name in (parsed.study, *parsed.runs):
         if not _NAME.fullmatch(name):
             raise SettingsError(
-                f"{path}: {name!r} cannot be a folder's name; take up to 64 letters, digits, - and _"
+                f"{path}: {name!r} is not a valid name; use up to 64 letters, digits, - and _"
             )
     title = parsed.title or parsed.study
-    yield _Given(
+    yield _Unresolved(
         path,
         parsed.study,
         title,
@@ -236,22 +232,22 @@ def _read(path: Path, above: tuple[Path, ...]) -> Iterator[_Given]:
 
 
 class Plan:
-    """All trainings of a sweep, and what each stands for.
+    """All runs of a sweep, and their roles.
 
     Attributes:
-        studies: as ``sweep.json`` has them.
-        scoring: what each folder's run is scored with; of several studies that share it, all that any asks.
+        studies: the studies in the form of ``sweep.json``.
+        scoring: scoring settings by folder; the union if several studies share a run.
     """
 
     def __init__(self, studies: Sequence[Study], fit: Fit) -> None:
-        """Resolve all runs on the store, and find their controls.
+        """Resolve all runs on the store, and derive their controls.
 
         Args:
-            studies: from ``read_sweep``, or made.
-            fit: asked for each run, and for sizes of controls.
+            studies: for example from ``read_sweep``.
+            fit: resolves each run, and the sizes of controls.
 
         Raises:
-            SettingsError: a run's settings do not fit the store, or two runs of one name differ; says which.
+            SettingsError: a run's settings do not fit the store, or two runs of the same name differ.
         """
         self._fit = fit
         self._by_settings: dict[TrainSettings, Planned] = {}
@@ -279,52 +275,50 @@ class Plan:
                 yield from (self._entry(name, run, pair) | about for pair in study.seeds)
                 if not is_aware:
                     continue
-                for control, found in self._controls(run.settings, study.controls).items():
+                for control, fitted in self._controls(run.settings, study.controls).items():
                     about = {"control": control, "of": name}
                     for pair in study.seeds:
-                        yield self._entry(f"{name}.{control}", found, pair) | about
+                        yield self._entry(f"{name}.{control}", fitted, pair) | about
 
-    def _controls(self, settings: TrainSettings, wanted: Sequence[str]) -> dict[str, Fitted]:
-        if not wanted:
+    def _controls(self, settings: TrainSettings, names: Sequence[str]) -> dict[str, Fitted]:
+        if not names:
             return {}
 
         def fitted(values: Mapping[str, Any]) -> Fitted:
             # Not validated again: what is resolved names both a share and its steps.
-            were_set = settings.model_fields_set & values.keys()
-            return self._fit(settings_class(values).model_construct(were_set, **values))
+            fields_set = settings.model_fields_set & values.keys()
+            return self._fit(settings_class(values).model_construct(fields_set, **values))
 
-        found = controls_of(settings.model_dump(), lambda values: fitted(values).n_parameters)
-        return {control: fitted(values) for control, values in found.items() if control in wanted}
+        controls = controls_of(settings.model_dump(), lambda values: fitted(values).n_parameters)
+        return {control: fitted(values) for control, values in controls.items() if control in names}
 
     def _entry(self, name: str, fitted: Fitted, seeds: tuple[int, int]) -> dict[str, Any]:
         seed, data_seed = seeds
         settings = fitted.settings.model_copy(update={"seed": seed, "data_seed": data_seed})
-        wanted = Planned(name, seed, f"{name}/seed-{seed}", settings, fitted.n_parameters)
-        planned = self._by_settings.setdefault(settings, wanted)
+        candidate = Planned(name, seed, f"{name}/seed-{seed}", settings, fitted.n_parameters)
+        planned = self._by_settings.setdefault(settings, candidate)
         before = self._by_name.setdefault((name, seed), planned)
         if before is not planned:
             old, new = before.settings.model_dump(), settings.model_dump()
             differ = ", ".join(key for key in new if new[key] != old.get(key))
-            raise SettingsError(
-                f"another run of this name has another {differ}; give one of them another name"
-            )
+            raise SettingsError(f"another run of this name has a different {differ}; rename one of them")
         return {"name": name, "seed": seed, "folder": planned.folder, "control": None, "of": None}
 
     @property
     def trainings(self) -> list[Planned]:
-        """Each once. The first seed of all comes first: what is interrupted has told most by then."""
+        """All runs, each once, by seed: an interrupted sweep then has all runs of the first seeds."""
         return sorted(self._by_settings.values(), key=lambda planned: planned.seed)
 
     def write(self, folder: Path) -> None:
-        """Put the studies into ``sweep.json``; those of an earlier sweep that have other names stay.
+        """Write the studies to ``sweep.json``; studies of other names from an earlier sweep stay.
 
         Raises:
-            RunError: another ``sweep.json`` is there.
+            RunError: there is a ``sweep.json`` of something else.
             StoreWriteError: the disk refused.
         """
         studies = {study.get("study"): study for study in (*_studies_in(folder), *self.studies)}
-        found = {"posae": __version__, "studies": list(studies.values())}
-        data = (json.dumps(found, indent=1) + "\n").encode()
+        content = {"posae": __version__, "studies": list(studies.values())}
+        data = (json.dumps(content, indent=1) + "\n").encode()
         files = StoreFiles(folder)
         files.make_root()
         if not (folder / SWEEP).exists() or (folder / SWEEP).read_bytes() != data:
@@ -334,20 +328,20 @@ class Plan:
 def _studies_in(folder: Path) -> list[dict[str, Any]]:
     path = folder / SWEEP
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return []
     except (ValueError, RecursionError, OSError) as error:
-        raise RunError(f"{path} cannot be read ({error}); remove it, the runs beside it stay") from None
-    studies = found.get("studies") if isinstance(found, dict) else None  # pyright: ignore
+        raise RunError(f"{path} cannot be read ({error}); remove it; this keeps the runs") from None
+    studies = content.get("studies") if isinstance(content, dict) else None  # pyright: ignore
     if not isinstance(studies, list) or not all(isinstance(study, dict) for study in studies):  # pyright: ignore
-        raise RunError(f"{path} has no studies; remove it, the runs beside it stay")
+        raise RunError(f"{path} has no studies; remove it; this keeps the runs")
     return cast("list[dict[str, Any]]", studies)
 
 
 @contextmanager
 def _naming(place: str) -> Generator[None]:
-    """Say which run of which file an error is about."""
+    """Prefix an error with the run and its file."""
     try:
         yield
     except SettingsError as error:

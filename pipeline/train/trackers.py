@@ -1,7 +1,7 @@
-"""Metrics of trainings as curves in TensorBoard or Weights & Biases, written by their own libraries.
+"""Curves of a run's metrics in TensorBoard or Weights & Biases, written by their own libraries.
 
-Neither is imported unless it is asked for; each is an extra. A line of metrics costs a fraction of a
-millisecond: both libraries write from threads or processes of their own. ``metrics.jsonl`` has the same.
+Both are optional dependencies, imported on request. Logging a line of metrics costs a fraction of a
+millisecond, as both write in their own threads or processes. ``metrics.jsonl`` holds the same numbers.
 """
 
 import os
@@ -18,58 +18,58 @@ from ..errors import RunError
 
 
 class TrackerName(StrEnum):
-    """What can be asked for; the extra with its library is called the same."""
+    """The trackers; the optional dependency of each has the same name."""
 
     TENSORBOARD = "tensorboard"
     WANDB = "wandb"
 
 
 class Tracker(Protocol):
-    """Where the curves of one run go."""
+    """Receives the curves of one run."""
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Numbers measured after ``step`` steps."""
+        """Log numbers measured after ``step`` steps."""
 
     def close(self, *, is_whole: bool) -> None:
-        """Write what is not written yet; ``is_whole``: the training came to its end."""
+        """Write what is pending; ``is_whole``: training finished without an error."""
 
     @property
     def where(self) -> str:
-        """How to look at them."""
+        """How to view the curves."""
         ...
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics by name, those of a list by name and index; what is None is left out.
+    """The numbers of a line of metrics by name, those of a list by name and index, without None.
 
     >>> scalars({"step": 50, "loss": 2.0, "fvu_base": None, "fvu_by_range": [0.5, None, 0.25]})
     {'loss': 2.0, 'fvu_by_range/0': 0.5, 'fvu_by_range/2': 0.25}
     """
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name, value in line.items():
         if isinstance(value, list):
             values = cast("list[float | None]", value)
-            found |= {f"{name}/{i}": number for i, number in enumerate(values) if number is not None}
+            numbers |= {f"{name}/{i}": number for i, number in enumerate(values) if number is not None}
         elif value is not None and name != "step":
-            found[name] = value
-    return found
+            numbers[name] = value
+    return numbers
 
 
 class Trackers:
-    """All that were asked for, of all runs that train in one pass; each is opened at a run's first line.
+    """The requested trackers of all runs that train in one pass; each is opened at a run's first line.
 
-    To be used as a context, which closes them.
+    A context manager, which closes them.
     """
 
     def __init__(self, names: Collection[TrackerName], configs: Mapping[Path, Mapping[str, Any]]) -> None:
-        """Check that the libraries are there; nothing is opened yet.
+        """Check that the libraries are installed; nothing is opened yet.
 
         Args:
             names: which trackers.
-            configs: what ``config.json`` says, by the folder of the run.
+            configs: the content of ``config.json``, by the run's folder.
 
         Raises:
-            SettingsError: a library is not installed; says which extra has it.
+            SettingsError: a library is not installed; names the optional dependency.
         """
         for name in names:
             if find_spec(name) is None:
@@ -102,11 +102,11 @@ class Trackers:
         return [tracker.where for trackers in self._open.values() for tracker in trackers]
 
     def __enter__(self) -> Self:
-        """Ready; nothing is opened yet."""
+        """Nothing is opened yet."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Write what is not written yet, however the training ended."""
+        """Write what is pending, however training ended."""
         for trackers in self._open.values():
             for tracker in trackers:
                 tracker.close(is_whole=kind is None)
@@ -118,7 +118,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, first: int, config: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a training that was cut off wrote from there on is written again, and hidden.
+        # A resumed run writes the steps from `first` on again; the old ones are hidden.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
         self.where = f"tensorboard --logdir {folder}"
 
@@ -131,7 +131,7 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """A run of theirs, called by the last two folders of ours; its files lie in the folder ``wandb``."""
+    """A Weights & Biases run, named after the last two folders of ours; its files are in ``wandb``."""
 
     def __init__(self, folder: Path, first: int, config: Mapping[str, Any]) -> None:
         import wandb
@@ -145,19 +145,19 @@ class _WeightsAndBiases:
                 name="/".join(folder.absolute().parts[-2:]),
                 config=dict(config),
                 resume="allow",
-                reinit="create_new",  # trainings side by side have one each
+                reinit="create_new",  # one for each of several runs side by side
                 settings=quiet,
             )
         except wandb.Error as error:
             raise RunError(
-                f"Weights & Biases refuses {folder}: {str(error).rstrip('.')}; WANDB_MODE=offline keeps the "
-                "curves, to be sent later"
+                f"Weights & Biases refuses {folder}: {str(error).rstrip('.')}; set WANDB_MODE=offline to "
+                "keep the curves and send them later"
             ) from None
         offline = f"wandb sync {Path(self._run.dir).parent}"
         self.where = offline if self._run.offline else (self._run.url or offline)
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        # Of a step that is done again, after a cut, the first values stay: they are the same.
+        # When a step is repeated after resuming, the first values stay; they are equal.
         self._run.log(dict(scalars), step=step)
 
     def close(self, *, is_whole: bool) -> None:
@@ -165,7 +165,7 @@ class _WeightsAndBiases:
 
 
 def _lasting_id(folder: Path) -> str:
-    """What their server knows the run by; kept in the run, so that a training goes on in the same curves."""
+    """The run's id on their server; kept in the run, so that a resumed run continues the same curves."""
     path = folder / "wandb.id"
     if not path.exists():
         StoreFiles(folder).write(path.name, uuid.uuid4().hex[:16].encode())

@@ -112,7 +112,7 @@ def test_a_harvest_may_lose_bits_by_choice_and_the_label_says_what(
     assert f"rounding changed activations by {mean:.2%}" in posae("inspect-store", rounded).out
     assert "rounding" not in posae("inspect-store", store).out
     refused = posae("harvest", rounded, *SMALL)
-    assert (refused.code, "mantissa_bits is 5 there and None now" in refused.err) == (1, True)
+    assert (refused.code, "--mantissa-bits was 5 and is now None" in refused.err) == (1, True)
 
 
 def test_inspect_store_says_what_compression_could_gain_and_what_position_explains(
@@ -156,7 +156,7 @@ def test_the_same_words_again_change_nothing(posae: Posae, store: Path) -> None:
     before = tree(store)
     ended = posae("harvest", store, *SMALL)
     assert ended.code == 0
-    assert "finished before" in ended.out
+    assert "already finished" in ended.out
     assert tree(store) == before
 
 
@@ -164,8 +164,8 @@ def test_other_words_are_refused_by_name(posae: Posae, store: Path) -> None:
     before = tree(store)
     ended = posae("harvest", store, *SMALL, "--seed", 7, "--packing", "truncate")
     assert ended.code == 1
-    assert "seed is 0 there and 7 now" in ended.err
-    assert "packing is 'pack' there and 'truncate' now" in ended.err
+    assert "--seed was 0 and is now 7" in ended.err
+    assert "--packing was 'pack' and is now 'truncate'" in ended.err
     assert tree(store) == before
 
 
@@ -218,9 +218,9 @@ def test_plant_puts_an_effect_into_a_copy_and_says_what_position_explains(
     assert facts["manifest"]["planted"]["rank"] == "4"
     assert "<bos>" in posae("inspect-store", planted, "--context", 3).out
     before = tree(planted)
-    assert "finished before" in posae(*words).out
+    assert "already finished" in posae(*words).out
     refused = posae(*words, "--seed", 1)
-    assert (refused.code, "planted seed is '0' there and '1' now" in refused.err) == (1, True)
+    assert (refused.code, "planted seed was '0' and is now '1'" in refused.err) == (1, True)
     refused = posae("harvest", planted, *SMALL)
     assert (refused.code, "model is 'demo + planted additive 0.5' there" in refused.err) == (1, True)
     assert posae("plant", store, planted, "--effect", "scale").code == 2
@@ -356,7 +356,7 @@ def test_a_finished_training_says_so_and_changes_nothing(posae: Posae, store: Pa
     before = tree(trained)
     ended = posae("train", store, trained, *QUICK)
     assert ended.code == 0
-    assert "finished before" in ended.out
+    assert "already finished" in ended.out
     assert tree(trained) == before
 
 
@@ -376,7 +376,7 @@ def test_a_store_of_one_context_is_harvested_and_trained_from(posae: Posae, tmp_
     assert ActivationStore.open(store).n_contexts == 1
     ended = posae("train", store, tmp_path / "run", "--steps", 2, "--ranges", "0:1,1:16")
     assert ended.code == 0
-    assert "nothing was scored" in ended.out
+    assert "trained; not scored" in ended.out
 
 
 def test_a_local_model_and_local_text_are_named_without_their_folders(posae: Posae, tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_a_local_model_and_local_text_are_named_without_their_folders(posae: Pos
     assert (facts["model"], facts["dataset"]) == ("my-model", "my-text.txt")
     assert all(str(tmp_path).encode() not in data for data in tree(store).values())
     text.unlink()  # not touched again: the tokens are in the store
-    assert "finished before" in posae("harvest", store, *words).out
+    assert "already finished" in posae("harvest", store, *words).out
     ended = posae("inspect-store", store, "--context", 0)
     assert ended.code == 1
     assert "--tokenizer" in ended.err
@@ -460,7 +460,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["report", "{nowhere}"], "is not there; give folders of runs"),
     (["report", "{store}"], "is a store, not a run"),
     (["harvest", "{run}", "--layers", "6"], "layer"),
-    (["harvest", "{run}", "--layers", "one"], "write them as 5,12,19"),
+    (["harvest", "{run}", "--layers", "one"], "write e.g. 5,12,19"),
     (["harvest", "{run}", "--model", "./not-here"], "not-here"),
     (["harvest", "{run}", "--dataset", "{text}", "--contexts", "800"], "larger corpus"),
     (["harvest", "{run}", "--dataset", "{binary}"], "binary.txt"),

@@ -77,6 +77,6 @@ def test_bytes_are_shown_for_people(terminal: io.StringIO) -> None:
 def test_help_fills_the_width_that_there_is(posae: Posae, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert (
-        "it goes on where it stopped; --layers may add layers. Many processes may share"
+        "it resumes where it stopped; --layers may add layers. Several processes may share"
         in posae("harvest", "--help").out
     )

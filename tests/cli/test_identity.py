@@ -49,7 +49,7 @@ def is_refused(posae: Posae, *words: object) -> str:
 
 def changes_nothing(posae: Posae, store: Path, words: Words) -> None:
     before = tree(store)
-    assert "finished before" in posae("harvest", store, *words).out
+    assert "already finished" in posae("harvest", store, *words).out
     assert tree(store) == before
 
 
@@ -166,7 +166,7 @@ def test_activations_of_the_same_name_and_size_are_not_taken_for_those_imported(
     write(0)
     words: Words = ("import", folder, store, "--layer", 1)
     assert posae(*words).code == 0
-    assert "finished before" in posae(*words).out
+    assert "already finished" in posae(*words).out
     size = (folder / "part.safetensors").stat().st_size
     write(1)
     assert (folder / "part.safetensors").stat().st_size == size

@@ -39,7 +39,10 @@ def test_an_autoencoder_of_saelens_is_imported_scored_and_reported(
     assert "--layer" in ended.err
     ended = posae("import-sae", theirs, run, "--store", store, "--layer", 3)
     assert ended.code == 0, ended.err
-    assert "standard of 16 features, layer 3, trained on some-model; the store is of made-up" in ended.out
+    assert (
+        "standard with 16 features, layer 3, trained on some-model; the store holds activations of made-up"
+        in ended.out
+    )
     found = json.loads(posae("evaluate", run, "--json").out)
     assert 0.4 < found["fvu"] < 0.6  # the negative half is lost
     assert "standard" in posae("report", run).out
@@ -74,8 +77,8 @@ def test_rows_are_imported_inspected_trained_on_and_scored(
     assert ended.code == 0, ended.err
     assert "100 contexts of 10 tokens in layer 3" in ended.out
     assert "not known: documents, model, positions, special tokens, tokens" in ended.out
-    assert "3 rows at the end fill no context" in ended.out
-    assert "finished before" in posae(*words).out
+    assert "3 rows at the end do not fill a context" in ended.out
+    assert "already finished" in posae(*words).out
     ended = posae(*words[:-1], 0.2)
     assert (ended.code, "held_out is" in ended.err) == (1, True)
 

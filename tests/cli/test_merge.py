@@ -58,7 +58,7 @@ def test_a_merge_holds_the_contexts_of_one_larger_harvest(
     shown = " ".join(posae("inspect-store", out).out.split())
     assert f"made of 0:16 of {str(parts[0].identity)[:16]}, 0:16 of {str(parts[1].identity)[:16]}" in shown
     before = tree(out)
-    assert "finished before" in posae("merge", *stores, "-o", out).out
+    assert "already finished" in posae("merge", *stores, "-o", out).out
     assert tree(out) == before
 
 

@@ -89,8 +89,8 @@ def test_a_value_is_refused_in_plain_words_that_say_where_it_stands(posae: Posae
 def test_a_run_of_other_settings_is_told_by_what_was_typed(posae: Posae, store: Path, trained: Path) -> None:
     words = ("--layer", 1, "--seed", 3, "--dropout", 0, "--penalty", "base")
     told = the_error(posae("train", store, trained, *QUICK, *words).err)
-    assert "dropout is 0.1 there and 0.0 now; layer is 2 there and 1 now; penalty is" in told
-    assert told.count(" there and ") == 3
+    assert "dropout was 0.1 and is now 0.0; layer was 2 and is now 1; penalty was" in told
+    assert told.count(" and is now ") == 3
     assert "; also seed; use the same options" in told
     assert not re.search("[0-9a-f]{17}|settings", told)
 
@@ -101,9 +101,9 @@ def test_a_store_of_other_settings_is_told_by_what_was_typed(posae: Posae, tmp_p
     small = ("--contexts", 16, "--context-length", 16, "--layers", 0)
     assert posae("harvest", out, *small).code == 0
     told = the_error(posae("harvest", out, *small, "--dataset", text, "--codec", "raw", "--seed", 3).err)
-    assert "dataset is 'stdlib' there and 'text.txt' now; " in told
-    assert "seed is 0 there and 3 now; " in told
-    assert "codec is 'small' there and 'raw' now; also dataset_revision" in told
+    assert "--dataset was 'stdlib' and is now 'text.txt'; " in told
+    assert "--seed was 0 and is now 3; " in told
+    assert "--codec was 'small' and is now 'raw'; also --dataset-revision" in told
     assert not re.search("[0-9a-f]{17}", told)
 
 
@@ -131,7 +131,7 @@ def test_a_run_whose_store_was_moved_is_told_how_to_name_it(
     assert posae("evaluate", run, "--store", new).code == 0
     words = ("--out", page, "--features", 2, "--tokenizer", DEMO_MODEL)
     assert "no explorer" not in posae("report", run, *words).err
-    assert "make one: posae harvest" in posae("evaluate", run, "--store", old).err
+    assert "make one with: posae harvest" in posae("evaluate", run, "--store", old).err
 
 
 def test_a_folder_that_holds_runs_is_said_to_before_anything_else(
@@ -161,7 +161,7 @@ def test_a_store_of_few_things_is_told_without_plurals_and_gaps(
     assert "documents 1, 0 of them left out; 0 contexts repeat another " in told
     assert "; training leaves them out by default documents " in told
     refused = posae("inspect-store", made.root, "--context", 300)
-    assert the_error(refused.err) == "context 300 was asked for, and 9 are there"
+    assert the_error(refused.err) == "context 300 is out of range: the store has 9"
 
 
 # Interrupts
@@ -183,20 +183,24 @@ def test_an_interrupted_training_says_what_is_there(
         ended = posae("train", store, run, *QUICK)
     assert (ended.code, ended.err.splitlines()[-1]) == (
         130,
-        "interrupted: a checkpoint of step 7 is there, and the same command goes on",
+        "interrupted: checkpoint saved at step 7; run the same command again to resume",
     )
     assert posae("train", store, run, *QUICK).code == 0
     with monkeypatch.context() as patch:
         patch.setattr("posae.cli.trainings.evaluate", interrupt)
         (run / "evaluation.json").unlink()
         ended = posae("train", store, run, *QUICK)
-    assert ended.err.splitlines()[-1] == "interrupted: the training is done, and the same command scores it"
+    assert ended.err.splitlines()[-1] == (
+        "interrupted: training is finished; run the same command again to score it"
+    )
     with monkeypatch.context() as patch:
         patch.setattr(Ongoing, "take", interrupt)
         ended = posae("train", store, tmp_path / "other", *QUICK)
-        assert ended.err.splitlines()[-1].startswith("interrupted: no checkpoint is there yet, and the same ")
+        assert ended.err.splitlines()[-1].startswith(
+            "interrupted: no checkpoint yet; the same command starts"
+        )
         ended = posae("train", store, tmp_path / "all", *QUICK, "--controls")
-    assert re.search(r"interrupted: 0 of \d trainings are done, and the same command goes on\n$", ended.err)
+    assert re.search(r"interrupted: 0 of \d runs are finished; run the same command again .*\n$", ended.err)
 
 
 def interrupt(*_: Any) -> None:
@@ -211,7 +215,9 @@ def test_an_interrupted_harvest_says_how_many_shards_are_there(
         patch.setattr(ShardOfLayers, "commit", interrupt)
         ended = posae(*words)
     assert ended.code == 130
-    assert ended.err.splitlines()[-1] == "interrupted: 0 of 1 shards are written; the same command resumes"
+    assert ended.err.splitlines()[-1] == (
+        "interrupted: 0 of 1 shard written; run the same command again to resume"
+    )
     assert posae(*words).code == 0
 
 
@@ -223,7 +229,7 @@ def test_any_other_command_that_is_interrupted_says_so_in_one_line(
     assert (ended.code, ended.out, ended.err) == (130, "", "interrupted\n")
     monkeypatch.setattr("posae.pipeline.stores.copy.copy", interrupt)
     ended = posae("copy", store, tmp_path / "copied.zarr")
-    assert ended.err == "interrupted: what is done is kept, and the same command goes on\n"
+    assert ended.err == "interrupted: progress is saved; run the same command again to resume\n"
 
 
 _INTERRUPTED_AT_ONCE = """

@@ -52,7 +52,7 @@ def test_a_store_goes_to_a_server_and_comes_back(
     there = {path.removeprefix("demo.zarr/"): data for path, data in writable_server.files().items()}
     assert {path: data for path, data in there.items() if path in tree(store)} == tree(store)
     again = posae("copy", store, url)
-    assert (again.code, "there before" in again.out) == (0, True)
+    assert (again.code, "already there" in again.out) == (0, True)
     back = posae("copy", url, tmp_path / "back.zarr")
     assert back.code == 0, back.err
     assert tree(tmp_path / "back.zarr") == tree(store)
@@ -87,7 +87,7 @@ def test_a_part_is_a_whole_store_that_names_its_origin(
     part = tmp_path / "part.zarr"
     ended = posae("copy", url, part, "--layers", 2)
     assert ended.code == 0, ended.err
-    assert posae("copy", url, part, "--layers", 2).out.startswith(f"{part}: there before")
+    assert posae("copy", url, part, "--layers", 2).out.startswith(f"{part}: already there")
     found = ActivationStore.open(part)
     assert found.layers == (2,)
     assert found.manifest.origin is not None
@@ -169,8 +169,8 @@ def test_a_copy_that_was_killed_goes_on(store: Path, start_server: StartServer, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("copy", "STORE", "STORE"), "is the store to copy from; name another place"),
-        (("copy", "STORE", "OUT", "--contexts", "0:4000"), "has 0:40; name a part of them"),
+        (("copy", "STORE", "STORE"), "is the store to copy from; choose another destination"),
+        (("copy", "STORE", "OUT", "--contexts", "0:4000"), "has 0:40; choose a part of them"),
         (("copy", "STORE", "OUT", "--contexts", "0:8", "--fraction", "0.5"), "contradict each other"),
         (("copy", "STORE", "OUT", "--layers", "9"), "has no layer 9; it has 1, 2, 4"),
         (("copy", "STORE", "https://localhost:1/pile.zarr"), "cannot be written"),
@@ -178,12 +178,12 @@ def test_a_copy_that_was_killed_goes_on(store: Path, start_server: StartServer, 
         (("train", "ftp://host/pile.zarr", "OUT"), "ftp://host/pile.zarr is no URL of http://"),
         (
             ("harvest", "s3://bucket/x.zarr"),
-            "s3://bucket/x.zarr is a URL, and this is written on this machine",
+            "s3://bucket/x.zarr is a URL, but this command writes to a local folder",
         ),
         (("train", "STORE", "hf://datasets/a/b"), "hf://datasets/a/b is a URL"),
         (("report", "OUT", "--out", "gs://bucket/x.html"), "gs://bucket/x.html is a URL"),
-        (("train", "STORE", "WITHIN"), "demo.zarr, which is a store; name a place beside it"),
-        (("copy", "STORE", "WITHIN"), "demo.zarr, which is a store; name a place beside it"),
+        (("train", "STORE", "WITHIN"), "demo.zarr; choose a folder outside of it"),
+        (("copy", "STORE", "WITHIN"), "demo.zarr; choose a folder outside of it"),
         (("copy", "STORE", "sftp://host/x"), "copy the folder with rsync -a, or mount it with sshfs"),
         (("copy", "STORE", "nope://b/x", "--fraction", "0.5"), "nope://b/x is no URL of http://"),
     ],

@@ -89,10 +89,10 @@ def test_a_sweep_trains_and_scores_each_run_and_control_once_a_seed(
     assert sorted(run["folder"] for run in study["runs"]) == sorted(FOLDERS)
     assert "6/6 " in ended.err
     assert "left for the others" in ended.err
-    assert f"compare it: posae report {runs}" in ended.out
+    assert f"compare them with: posae report {runs}" in ended.out
     before = tree(runs)
     again = posae(*words)
-    assert (again.code, again.out) == (0, f"{runs}: finished before\n")
+    assert (again.code, again.out) == (0, f"{runs}: already finished\n")
     assert tree(runs) == before
 
 
@@ -171,13 +171,13 @@ def test_a_killed_sweep_goes_on_to_the_same_weights_and_one_bad_run_does_not_sto
     ended = posae(*words)
     assert ended.code == 1
     last = ended.err.splitlines()[-1]
-    assert last.startswith("error: 1 of 6 trainings failed: paper/seed-0: ")
+    assert last.startswith("error: 1 of 6 runs failed: paper/seed-0: ")
     assert "the same command tries these again" in last
     assert weights(killed).keys() == FOLDERS - {"paper/seed-0"}
     checkpoint.write_bytes(kept)
     ended = posae(*words)
     assert ended.code == 0
-    assert "6 trainings, 5 of them finished before" in ended.err
+    assert "6 trainings, 5 of them already finished" in ended.err
     assert posae("train", store, whole, "--sweep", path).code == 0
     assert weights(killed) == weights(whole)
 
@@ -273,9 +273,9 @@ def test_controls_of_a_single_run_are_a_sweep_of_one(posae: Posae, store: Path, 
     run = Run(tmp_path / "runs" / "posae" / "seed-0")
     assert (run.config["settings"]["seed"], run.config["settings"]["data_seed"]) == (0, 5)
     alone = posae("train", store, tmp_path / "alone", *words, *sizes)
-    assert "stands without controls" in alone.out
+    assert "has no controls" in alone.out
     baseline = posae("train", store, tmp_path / "baseline", "--preset", "topk", "--steps", 2)
-    assert "without controls" not in baseline.out
+    assert "no controls" not in baseline.out
     assert "note: FVU above 1, worse than the mean of all" in " ".join(baseline.out.split())
     assert "FVU above 1" not in alone.out
 
@@ -283,9 +283,9 @@ def test_controls_of_a_single_run_are_a_sweep_of_one(posae: Posae, store: Path, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--preset", "paper"), "leave --preset and --config out"),
-        (("--config", "{path}"), "leave --preset and --config out"),
-        (("--data-seed", "1"), "leave --data-seed out"),
+        (("--preset", "paper"), "leave out --preset and --config"),
+        (("--config", "{path}"), "leave out --preset and --config"),
+        (("--data-seed", "1"), "leave out --data-seed"),
         (("--layer", "3"), "has no layer 3"),
     ],
 )

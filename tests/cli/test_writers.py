@@ -49,7 +49,7 @@ def test_a_layer_that_cannot_be_harvested_does_not_spoil_the_store_for_others(
     assert "(--layers 1)" in failed.err
     done = posae("harvest", store, *SMALL, "--model", model, "--layers", "1")
     assert (done.code, ActivationStore.open(store).layers) == (0, (1,))
-    assert f"{store}: layers 3, begun earlier, stay incomplete; the store will hold 1" in done.out
+    assert f"{store}: layer 3, begun earlier, will stay incomplete; the store will hold layer" in done.out
 
 
 def test_a_harvest_resumed_with_fewer_layers_makes_no_further_ones(posae: Posae, tmp_path: Path) -> None:
@@ -67,8 +67,8 @@ def test_a_harvest_resumed_with_fewer_layers_makes_no_further_ones(posae: Posae,
     assert done.code == 0
     held = ActivationStore.open(store).layers
     assert 4 not in held
-    assert "layers 4, begun earlier, stay incomplete; the store will hold 1" in done.out
-    assert f"in layers {', '.join(map(str, held))}, sealed as" in done.out
+    assert "layer 4, begun earlier, will stay incomplete; the store will hold layer" in done.out
+    assert f"in layer{'s' * (len(held) > 1)} {', '.join(map(str, held))}, sealed as" in done.out
     assert list((store / "layer_4").glob("c.*")) == []
     assert posae("harvest", store, *SMALL, "--layers", "1,2,4").code == 0
     assert ActivationStore.open(store).layers == (1, 2, 4)
@@ -122,5 +122,5 @@ def test_an_import_of_another_tensor_is_not_resumed(posae: Posae, tmp_path: Path
     assert posae(*words, "a").code == 0
     refused = posae(*words, "b")
     assert refused.code == 1
-    assert "dataset_column is 'a' there and 'b' now" in " ".join(refused.err.split())
+    assert "--column was 'a' and is now 'b'" in " ".join(refused.err.split())
     assert posae(*words, "a").code == 0

@@ -11,7 +11,7 @@ def test_devices() -> None:
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("auto").type in ("cuda", "mps", "cpu")
     for device in ("gpu", "cuda:99", "", "meta"):
-        with pytest.raises(SettingsError, match=f"no device {device} can be used here: choose auto or cpu"):
+        with pytest.raises(SettingsError, match=f"device {device} is not available: use auto or cpu"):
             choose_device(device)
 
 

@@ -78,7 +78,7 @@ def test_it_tells_what_the_store_holds(good_store: "Made") -> None:
         "layers 0, 3 of 26",
         "- **contexts**: 41 of 6 tokens",
         "- **tokens**: 246 in each layer",
-        "the last 9 contexts, from 32 on",
+        "the last 9 contexts, from context 32",
         "ids 0, 1, 2; every context begins with 2; 1 stands between documents",
         "- **documents**: 41, 0 of them left out",
         f"- **identity**: `{store.identity}`",
@@ -118,11 +118,11 @@ def test_ids_of_the_hub_are_links_to_their_commit_and_others_are_not(
 
 def test_a_planted_store_and_a_rounded_one_say_so(make_store: "MakeStore", tmp_path: Path) -> None:
     text = card_of(make_store(tmp_path / "a.zarr").root)
-    assert "no harvest" not in text
+    assert "were modified" not in text
     assert "bfloat16, as the model gave it" in text
     planted = {"effect": "none", "model": "m", "store": "0" * 64}
     text = card_of(make_store(tmp_path / "b.zarr", planted=planted, mantissa_bits=4).root)
-    assert "**This is no harvest.**" in text
+    assert "**These activations were modified.**" in text
     assert "`effect` `none`" in text
     assert "rounded to 4 of 7 bits of mantissa" in text
     assert "| rounding changed |" in text
@@ -135,7 +135,7 @@ def test_an_attention_sink_stands_out_among_the_norms(make_store: "MakeStore", t
     text = card_of(make_store(tmp_path / "a.zarr", context_length=200, bits=bits).root)
     (plot,) = (block for language, block in FENCE.findall(text) if not language)
     title, *bars, axis = plot.splitlines()
-    assert re.fullmatch(r"layer 1: greatest \d{3}(\.\d)?, at position 0", title)
+    assert re.fullmatch(r"layer 1: maximum \d{3}(\.\d)?, at position 0", title)
     heights = [line.partition("┤")[2] for line in bars]
     assert heights[0].strip() in "▁▂▃▄▅▆▇█"
     assert heights[0][0] != " "

@@ -616,7 +616,7 @@ def test_other_settings_are_taken_before_the_tokens_are_committed(
             break
         with patch("os.fsync"):
             check_finishes(root, whole)
-    with pytest.raises(StoreMismatchError, match="n_contexts is 64 there and 20 now"):
+    with pytest.raises(StoreMismatchError, match="--contexts was 64 and is now 20"):
         harvest(root, whole)
 
 
@@ -630,7 +630,7 @@ def test_of_two_begun_otherwise_the_first_to_commit_tokens_has_the_store(
         with first.lock():
             first.write_tokens(whole.tokens, whole.documents, whole.corpus)
             first.begin_layers(LAYERS)
-        with second.lock(), pytest.raises(StoreMismatchError, match="seed is 0 there and 1 now"):
+        with second.lock(), pytest.raises(StoreMismatchError, match="--seed was 0 and is now 1"):
             second.begin_layers(LAYERS)
     assert ActivationStore.open(root).manifest == whole.manifest
     harvest(root, whole)
@@ -750,7 +750,7 @@ def test_layers_without_committed_tokens_are_not_taken_for_ones_own(whole: "Made
     for path in ("seal.json", "stats/zarr.json"):
         (root / path).unlink()
     left = tree(root)
-    with pytest.raises(StoreFormatError, match="no committed tokens, so it is not this store's beginning"):
+    with pytest.raises(StoreFormatError, match="no committed tokens, so it is not an unfinished harvest"):
         harvest(root, whole)
     assert tree(root) == left
 
@@ -783,7 +783,7 @@ def test_a_layer_that_is_not_complete_is_not_sealed_and_not_passed_over(
     with writer.lock():
         writer.write_tokens(whole.tokens, whole.documents, whole.corpus)
         writer.begin_layers(LAYERS)
-        with pytest.raises(StoreIncompleteError, match="lacks shards of layers 0, 3, so it is not sealed"):
+        with pytest.raises(StoreIncompleteError, match="layers 0, 3 and cannot be sealed yet"):
             writer.finish(LAYERS)
     harvest(root, whole, LAYERS[:1])
     store = ActivationStore.open(root)

@@ -841,7 +841,7 @@ def test_the_undamaged_store_gives_none(run: Commands, victim: "Made", tmp_path:
     assert run("use", root).said == "read"
     verified = run("verify", root)
     assert verified.code == 0, verified.said
-    assert "verified: every byte is as it was written" in verified.said
+    assert "verified: all files are unchanged since they were written" in verified.said
     assert run("train", root).code == REACHED_TORCH
 
 
@@ -868,7 +868,7 @@ NO_STORES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a_link_to_itself": (lambda p: p.symlink_to(p), "cannot be read"),
     "plain_zarr": (
         lambda p: (p.mkdir(), (p / "zarr.json").write_text(json.dumps(group_json({"by": "another"})))),
-        "no store of posae",
+        "not a store of posae",
     ),
 }
 

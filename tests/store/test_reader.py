@@ -170,9 +170,9 @@ def test_what_is_not_there_is_said_with_what_is(good_store: "Made") -> None:
     for ask in (lambda: store.read(5), lambda: store.check_layer(5)):
         with pytest.raises(StoreIncompleteError, match=r"no layer 5; it has 0, 3\. Add it: .* --layers 5"):
             ask()
-    with pytest.raises(StoreIncompleteError, match="contexts up to 42 were asked for, and 41 are there"):
+    with pytest.raises(StoreIncompleteError, match="contexts up to 42 are out of range: the store has 41"):
         store.read(0, slice(0, 42))
-    with pytest.raises(StoreIncompleteError, match="position 6 was asked for, and 6 are there"):
+    with pytest.raises(StoreIncompleteError, match="position 6 is out of range: the store has 6"):
         store.read(0, slice(0, 1), [6])
     with pytest.raises(SettingsError, match="dtype 'float64'"):
         store.read(0, dtype="float64")

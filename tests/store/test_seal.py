@@ -195,9 +195,7 @@ def test_a_seal_of_more_files_than_its_store_can_have_is_refused_before_it_is_pa
     more = b"".join(b'"a/%07d":{"bytes":1,"sha256":"%064d"},' % (i, i) for i in range(n))
     (root / "seal.json").write_bytes(good.replace(b'{"files":{', b'{"files":{' + more))
     tracemalloc.start()
-    with pytest.raises(
-        StoreDamagedError, match=r"seal\.json: it names 20,\d+ files, and such a store has [\d,]+ at"
-    ):
+    with pytest.raises(StoreDamagedError, match=r"seal\.json: it names 20,\d+ files, but a store of this"):
         ActivationStore.open(root)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -269,7 +269,7 @@ class TestPublishing:
         shard = "pile.zarr/layer_1/c.0.0.0"
         other = bytes(byte ^ 1 for byte in whole["layer_1/c.0.0.0"])
         writable_server.put(shard, other)
-        with pytest.raises(StoreMismatchError, match=r"layer_1/c\.0\.0\.0 is there and is not of this store"):
+        with pytest.raises(StoreMismatchError, match=r"layer_1/c\.0\.0\.0 exists and is not of this store"):
             publish(made, empty, moved)
         assert writable_server.files()[shard] == other
         assert "pile.zarr/seal.json" not in writable_server.files()

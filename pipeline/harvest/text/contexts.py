@@ -1,9 +1,9 @@
-"""Contexts: rows of token ids of one length, cut from documents and put into random order.
+"""Contexts: rows of token ids of equal length, cut from documents and put into random order.
 
-``take_contexts`` reads no more documents than it needs, holds a batch of them at a time (at most
-about 2 MiB of text) beside the arrays that it returns, 12 bytes a token, in memory or in a file, and
-never goes back to the first. It costs what the tokenizer costs: 1 to 2 MB of text a second and core.
-Their order costs 8 bytes of memory a context, and the contexts are gathered as they are written.
+``take_contexts`` reads only as many documents as it needs, in one pass, and holds a batch of them at a time
+(at most about 2 MiB of text) besides the arrays that it returns: 12 bytes per token, in memory or in a file.
+Its cost is that of the tokenizer, 1 to 2 MB of text per second and core. The order takes 8 bytes of memory
+per context, and contexts are gathered as they are written.
 """
 
 import hashlib
@@ -30,16 +30,15 @@ _PIECE_CHARACTERS = 1 << 20
 
 
 class Contexts(NamedTuple):
-    """Contexts and where their tokens came from.
+    """Contexts, and the documents of their tokens.
 
     Attributes:
         tokens: int32 [contexts, positions].
-        documents: int64 [contexts, positions], the index of the document that each token came
-            from, counted from 0 in the corpus's order; of the token that begins a context, that
-            of the next token.
+        documents: int64 [contexts, positions], the index of each token's document, counted from 0 in
+            the corpus's order; for the first token of a context that of the next token.
         n_documents: documents read from the corpus.
-        n_left_out: documents among them that gave nothing: empty, or under ``truncate`` shorter
-            than a context.
+        n_left_out: documents among them that were not used: empty, or with ``truncate`` shorter than
+            a context.
     """
 
     tokens: NDArray[np.int32]
@@ -80,19 +79,19 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> SpecialTokens:
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What ``tokenizer`` does, as 64 hexadecimal digits that are the same on every machine.
+    """A digest of ``tokenizer``, 64 hexadecimal digits, equal on every machine.
 
-    Of a fast tokenizer: all that its ``tokenizer.json`` says but truncation and padding, which
-    the last call leaves behind. Of another: its sorted vocabulary. With both, the special ids.
+    For a fast tokenizer of its ``tokenizer.json`` without truncation and padding, which calls change;
+    for others of the sorted vocabulary. Both include the special ids.
     """
     special = special_tokens(tokenizer)
-    said: dict[str, object]
+    content: dict[str, object]
     if tokenizer.is_fast:
-        said = json.loads(cast("PreTrainedTokenizerFast", tokenizer).backend_tokenizer.to_str())
-        said |= {"truncation": None, "padding": None}
+        content = json.loads(cast("PreTrainedTokenizerFast", tokenizer).backend_tokenizer.to_str())
+        content |= {"truncation": None, "padding": None}
     else:
-        said = {"vocabulary": tokenizer.get_vocab()}
-    canonical = json.dumps([said, special._asdict()], sort_keys=True)
+        content = {"vocabulary": tokenizer.get_vocab()}
+    canonical = json.dumps([content, special._asdict()], sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -107,26 +106,25 @@ def take_contexts(
     progress: Callable[[int], None] | None = None,
     folder: Path | None = None,
 ) -> Contexts:
-    """The first contexts of the corpus, in its order, after those skipped.
+    """The first contexts of the corpus, in its order, after the skipped ones.
 
-    Each context is BOS (else CLS, where there is one) and then tokens of documents. ``pack``
-    joins all documents, each ended by EOS where there is one, and cuts the stream into contexts;
-    what is left at the end fills none and is dropped. ``truncate`` takes the beginning of each
-    document that is long enough. Text that only looks like a special token (``<bos>``) is
-    tokenised as the text it is, where the tokenizer can do that.
+    Each context begins with BOS (else CLS, if there is one), followed by tokens of documents. ``pack``
+    joins all documents, each ended by EOS if there is one, and cuts the stream into contexts; the
+    incomplete last one is dropped. ``truncate`` takes the beginning of each document that is long
+    enough. Text that only looks like a special token (``<bos>``) is tokenised as text, if the
+    tokenizer supports that.
 
-    Pieces of a document above 1,048,576 characters are tokenised one by one, cut at a line's end
-    if there is one; so a text file of any size serves, and only the part in use is tokenised.
+    Documents above 1,048,576 characters are tokenised in pieces, cut at a line's end if there is one;
+    so text files may have any size, and only the part in use is tokenised.
 
     Args:
-        documents: texts; read once, and no further than needed.
+        documents: texts; read once, and only as far as needed.
         tokenizer: of the language model.
-        n_contexts: how many to take.
-        context_length: tokens in each, the first (BOS or CLS) counted.
+        n_contexts: number of contexts to take.
+        context_length: tokens per context, including the first (BOS or CLS).
         packing: ``pack`` or ``truncate``.
-        skip_contexts: how many to pass over before; the result is what follows them in the
-            result without.
-        progress: told now and then how many contexts are taken.
+        skip_contexts: number of contexts to skip before.
+        progress: called now and then with the number of contexts taken.
         folder: where a file of no name holds the result, so that the system may take its memory back; by
             default it is in memory.
 
@@ -136,20 +134,20 @@ def take_contexts(
         StoreWriteError: the disk has no room for the file.
     """
     if context_length < 2:
-        raise SettingsError(f"contexts of {context_length} tokens hold no text; take 2 or more")
+        raise SettingsError(f"contexts of {context_length} tokens hold no text; use 2 or more")
     if n_contexts < 1:
-        raise SettingsError(f"{n_contexts} contexts were asked for; take 1 or more")
+        raise SettingsError(f"--contexts is {n_contexts}; it must be at least 1")
     if skip_contexts < 0:
-        raise SettingsError(f"{skip_contexts} contexts cannot be skipped; skip 0 or more")
+        raise SettingsError(f"--skip-contexts is {skip_contexts}; it must be at least 0")
     if packing not in ("pack", "truncate"):
-        raise SettingsError(f"no packing {packing!r}; take pack or truncate")
+        raise SettingsError(f"packing {packing!r} does not exist; use pack or truncate")
     tokens, origins = _empty(n_contexts, context_length, folder)
     special = special_tokens(tokenizer)
     n_first = 0 if special.first is None else 1
     body = context_length - n_first
 
-    # Contexts are cut from one stream of tokens. Under `truncate`, each document that is long
-    # enough gives the stream just the body of a context.
+    # Contexts are cut from one stream of tokens. With `truncate`, each document that is long
+    # enough contributes exactly the body of one context.
     begin, end = skip_contexts * body, (skip_contexts + n_contexts) * body
     filled = n_documents = n_left_out = 0
     is_empty = True
@@ -180,13 +178,13 @@ def take_contexts(
                 break
         if progress is not None:
             progress(max(0, filled - begin) // body)
-    tokens[:, :n_first] = special.first or 0  # only now: rows that are never filled take no memory
+    tokens[:, :n_first] = special.first or 0  # only now, so that rows that are never filled take no memory
     origins[:, :n_first] = origins[:, n_first : n_first + 1]
     return Contexts(tokens, origins, n_documents, n_left_out)
 
 
 class _Piece(NamedTuple):
-    """Text that is tokenised at once: a document, or a part of a very long one."""
+    """Text that is tokenised together: a document, or a part of a very long one."""
 
     document: int
     text: str
@@ -209,9 +207,9 @@ def _pieces(documents: Iterable[str], packing: str, context_length: int) -> Iter
 
 
 def _batch(pieces: Iterator[_Piece], packing: str, body: int, missing: int) -> list[_Piece]:
-    """Pieces to be tokenised together, of which ``missing`` tokens need even the last one.
+    """Pieces to tokenise together, no more than ``missing`` tokens need.
 
-    Few tokenizers make more tokens of a text than it has bytes and one; a separator may follow.
+    Hardly any tokenizer makes more tokens of a text than its bytes plus one; a separator may follow.
     """
     batch: list[_Piece] = []
     n_bytes = most_tokens = 0
@@ -234,7 +232,7 @@ def _encoded(batch: list[_Piece], tokenizer: "PreTrainedTokenizerBase") -> list[
         truncation=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # or it warns of every text that is longer than the model's context
+        verbose=False,  # otherwise it warns about every text longer than the model's context
     )
     return cast("list[list[int]]", encoding["input_ids"])
 
@@ -248,18 +246,18 @@ def _empty(
         return _in_a_file(folder, shape, np.int32), _in_a_file(folder, shape, np.int64)
     try:
         return np.empty(shape, np.int32), np.empty(shape, np.int64)
-    except (MemoryError, ValueError, OverflowError):  # the last two: more than can be counted
+    except (MemoryError, ValueError, OverflowError):  # the last two: too large a number
         raise SettingsError(
             f"{n_contexts:,} contexts of {context_length:,} tokens need "
-            f"{12 * n_contexts * context_length / 1e9:,.0f} GB of memory; ask for fewer"
+            f"{12 * n_contexts * context_length / 1e9:,.0f} GB of memory; lower --contexts"
         ) from None
 
 
 def _in_a_file(folder: Path, shape: tuple[int, int], dtype: type[np.integer]) -> NDArray[Any]:
-    """An array in a file that has no name, and goes with the array; 0 everywhere."""
+    """An array of zeros in an unnamed file, which is deleted with the array."""
     n_bytes = shape[0] * shape[1] * np.dtype(dtype).itemsize
     with writing(folder), tempfile.TemporaryFile(prefix=".", suffix=PARTIAL, dir=folder) as file:
-        if hasattr(os, "posix_fallocate"):  # a disk that is full says so now, and not by a signal
+        if hasattr(os, "posix_fallocate"):  # reports a full disk now, and not by a signal later
             os.posix_fallocate(file.fileno(), 0, n_bytes)
         return np.memmap(file, dtype, "r+", shape=shape).view(np.ndarray)
 
@@ -268,26 +266,26 @@ def _too_few(
     n_found: int, n_contexts: int, skip_contexts: int, context_length: int, n_left_out: int
 ) -> CorpusError:
     n_left = n_found - skip_contexts
-    told = f"the corpus has {max(0, n_left):,} contexts of {context_length:,} tokens"
+    message = f"the corpus has {max(0, n_left):,} contexts of {context_length:,} tokens"
     if skip_contexts:
-        told += f" after the {min(n_found, skip_contexts):,} skipped"
-    told += f", {n_contexts:,} were asked for"
+        message += f" after the {min(n_found, skip_contexts):,} skipped"
+    message += f", but {n_contexts:,} were requested"
     if n_left_out:
-        told += f" ({n_left_out:,} documents are empty or too short)"
+        message += f" ({n_left_out:,} documents are empty or too short)"
     if n_left > 0:
-        return CorpusError(f"{told}; ask for --contexts {n_left} or fewer, or take a larger corpus")
+        return CorpusError(f"{message}; use --contexts {n_left} or fewer, or a larger corpus")
     if n_found:
-        return CorpusError(f"{told}; skip fewer than {n_found} contexts, or take a larger corpus")
-    return CorpusError(f"{told}; take a larger corpus, or shorter contexts (--context-length)")
+        return CorpusError(f"{message}; lower --skip-contexts below {n_found}, or use a larger corpus")
+    return CorpusError(f"{message}; use a larger corpus, or shorter contexts (--context-length)")
 
 
 def order_of_contexts(n_contexts: int, *, seed: int, held_out: int) -> NDArray[np.int64]:
-    """An order that follows from the seed, so that few neighbours share a document.
+    """A random permutation by the seed, so that few neighbours share a document.
 
-    The last ``held_out`` contexts stay the last, permuted among themselves; so are the others.
+    The last ``held_out`` contexts stay last; both parts are permuted separately.
 
     Args:
-        n_contexts: how many there are.
+        n_contexts: number of contexts.
         seed: 0 or more.
         held_out: how many contexts, counted from the end, are held out.
 
@@ -298,7 +296,7 @@ def order_of_contexts(n_contexts: int, *, seed: int, held_out: int) -> NDArray[n
         SettingsError: a negative seed, or more contexts held out than there are.
     """
     if seed < 0:
-        raise SettingsError(f"seed {seed} is negative; take 0 or more")
+        raise SettingsError(f"seed {seed} is negative; use 0 or more")
     if not 0 <= held_out <= n_contexts:
         raise SettingsError(f"{held_out} of {n_contexts} contexts cannot be held out")
     n_training = n_contexts - held_out
@@ -311,19 +309,19 @@ def order_of_contexts(n_contexts: int, *, seed: int, held_out: int) -> NDArray[n
 
 
 class InOrder:
-    """Rows of an array in another order, gathered as they are asked for."""
+    """Rows of an array in another order, gathered on access."""
 
     def __init__(self, rows: NDArray[Any], order: NDArray[np.int64]) -> None:
-        """Rows [n, …] and which of them comes in each place, [n]."""
+        """Rows [n, …], and the index of the row in each place, [n]."""
         self._rows, self._order = rows, order
 
     def __getitem__(self, places: slice) -> NDArray[Any]:
         """The rows of some places; a copy."""
-        wanted = self._order[places]
-        rising = np.argsort(wanted)  # as they lie in a file
-        found = np.empty((len(wanted), *self._rows.shape[1:]), self._rows.dtype)
-        found[rising] = self._rows[wanted[rising]]
-        return found
+        indices = self._order[places]
+        by_index = np.argsort(indices)  # the order in the file
+        gathered = np.empty((len(indices), *self._rows.shape[1:]), self._rows.dtype)
+        gathered[by_index] = self._rows[indices[by_index]]
+        return gathered
 
 
 def held_out_contexts(n_contexts: int, fraction: float, chunk_contexts: int = 8) -> int:
@@ -345,7 +343,7 @@ def held_out_contexts(n_contexts: int, fraction: float, chunk_contexts: int = 8)
     208
     """
     if not 0 <= fraction <= 0.5:
-        raise SettingsError(f"held out {fraction} is no fraction from 0 to 0.5; take 0.05, say")
+        raise SettingsError(f"held-out fraction {fraction} is not between 0 and 0.5; use e.g. 0.05")
     if fraction == 0 or n_contexts <= chunk_contexts:
         return 0
     most_chunks = (n_contexts - 1) // chunk_contexts

@@ -1,13 +1,12 @@
 """Documents: the text that a harvest reads, from the standard library, local files or the Hub.
 
-``open_corpus`` turns a name into a ``Corpus``. Nothing is loaded until ``documents`` is called,
-and then little is held at once: a line of JSON, some rows of Parquet, a whole ``.txt`` file (one
-document). Opening local files reads their bytes once, for the digest (about 1 s a GB);
-opening a dataset of the Hub asks it for the revision and the list of files (seconds), and
-iterating streams it, so that a harvest downloads about what it uses.
+``open_corpus`` turns a name into a ``Corpus``. Text is loaded only when ``documents`` is iterated, a little
+at a time: a line of JSON, some rows of Parquet, a whole ``.txt`` file (one document). Opening local files
+reads them once for the digest (about 1 s per GB); opening a dataset of the Hub requests its revision and list
+of files (seconds), and iterating streams it, so a harvest downloads about as much as it uses.
 
-Files may come from strangers: they are parsed as text, JSON or Parquet, never unpickled, and
-no code of a dataset is run.
+Files may come from strangers: they are parsed as text, JSON or Parquet, never unpickled, and a dataset's code
+is never run.
 """
 
 import gzip
@@ -28,22 +27,22 @@ from ...progress import Progress, Silent
 from .stdlib import SPLITS, stdlib_documents, stdlib_revision
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
-"""How the names of local files end."""
+"""Supported endings of local files."""
 
 _ROWS = 256
 _NAMES_SHOWN = 20
 
 
 class Corpus(NamedTuple):
-    """What the manifest records of a text, and the text.
+    """A text, and what the manifest records of it.
 
     Attributes:
         id: ``stdlib``, the Hub's id, or the base name of the local file or folder.
-        revision: exactly which text: Python version and digest of the standard library, commit
-            of the Hub's dataset, ``sha256:`` and 16 digits of the local files' digest.
+        revision: identifies the text: Python version and digest of the standard library, commit
+            of the Hub's dataset, or ``sha256:`` and 16 digits of the local files' digest.
         split: part of the dataset; None for local files.
-        column: where the text lies in a JSON object or a table; None for text files.
-        documents: begins a new iteration at the first document; the order is always the same.
+        column: the column of text in JSON objects or tables; None for text files.
+        documents: starts a new iteration at the first document; the order is fixed.
     """
 
     id: str
@@ -64,9 +63,9 @@ def open_corpus(
 ) -> Corpus:
     """The corpus that ``dataset`` names.
 
-    ``stdlib`` is the text of the standard library. What exists as a path, begins with ``.``,
-    ``/`` or ``~`` or ends in one of ``SUFFIXES`` is a local file, or a folder of them (all
-    below it but hidden ones, in the order of their paths). Anything else is an id of the Hub.
+    ``stdlib`` is the text of the standard library. A name that exists as a path, begins with ``.``,
+    ``/`` or ``~``, or ends in one of ``SUFFIXES`` is a local file or a folder of files (recursively,
+    without hidden ones, in the order of their paths). Anything else is an id of the Hub.
     A missing value (JSON or Parquet null) is an empty document.
 
     Args:
@@ -75,7 +74,7 @@ def open_corpus(
         column: where the text lies in JSON and Parquet.
         config: part of a dataset of the Hub that names several.
         revision: branch, tag or commit on the Hub; stdlib and local files must have it.
-        progress: told of the reading of local files for their digest, where they are large.
+        progress: receives the progress of reading large local files for their digest.
 
     Raises:
         SettingsError: a setting that this kind of corpus does not have.
@@ -83,22 +82,22 @@ def open_corpus(
             ``documents`` raises it for what is not text, and where the column is missing.
     """
     if not dataset.strip():
-        raise SettingsError("dataset '' names nothing; write stdlib, a file, a folder or a Hub id")
+        raise SettingsError("the name of the dataset is empty; give stdlib, a file, a folder or a Hub id")
     path = None if dataset == "stdlib" else local_path(dataset)
     if dataset != "stdlib" and path is None:
         return _hub_corpus(dataset, split or "train", column, config, revision)
     if config is not None:
-        raise SettingsError(f"{dataset}: only datasets of the Hub have configs; leave the config out")
+        raise SettingsError(f"{dataset}: only datasets on the Hub have configs; leave out --dataset-config")
     if path is None:
         corpus = _stdlib_corpus(split or "all")
     elif split is not None:
-        raise SettingsError(f"{dataset}: local files have no splits; leave the split out")
+        raise SettingsError(f"{dataset}: local files have no splits; leave out --split")
     else:
         corpus = _local_corpus(path, column, progress or Silent())
     if revision not in (None, corpus.revision):
         raise CorpusError(
-            f"{dataset} is at revision {corpus.revision}, {revision} was asked for; "
-            "leave the revision out, or find that text"
+            f"{dataset} is at revision {corpus.revision}, not {revision}; "
+            "leave out --dataset-revision, or find that text"
         )
     return corpus
 
@@ -146,13 +145,13 @@ def _local_corpus(path: Path, column: str, progress: Progress) -> Corpus:
             files = [path]
             if not _is_text(path):
                 raise CorpusError(
-                    f"{path}: only files that end in {', '.join(SUFFIXES)} are read; convert it"
+                    f"{path}: not one of the supported formats ({', '.join(SUFFIXES)}); convert it"
                 )
         elif path.exists():
-            raise CorpusError(f"{path} is neither a file nor a folder; name one")
+            raise CorpusError(f"{path} is neither a file nor a folder; give one")
         else:
             raise CorpusError(
-                f"{path}: no such file or folder; check the path (a Hub id is written owner/name)"
+                f"{path}: no such file or folder; check the path (a Hub id has the form owner/name)"
             )
     return Corpus(
         id=path.name if path.name not in ("", "..") else path.resolve().name,
@@ -164,9 +163,9 @@ def _local_corpus(path: Path, column: str, progress: Progress) -> Corpus:
 
 
 def _digest(files: list[Path], root: Path, progress: Progress) -> str:
-    """What the files hold: of one the sha256 of its bytes, of a folder that of its listing.
+    """The SHA-256 of a single file, or of a folder's listing.
 
-    The listing is what ``sha256sum`` prints: a line of digest, two spaces and path for each.
+    The listing is in the format of ``sha256sum``: a line of digest, two spaces and path per file.
     """
     listing, digest = hashlib.sha256(), ""
     with _reading(root), reading("digest of the text", files, progress) as advance:
@@ -191,7 +190,7 @@ def _local_documents(files: list[Path], column: str) -> Iterator[str]:
 
 @contextmanager
 def _reading(file: Path) -> Generator[None]:
-    """Say which file it was that could not be read."""
+    """Name the file in an error of reading."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:  # the last two: a .gz cut off or damaged
@@ -236,13 +235,10 @@ def _jsonl_documents(file: Path, column: str) -> Iterator[str]:
             try:
                 row: object = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise CorpusError(
-                    f"{place}: not JSON ({_one_line(error)}); mend or remove the line"
-                ) from None
+                raise CorpusError(f"{place}: not JSON ({_one_line(error)}); fix or remove the line") from None
             if not isinstance(row, dict):
                 raise CorpusError(
-                    f"{place}: not a JSON object; write each document as "
-                    f'{{"{column}": "…"}} on a line of its own'
+                    f'{place}: not a JSON object; write each document as {{"{column}": "…"}} on its own line'
                 )
             yield _text_of(cast("dict[str, object]", row), column, place)
 
@@ -270,7 +266,7 @@ class _Values(Protocol):
 
 
 def _parquet_documents(file: Path, column: str) -> Iterator[str]:
-    # Imported where it is needed, for it takes a while and most corpora do without.
+    # Imported here, as it is slow and most corpora do not need it.
     import pyarrow as pa  # pyright: ignore[reportMissingTypeStubs]
     import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
 
@@ -281,7 +277,7 @@ def _parquet_documents(file: Path, column: str) -> Iterator[str]:
             types = {field.name: str(field.type) for field in table.schema_arrow}
             if column not in types:
                 raise _no_column(str(file), column, types)
-            # The strings may lie in a dictionary of Arrow's: each distinct one stored once.
+            # Strings may be dictionary-encoded by Arrow.
             values = types[column].removeprefix("dictionary<values=")
             if not values.startswith(("string", "large_string")):
                 raise _no_text(str(file), column, types[column])
@@ -292,11 +288,11 @@ def _parquet_documents(file: Path, column: str) -> Iterator[str]:
     except UnicodeDecodeError:
         raise CorpusError(
             f"{file}: column {column!r} holds bytes that are not UTF-8, within {_ROWS} rows after "
-            f"row {n_rows:,}; write the file anew or leave it out"
+            f"row {n_rows:,}; repair the file or leave it out"
         ) from None
     except arrow_error as error:
         raise CorpusError(
-            f"{file}: not a sound Parquet file ({_one_line(error)}); fetch it anew or leave it out"
+            f"{file}: not a valid Parquet file ({_one_line(error)}); download it again or leave it out"
         ) from error
 
 
@@ -316,7 +312,7 @@ class _Config(Protocol):
 
 
 def _hub_corpus(dataset: str, split: str, column: str, config: str | None, revision: str | None) -> Corpus:
-    # Imported where they are needed: two seconds that other corpora do without.
+    # Imported here: this takes two seconds and other corpora do not need it.
     from datasets import (  # pyright: ignore[reportMissingTypeStubs]
         load_dataset_builder,  # pyright: ignore[reportUnknownVariableType]
     )
@@ -329,7 +325,7 @@ def _hub_corpus(dataset: str, split: str, column: str, config: str | None, revis
     except Exception as error:
         raise _hub_error(error, dataset, revision) from error
     if "/" not in info.id:  # such as json, which datasets takes for a format of its own
-        raise CorpusError(f"dataset {dataset}: a Hub id is written owner/name")
+        raise CorpusError(f"dataset {dataset}: a Hub id has the form owner/name")
     try:
         builder = cast("_Builder", load_dataset_builder(info.id, config, revision=info.sha))
         _check_origin(builder.config.data_files or {}, info.id, info.sha)
@@ -342,16 +338,16 @@ def _hub_corpus(dataset: str, split: str, column: str, config: str | None, revis
 
 
 def _check_origin(data_files: Mapping[str, list[str]], dataset: str, sha: str | None) -> None:
-    """Refuse text that is not in the commit that the manifest will name.
+    """Refuse text that is not in the commit that the manifest will record.
 
-    A card may name files elsewhere, and when the Hub fails, datasets may fall back on an older
-    copy in its cache, which names none.
+    A card may refer to files elsewhere, and when the Hub fails, datasets may fall back on an older
+    copy in its cache, which lists none.
     """
     files = [file for part in data_files.values() for file in part]
     if not files or not all(f"hf://datasets/{dataset}@{sha}/" in file for file in files):
         raise CorpusError(
             f"dataset {dataset}: its text is not (all) in files of commit {sha}; "
-            "fetch it by hand and name the local files"
+            "download it and give the local files"
         )
 
 
@@ -362,15 +358,15 @@ def _hub_documents(rows: Iterable[Mapping[str, object]], dataset: str, column: s
             yield _text_of(row, column, f"dataset {dataset}, document {number:,}")
     except CorpusError:
         raise
-    except Exception as error:  # from far away and out of a stranger's files: it may be anything
+    except Exception as error:  # a library's error on remote or hostile files may be of any type
         raise CorpusError(
             f"dataset {dataset}: reading failed after document {number:,} "
-            f"({type(error).__name__}: {_one_line(error)}); run again, or take local files"
+            f"({type(error).__name__}: {_one_line(error)}); run again, or use local files"
         ) from error
 
 
 def _hub_error(error: Exception, dataset: str, revision: str | None) -> CorpusError:
-    """What a failure to open ``dataset`` means to the user."""
+    """Translate a failure to open ``dataset`` into a message."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -381,7 +377,7 @@ def _hub_error(error: Exception, dataset: str, revision: str | None) -> CorpusEr
 
     match error:
         case OfflineModeIsEnabled():
-            problem = "not asked for, since HF_HUB_OFFLINE is set; unset it, or take local files"
+            problem = "not requested, as HF_HUB_OFFLINE is set; unset it, or use local files"
         case GatedRepoError():
             problem = (
                 f"gated; ask for access at https://huggingface.co/datasets/{dataset} "
@@ -393,21 +389,21 @@ def _hub_error(error: Exception, dataset: str, revision: str | None) -> CorpusEr
                 "or log in with `hf auth login`"
             )
         case RevisionNotFoundError():
-            problem = f"has no revision {revision}; name a branch, tag or commit of it"
+            problem = f"has no revision {revision}; give one of its branches, tags or commits"
         case HFValidationError():
             problem = "neither a file or folder here nor a Hub id (owner/name); check the name"
-        case ValueError():  # what datasets says of a config or split, with those that there are
-            told = str(error).partition("Example of usage")[0]
-            problem = f"{_one_line(told)}; choose another config or split"
+        case ValueError():  # an unknown config or split; the message lists the existing ones
+            message = str(error).partition("Example of usage")[0]
+            problem = f"{_one_line(message)}; choose another config or split"
         case _:
             problem = (
                 f"cannot be opened ({type(error).__name__}: {_one_line(error)}); check the network, "
-                "or take local files"
+                "or use local files"
             )
     return CorpusError(f"dataset {dataset}: {problem}")
 
 
-# What the kinds share
+# Shared by all kinds
 
 
 def _text_of(row: Mapping[str, object], column: str, place: str) -> str:
@@ -423,15 +419,13 @@ def _text_of(row: Mapping[str, object], column: str, place: str) -> str:
     except UnicodeEncodeError as error:  # JSON can write half of a UTF-16 pair: "\ud800"
         raise CorpusError(
             f"{place}: character {error.start:,} is half of a UTF-16 pair, so this is not text; "
-            "mend or remove the document"
+            "fix or remove the document"
         ) from None
     return text
 
 
 def _no_column(place: str, column: str, columns: Iterable[str]) -> CorpusError:
-    return CorpusError(
-        f"{place}: no column {column!r}; choose one that it has with --column: {_shown(columns)}"
-    )
+    return CorpusError(f"{place}: no column {column!r}; choose another with --column: {_shown(columns)}")
 
 
 def _no_text(place: str, column: str, kind: str) -> CorpusError:
@@ -439,7 +433,7 @@ def _no_text(place: str, column: str, kind: str) -> CorpusError:
 
 
 def _shown(names: Iterable[str]) -> str:
-    """The first names, quoted (they may be a stranger's), separated by commas."""
+    """The first names, quoted as they may be hostile, separated by commas."""
     shown = [repr(name) for name in islice(names, _NAMES_SHOWN + 1)]
     return ", ".join([*shown[:_NAMES_SHOWN], *["…"] * (len(shown) > _NAMES_SHOWN)])
 

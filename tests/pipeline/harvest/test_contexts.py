@@ -271,24 +271,23 @@ CORPUS = ["abc", "", "abcdefgh"]  # 4 + 9 tokens of the packed stream: 4 context
     [
         (
             {"n_contexts": 4096},
-            "the corpus has 4 contexts of 4 tokens, 4,096 were asked for (1 documents are empty or "
-            "too short); ask for --contexts 4 or fewer, or take a larger corpus",
+            "the corpus has 4 contexts of 4 tokens, but 4,096 were requested (1 documents are empty or "
+            "too short); use --contexts 4 or fewer, or a larger corpus",
         ),
         (
             {"n_contexts": 4, "skip_contexts": 1},
-            "the corpus has 3 contexts of 4 tokens after the 1 skipped, 4 were asked for (1 "
-            "documents are empty or too short); ask for --contexts 3 or fewer, or take a larger "
-            "corpus",
+            "the corpus has 3 contexts of 4 tokens after the 1 skipped, but 4 were requested (1 "
+            "documents are empty or too short); use --contexts 3 or fewer, or a larger corpus",
         ),
         (
             {"n_contexts": 1, "skip_contexts": 9},
-            "the corpus has 0 contexts of 4 tokens after the 4 skipped, 1 were asked for (1 "
-            "documents are empty or too short); skip fewer than 4 contexts, or take a larger corpus",
+            "the corpus has 0 contexts of 4 tokens after the 4 skipped, but 1 were requested (1 "
+            "documents are empty or too short); lower --skip-contexts below 4, or use a larger corpus",
         ),
         (
             {"n_contexts": 1, "context_length": 50, "packing": "truncate"},
-            "the corpus has 0 contexts of 50 tokens, 1 were asked for (3 documents are empty or too "
-            "short); take a larger corpus, or shorter contexts (--context-length)",
+            "the corpus has 0 contexts of 50 tokens, but 1 were requested (3 documents are empty or too "
+            "short); use a larger corpus, or shorter contexts (--context-length)",
         ),
     ],
 )
@@ -302,13 +301,13 @@ def test_a_corpus_too_small_is_told_what_it_has(setting: dict[str, Any], message
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"context_length": 1}, "contexts of 1 tokens hold no text; take 2 or more"),
-        ({"n_contexts": 0}, "0 contexts were asked for; take 1 or more"),
-        ({"skip_contexts": -1}, "-1 contexts cannot be skipped; skip 0 or more"),
-        ({"packing": "zip"}, "no packing 'zip'; take pack or truncate"),
+        ({"context_length": 1}, "contexts of 1 tokens hold no text; use 2 or more"),
+        ({"n_contexts": 0}, "--contexts is 0; it must be at least 1"),
+        ({"skip_contexts": -1}, "--skip-contexts is -1; it must be at least 0"),
+        ({"packing": "zip"}, "packing 'zip' does not exist; use pack or truncate"),
         (
             {"n_contexts": 10**15},
-            "1,000,000,000,000,000 contexts of 4 tokens need 48,000,000 GB of memory; ask for fewer",
+            "1,000,000,000,000,000 contexts of 4 tokens need 48,000,000 GB of memory; lower --contexts",
         ),
     ],
 )
@@ -377,7 +376,7 @@ def test_training_part_is_whole_chunks(n_contexts: int, fraction: float, chunk: 
 
 @pytest.mark.parametrize("fraction", [-0.1, 0.51, float("nan")])
 def test_held_out_part_is_at_most_half(fraction: float) -> None:
-    with pytest.raises(SettingsError, match=r"no fraction from 0 to 0\.5"):
+    with pytest.raises(SettingsError, match=r"is not between 0 and 0\.5"):
         held_out_contexts(100, fraction)
 
 

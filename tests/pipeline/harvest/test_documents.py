@@ -61,7 +61,7 @@ def test_stdlib() -> None:
     )
     assert told(CorpusError, lambda: open_corpus("stdlib", revision="python-3.0.0-0")) == (
         f"stdlib is at revision {stdlib_revision()}, python-3.0.0-0 was asked for; "
-        "leave the revision out, or find that text"
+        "leave out --dataset-revision, or find that text"
     )
 
 
@@ -151,7 +151,9 @@ def test_files_are_read_lazily(tmp_path: Path) -> None:
 
 def test_strangers_are_not_unpickled(tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    assert "only files that end in .txt" in told(CorpusError, lambda: open_corpus(str(tmp_path / "a.pkl")))
+    assert "not one of the supported formats (.txt" in told(
+        CorpusError, lambda: open_corpus(str(tmp_path / "a.pkl"))
+    )
     assert "no file in this folder" in told(CorpusError, lambda: open_corpus(str(tmp_path)))
 
 
@@ -166,7 +168,7 @@ def raw(name: str, content: bytes) -> Callable[[Path], Path]:
 BAD_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (
         lambda folder: folder / "none.txt",
-        "no such file or folder; check the path (a Hub id is written owner/name)",
+        "no such file or folder; check the path (a Hub id has the form owner/name)",
     ),
     "empty folder": (
         lambda folder: folder,
@@ -174,9 +176,9 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "other kind": (
         raw("a.csv", b"a,b"),
-        "only files that end in .txt, .txt.gz, .jsonl, .jsonl.gz, .parquet are read; convert it",
+        "not one of the supported formats (.txt, .txt.gz, .jsonl, .jsonl.gz, .parquet); convert it",
     ),
-    "device": (lambda _: Path("/dev/null"), "neither a file nor a folder; name one"),
+    "device": (lambda _: Path("/dev/null"), "neither a file nor a folder; give one"),
     "name too long": (
         lambda folder: folder / ("x" * 300 + ".txt"),
         "cannot be read (File name too long); check the file and its permissions",
@@ -204,7 +206,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "no JSON": (
         raw("a.jsonl", b'{"text": "a"}\n{"text": \n'),
-        ", line 2: not JSON (Expecting value: line 2 column 1 (char 10)); mend or remove the line",
+        ", line 2: not JSON (Expecting value: line 2 column 1 (char 10)); fix or remove the line",
     ),
     "deep JSON": (
         raw("a.jsonl", b"[" * 100_000),
@@ -216,15 +218,15 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "JSON of no object": (
         raw("a.jsonl", b'["a"]\n'),
-        ', line 1: not a JSON object; write each document as {"text": "…"} on a line of its own',
+        ', line 1: not a JSON object; write each document as {"text": "…"} on its own line',
     ),
     "JSON without the column": (
         raw("a.jsonl", b'\n{"body": "a", "\x1b[31m": 1}\n'.replace(b"\x1b", b"\\u001b")),
-        ", line 2: no column 'text'; choose one that it has with --column: 'body', '\\x1b[31m'",
+        ", line 2: no column 'text'; choose another with --column: 'body', '\\x1b[31m'",
     ),
     "JSON of many columns": (
         raw("a.jsonl", json.dumps({f"c{i}": 0 for i in range(1000)}).encode()),
-        ", line 1: no column 'text'; choose one that it has with --column: "
+        ", line 1: no column 'text'; choose another with --column: "
         + ", ".join(f"'c{i}'" for i in range(20))
         + ", …",
     ),
@@ -234,7 +236,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "JSON with half a pair": (
         raw("a.jsonl", b'{"text": "ab\\ud800"}'),
-        ", line 1: character 2 is half of a UTF-16 pair, so this is not text; mend or remove the document",
+        ", line 1: character 2 is half of a UTF-16 pair, so this is not text; fix or remove the document",
     ),
     "binary JSON": (
         raw("a.jsonl", b'{"text": "a"}\n\xff\n'),
@@ -242,11 +244,11 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "no Parquet": (
         raw("a.parquet", b"PAR1" + b"x" * 100),
-        "not a sound Parquet file (Parquet magic bytes not found in footer.",
+        "not a valid Parquet file (Parquet magic bytes not found in footer.",
     ),
     "Parquet without the column": (
         lambda folder: write_parquet(folder / "a.parquet", {"body": ["a"], "n": [1]}),
-        "no column 'text'; choose one that it has with --column: 'body', 'n'",
+        "no column 'text'; choose another with --column: 'body', 'n'",
     ),
     "Parquet of lists": (
         lambda folder: write_parquet(folder / "a.parquet", {"text": [["a"]]}),
@@ -286,10 +288,10 @@ def test_damaged_parquet_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "settings", "message"),
     [
-        ("", {}, "dataset '' names nothing; write stdlib, a file, a folder or a Hub id"),
-        ("{file}", {"split": "train"}, "local files have no splits; leave the split out"),
-        ("{file}", {"config": "en"}, "only datasets of the Hub have configs; leave the config out"),
-        ("stdlib", {"config": "en"}, "only datasets of the Hub have configs; leave the config out"),
+        ("", {}, "the name of the dataset is empty; give stdlib, a file, a folder or a Hub id"),
+        ("{file}", {"split": "train"}, "local files have no splits; leave out --split"),
+        ("{file}", {"config": "en"}, "only datasets on the Hub have configs; leave out --dataset-config"),
+        ("stdlib", {"config": "en"}, "only datasets on the Hub have configs; leave out --dataset-config"),
     ],
 )
 def test_settings_that_a_corpus_lacks_are_refused(
@@ -426,10 +428,10 @@ def test_hub_errors_are_told(hub: Hub) -> None:
         "Bad split: valid. Available splits: ['train', 'test']; choose another config or split"
     )
     assert told(CorpusError, lambda: open_small(revision="v2")) == said + (
-        "has no revision v2; name a branch, tag or commit of it"
+        "has no revision v2; give one of its branches, tags or commits"
     )
     assert told(CorpusError, lambda: open_small(config="none")) == said + (
-        f"its text is not (all) in files of commit {SHA}; fetch it by hand and name the local files"
+        f"its text is not (all) in files of commit {SHA}; download it and give the local files"
     )
     assert told(CorpusError, lambda: open_corpus("owner/unknown")) == (
         "dataset owner/unknown: not on the Hub, or private; check the name (a local path begins "
@@ -442,7 +444,7 @@ def test_hub_errors_are_told(hub: Hub) -> None:
 
 def test_hub_documents_that_are_no_text_are_told(hub: Hub) -> None:
     assert told(CorpusError, lambda: next(open_small(column="body").documents())) == (
-        "dataset owner/name, document 1: no column 'body'; choose one that it has with --column: 'text', 'n'"
+        "dataset owner/name, document 1: no column 'body'; choose another with --column: 'text', 'n'"
     )
     assert told(CorpusError, lambda: next(open_small(column="n").documents())) == (
         "dataset owner/name, document 1: column 'n' holds int, not text; choose another with --column"
@@ -471,7 +473,7 @@ def test_code_of_a_dataset_is_not_run(hub: Hub) -> None:
     hub.files["name.py"] = b"raise SystemExit"
     assert told(CorpusError, open_small) == (
         "dataset owner/name: cannot be opened (RuntimeError: Dataset scripts are no longer supported, "
-        "but found name.py); check the network, or take local files"
+        "but found name.py); check the network, or use local files"
     )
 
 
@@ -479,12 +481,12 @@ def test_a_hub_out_of_reach_is_told(hub: Hub) -> None:
     hub.is_down = True
     assert told(CorpusError, open_small) == (
         "dataset owner/name: cannot be opened (ConnectError: [Errno -2] Name or service not known); "
-        "check the network, or take local files"
+        "check the network, or use local files"
     )
 
 
 def test_offline_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert told(CorpusError, open_small) == (
-        "dataset owner/name: not asked for, since HF_HUB_OFFLINE is set; unset it, or take local files"
+        "dataset owner/name: not requested, as HF_HUB_OFFLINE is set; unset it, or use local files"
     )

@@ -149,7 +149,7 @@ def test_a_run_of_posae_is_imported_with_its_positions(store: "Made", tmp_path: 
     import_sae(tmp_path / "shared", tmp_path / "run", opened, ImportSaeSettings())
     found = evaluate(tmp_path / "run", EvaluateSettings())
     assert (found["architecture"], found["ranges"]) == ("hierarchical", ["0:2", "2:4", "4:6"])
-    with pytest.raises(SettingsError, match="leave --ranges out"):
+    with pytest.raises(SettingsError, match="leave out --ranges"):
         import_sae(tmp_path / "shared", tmp_path / "other", opened, ImportSaeSettings(ranges="2"))
 
 
@@ -165,7 +165,7 @@ def test_another_autoencoder_in_a_folder_of_the_same_name_is_not_taken_for_it(
     weights["b_dec"] += 1
     (others[0] / "sae_weights.safetensors").write_bytes(safetensors.torch.save(weights))
     for other in others:
-        with pytest.raises(RunMismatchError, match=r"imported_digest is 'sha256:.*' there and 'sha256:"):
+        with pytest.raises(RunMismatchError, match=r"imported_digest was 'sha256:.*' and is now 'sha256:"):
             import_sae(other, tmp_path / "run", opened, ImportSaeSettings())
     import_sae(folder, tmp_path / "run", opened, ImportSaeSettings())
     assert tree(tmp_path / "run") == before
@@ -183,7 +183,7 @@ REFUSED: list[tuple[dict[str, Any], type[PosaeError], str]] = [
     ({"metadata": {"sae_lens_version": "5.3.0"}}, RunError, "SAELens 6 or later"),
     ({"metadata": {}}, RunError, "SAELens 6 or later"),
     ({"metadata": METADATA | {"hook_name": "blocks.3.hook_mlp_out"}}, SettingsError, "hook_mlp_out"),
-    ({"metadata": METADATA | {"hook_name": None}}, SettingsError, "name it with --layer"),
+    ({"metadata": METADATA | {"hook_name": None}}, SettingsError, "give it with --layer"),
     ({"metadata": METADATA | {"hook_name": "blocks.2.hook_resid_post"}}, StoreIncompleteError, "layer 2"),
 ]
 

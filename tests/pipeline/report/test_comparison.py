@@ -24,7 +24,7 @@ from posae.pipeline.report.verdicts import (
     judge,
     judge_absence,
 )
-from posae.pipeline.settings import TRAIN_PRESETS
+from posae.pipeline.sae.run_settings import train_presets
 
 if TYPE_CHECKING:
     from ..conftest import MadeRuns
@@ -332,7 +332,7 @@ def test_the_best_of_many_intervals_holds_no_more_often_than_one() -> None:
 
 def test_runs_of_few_steps_get_figures_and_no_verdict(made: "type[MadeRuns]") -> None:
     runs = controlled(made, shared=0.1, shuffled=0.1, more_active=0.096)
-    assert MIN_STEPS_SHARE * TRAIN_PRESETS["paper"]["steps"] == MIN_STEPS
+    assert MIN_STEPS_SHARE * train_presets()["paper"]["steps"] == MIN_STEPS
     for steps, answer in ((MIN_STEPS, Answer.HOLDS), (MIN_STEPS - 1, Answer.NOT_ENOUGH_DATA)):
         for name in ("aware", "aware.shuffled"):
             runs[name] = [with_settings(run, steps=steps) for run in runs[name]]

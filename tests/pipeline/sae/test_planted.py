@@ -128,7 +128,9 @@ def fvu(training: Training) -> float:
     x = batch.on_device.float()
     with torch.no_grad():
         output = autoencoder(x, torch.as_tensor(batch.range_offsets), torch.as_tensor(batch.positions))
-    assert (output.code != 0).float().sum(1).mean().item() == pytest.approx(training.settings.target_l0)
+    assert (output.code != 0).float().sum(1).mean().item() == pytest.approx(
+        training.settings.model_dump()["target_l0"]
+    )
     return ((x - output.reconstruction).square().sum() / (x - x.mean(0)).square().sum()).item()
 
 

@@ -114,7 +114,7 @@ def test_a_killed_copy_goes_on_and_moves_nothing_twice(made: Made, tmp_path: Pat
         assert ended in (0, signal.SIGKILL)
         kills += ended == signal.SIGKILL
         if not (target / "zarr.json").exists():
-            with pytest.raises(StoreIncompleteError, match="is the beginning of a copy that was stopped"):
+            with pytest.raises(StoreIncompleteError, match="holds an unfinished copy"):
                 ActivationStore(target)
     assert kills > 3
     assert tree(target) == whole
@@ -158,7 +158,7 @@ def test_a_seal_whose_files_are_missing_is_repaired(made: Made, tmp_path: Path) 
     assert tree(target.root) == tree(made.root)
     changed = target.root / "layer_1/c.1.0.0"
     changed.write_bytes(changed.read_bytes()[:-1])
-    with pytest.raises(StoreMismatchError, match=r"layer_1/c\.1\.0\.0 is there and is not of this store"):
+    with pytest.raises(StoreMismatchError, match=r"layer_1/c\.1\.0\.0 exists and is not of this store"):
         publish(source, target, Moved())
 
 
@@ -174,7 +174,7 @@ def test_what_is_gone_before_the_seal_is_no_sealed_store(made: Made, tmp_path: P
 
     with (
         patch.object(target, "write", lose),
-        pytest.raises(StoreRemoteError, match=r"layer_3/c\.1\.0\.0 was written and is gone"),
+        pytest.raises(StoreRemoteError, match=r"layer_3/c\.1\.0\.0 was written and is missing now"),
     ):
         publish(source, target, Moved())
     assert not (target.root / "seal.json").exists()
@@ -215,7 +215,7 @@ def test_a_folder_of_something_else_is_left_alone(made: Made, tmp_path: Path) ->
     target = FolderOnDisk(tmp_path / "target")
     (target.root / "thesis").mkdir(parents=True)
     (target.root / "thesis/draft.tex").write_text("mine")
-    with pytest.raises(StoreFormatError, match=r"is not empty and holds no store, but 'thesis/draft\.tex'"):
+    with pytest.raises(StoreFormatError, match=r"is not empty and holds no store but 'thesis/draft\.tex'"):
         publish(source, target, Moved())
     assert tree(target.root) == {"thesis/draft.tex": b"mine"}
 
@@ -230,7 +230,7 @@ def test_what_others_publish_to_the_same_place_is_not_overwritten(
     theirs.parent.mkdir(parents=True)
     for other in (b"x", bytes(byte ^ 1 for byte in (made.root / path).read_bytes())):
         theirs.write_bytes(other)
-        with pytest.raises(StoreMismatchError, match=f"{path} is there and is not of this store"):
+        with pytest.raises(StoreMismatchError, match=f"{path} exists and is not of this store"):
             publish(source, target, Moved())
         assert theirs.read_bytes() == other
         assert not (target.root / "seal.json").exists()
@@ -316,13 +316,13 @@ def test_folders_that_hold_something_else_are_left_alone(
         (begun.root, StoreFormatError, "which this copy did not write"),
         (same.root, StoreFormatError, "which this copy did not write"),
         (other.root, StoreMismatchError, "another store, sealed as"),
-        (half, StoreMismatchError, "the beginning of a copy of another store"),
+        (half, StoreMismatchError, "an unfinished copy of another store"),
     ):
         before = tree(place)
         with pytest.raises(error, match=words):
             copy_store(source, place, Moved())
         assert tree(place) == before
-    with pytest.raises(StoreFormatError, match="an unfinished harvest, which is not copied"):
+    with pytest.raises(StoreFormatError, match="an unfinished harvest and cannot be copied"):
         copy_store(ActivationStore.open(begun.root), tmp_path / "new", Moved())
 
 
@@ -331,7 +331,7 @@ def test_too_little_room_is_told_before_anything_is_moved(made: Made, tmp_path: 
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     with (
         patch("shutil.disk_usage", return_value=usage),
-        pytest.raises(StoreWriteError, match=r"has room for 1,000 bytes and .* are to come"),
+        pytest.raises(StoreWriteError, match=r"the copy needs .* bytes, but .* has 1,000 free"),
     ):
         copy_store(source, tmp_path / "copy", Moved())
     assert not tree(tmp_path / "copy")

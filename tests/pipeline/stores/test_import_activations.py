@@ -222,7 +222,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     torch.save({"x": torch.zeros(16, 4), "evil": Evil(mark)}, tmp_path / "b.pt")
     np.save(tmp_path / "c.npy", np.array([Evil(mark)], dtype=object), allow_pickle=True)
     for name in ("a.pt", "b.pt", "c.npy"):
-        with pytest.raises(ForeignFileError, match="not plain tensors"):
+        with pytest.raises(ForeignFileError, match="not only plain tensors"):
             imported(tmp_path / name, tmp_path / "s.zarr")
     assert not mark.exists()
     assert not (tmp_path / "s.zarr").exists()
@@ -240,21 +240,21 @@ REFUSED: list[tuple[str, dict[str, Any], type[PosaeError], str]] = [
     ("empty", {}, ForeignFileError, "there are none"),
     ("cut.npy", {}, ForeignFileError, "damaged"),
     ("cut.safetensors", {}, ForeignFileError, "damaged"),
-    ("integers.npy", {}, ForeignFileError, "which tensor holds"),
-    ("two.safetensors", {}, ForeignFileError, "'a', 'b'; name one with --tensor"),
-    ("two.safetensors", {"tensor": "c"}, ForeignFileError, "name one with --tensor"),
+    ("integers.npy", {}, ForeignFileError, "the tensor of activations is unclear"),
+    ("two.safetensors", {}, ForeignFileError, "'a', 'b'; choose one with --tensor"),
+    ("two.safetensors", {"tensor": "c"}, ForeignFileError, "choose one with --tensor"),
     ("other_ids.safetensors", {}, ForeignFileError, "ids of the same tokens"),
     ("negative_ids.safetensors", {}, ForeignFileError, "token ids are not all"),
     ("nan.npy", {}, ForeignFileError, "contexts 0 to 8 is not finite"),
     ("nan_of_a_gpu.npy", {}, ForeignFileError, "contexts 0 to 8 is not finite"),
     ("huge.npy", {}, ForeignFileError, "too large for bfloat16"),
     ("few.npy", {}, SettingsError, "fill no context"),
-    ("good.npy", {"layer": None}, SettingsError, "name it with --layer"),
-    ("good.npy", {"layer": 2**20}, SettingsError, "layers below"),
-    ("good.npy", {"context_length": 5}, SettingsError, "leave --context-length out"),
+    ("good.npy", {"layer": None}, SettingsError, "give it with --layer"),
+    ("good.npy", {"layer": 2**20}, SettingsError, "layers are below"),
+    ("good.npy", {"context_length": 5}, SettingsError, "leave out --context-length"),
     ("good.npy", {"special_token_ids": (1,)}, SettingsError, "no token ids"),
-    ("good.npy", {"tensor": "x"}, ForeignFileError, "which tensor"),
-    ("wide.npy", {"context_length": 2**13}, SettingsError, "take shorter contexts"),
+    ("good.npy", {"tensor": "x"}, ForeignFileError, "the tensor of activations is unclear"),
+    ("wide.npy", {"context_length": 2**13}, SettingsError, "choose a smaller --context-length"),
     ("uneven", {}, ForeignFileError, "not of the form"),
     ("mlp", {"layer": None}, SettingsError, "residual stream after a block"),
     ("cached", {"layer": 2}, SettingsError, "which is layer 3"),

@@ -237,7 +237,7 @@ def test_what_cannot_be_merged_is_refused(
         (SettingsError, "two or more", (first,), tmp_path / "new.zarr"),
         (StoreIncompleteError, "unfinished harvest", (first, unsealed), tmp_path / "new.zarr"),
         (StoreMismatchError, "both hold contexts 0 to 32", (first, first), tmp_path / "new.zarr"),
-        (SettingsError, "a store to take from", (first, second), second.root),
+        (SettingsError, "one of the source stores", (first, second), second.root),
     ]
     for error, words, stores, out in refused:
         with pytest.raises(error, match=words):

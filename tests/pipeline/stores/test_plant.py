@@ -222,13 +222,13 @@ def test_other_words_are_refused_by_name(made: "Made", tmp_path: Path) -> None:
     out = tmp_path / "planted.zarr"
     planting(made, out).run()
     before = tree(out)
-    with pytest.raises(StoreMismatchError, match=r"planted strength is '0.12' there and '0.2' now"):
+    with pytest.raises(StoreMismatchError, match=r"planted strength was '0.12' and is now '0.2'"):
         planting(made, out, strength=0.2).run()
-    with pytest.raises(StoreMismatchError, match="planted effect is 'additive' there and 'none' now"):
+    with pytest.raises(StoreMismatchError, match="planted effect was 'additive' and is now 'none'"):
         planting(made, out, effect="none").run()
-    with pytest.raises(StoreMismatchError, match="planted effect is 'additive' there and None now"):
+    with pytest.raises(StoreMismatchError, match="planted effect was 'additive' and is now None"):
         StoreWriter.begin(out, made.manifest)
-    with pytest.raises(StoreMismatchError, match="planted effect is None there and 'additive' now"):
+    with pytest.raises(StoreMismatchError, match="planted effect was None and is now 'additive'"):
         StoreWriter.begin(made.root, planting(made, out).manifest)
     assert tree(out) == before
 

@@ -276,7 +276,7 @@ def test_a_flipped_bit_in_any_chunk_that_is_read_stops_the_batches(
                 bad[int(entry[0]) + int(rng.integers(int(entry[1])))] ^= 1 << int(rng.integers(8))
                 file.unlink()  # maps of the last round keep the old file
                 file.write_bytes(bad)
-                place = f"{path}, shard {shard}, chunk {chunk}: its (checksum does not hold|Blosc header)"
+                place = f"{path}, shard {shard}, chunk {chunk}: its (checksum is wrong|Blosc header)"
                 opened = ActivationStore.open(root)
                 opened.check_layer(0)
                 if shard * spec.shard_rows + chunk * spec.chunk_rows >= TRAINING:

@@ -116,5 +116,5 @@ def test_a_process_follows_the_first_and_refuses_to_train_something_else(
 
 def test_processes_that_would_share_a_gpu_are_refused() -> None:
     refuse_shared(["GPU-1", "GPU-2"])
-    with pytest.raises(SettingsError, match="3 processes would share a training on 2 GPUs"):
+    with pytest.raises(SettingsError, match="3 processes would share 2 GPUs"):
         refuse_shared(["GPU-1", "GPU-2", "GPU-1"])
