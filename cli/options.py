@@ -75,17 +75,16 @@ CacheSize = Annotated[
 ]
 
 
-def with_settings(stage: type[Settings], leave_out: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+def with_settings(stage: type[Settings]) -> Callable[[Any], Any]:
     """Give a command an option for each setting; the command gets those given as ``options``.
 
     Args:
         stage: the settings class.
-        leave_out: fields that the command declares itself.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command).parameters
-        fields = {name: field for name, field in stage.model_fields.items() if name not in leave_out}
+        fields = stage.model_fields
 
         def wrapped(**values: Any) -> None:
             options = {name: _value(name, values.pop(name)) for name in fields}
