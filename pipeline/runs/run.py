@@ -150,7 +150,7 @@ class Run:
                 differ.sort(key=lambda entry: (not entry[0].startswith(_SETTING), entry[0] in _FOLLOWS))
                 named = differences([(name.removeprefix(_SETTING), *values) for name, *values in differ])
                 raise RunMismatchError(
-                    f"{self.folder} was begun with other settings: {named}; "
+                    f"{self.folder} was begun differently: {named}; "
                     "use the same options to resume, or give another folder"
                 )
         elif self.folder.exists() and not self._is_free():

@@ -241,7 +241,7 @@ def test_nothing_is_trained_where_a_run_does_not_fit_or_was_begun_otherwise(
     before = tree(runs)
     ended = posae(*words, "--steps", 41)
     assert ended.code == 1
-    assert "paper/seed-1 was begun with other settings" in ended.err
+    assert "paper/seed-1 was begun differently" in ended.err
     assert tree(runs) == before
 
 

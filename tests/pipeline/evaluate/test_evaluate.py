@@ -1,6 +1,7 @@
 """Evaluation of autoencoders made by hand, on small stores, against what numpy and transformers say."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -391,3 +392,13 @@ def test_an_older_evaluation_opens_and_one_without_a_score_says_what_to_do(made:
     del older["fvu"]
     with pytest.raises(RunError, match=r"evaluation\.json: fvu: .*posae evaluate .*run"):
         parse_evaluation(older, made.run)
+
+
+@pytest.mark.parametrize("config", [{"settings": {}}, {"settings": {"layer": LAYER}, "store": {"path": 3}}])
+def test_a_run_that_does_not_record_its_store_is_refused(
+    config: dict[str, Any], made: Made, tmp_path: Path
+) -> None:
+    run = shutil.copytree(made.run, tmp_path / "run")
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match=r"config\.json does not say which store .*train it again"):
+        evaluate(run, EvaluateSettings())

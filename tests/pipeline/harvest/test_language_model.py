@@ -360,11 +360,10 @@ def test_loading_is_quiet_and_leaves_the_log_as_it_was(
 # Attention
 
 
-def test_no_attention_is_fetched_from_the_hub(make_model: Callable[[str], Path]) -> None:
-    with pytest.raises(SettingsError, match="no attention kernels-community/x: choose from eager, sdpa"):
-        LanguageModel.load(
-            str(make_model("llama")), device=torch.device("cpu"), attention="kernels-community/x"
-        )
+@pytest.mark.parametrize("attention", ["kernels-community/x", "flash_attention_2"])
+def test_no_attention_is_fetched_from_the_hub(attention: str, make_model: Callable[[str], Path]) -> None:
+    with pytest.raises(SettingsError, match=f"no attention {attention}: choose from eager, sdpa"):
+        LanguageModel.load(str(make_model("llama")), device=torch.device("cpu"), attention=attention)
 
 
 # Folders that are no model

@@ -278,7 +278,7 @@ def test_a_run_of_an_older_release_goes_on(good_store: Made, tmp_path: Path) -> 
     del config["settings"]["position_adapter"]
     training.run.write_json("config.json", config)
     assert train(good_store, tmp_path / "run").run.is_finished
-    with pytest.raises(RunMismatchError, match=r"begun with other settings: position_adapter"):
+    with pytest.raises(RunMismatchError, match=r"begun differently: position_adapter"):
         train(good_store, tmp_path / "run", position_adapter="bias")
 
 
