@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Run": "runs",
-    "as_torch": "batches",
+    "as_torch": "train.batches",
     "load_autoencoder": "sae.saving",
-    "shuffled_batches": "batches",
+    "shuffled_batches": "train.batches",
 }
 
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
