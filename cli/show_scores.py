@@ -10,40 +10,44 @@ from ..store.plain_text import counted
 from .display import console, show_by_position
 
 
-def show_scores(scores: Evaluation) -> None:
+def show_scores(evaluation: Evaluation) -> None:
     """Scores that no comparison of runs shows: a line for each kind, and a chart of FVU by position."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, text in _lines(scores).items():
+    for name, text in _lines(evaluation).items():
         table.add_row(name, Text(text))
     console.print(table)
-    if scores.fvu_by_position:
+    if evaluation.fvu_by_position:
         console.print("\n[bold]FVU by position[/]")
-        show_by_position([value or 0.0 for value in scores.fvu_by_position], digits=4)
+        show_by_position([value or 0.0 for value in evaluation.fvu_by_position], digits=4)
 
 
-def _lines(found: Evaluation) -> dict[str, str]:
-    outliers, density, drift = found.norm_outliers, found.density_histogram, found.drift
+def _lines(evaluation: Evaluation) -> dict[str, str]:
+    outliers, density, drift = evaluation.norm_outliers, evaluation.density_histogram, evaluation.drift
+    start, stop = evaluation.contexts
     lines = {
-        "tokens": f"{found.n_rows:,} in contexts {found.contexts[0]:,} to {found.contexts[1] - 1:,}",
-        "FVU": f"{_number(found.fvu)}; with special tokens {_number(found.fvu_with_special)}",
-        "L0": f"{found.l0:.2f}; above .001 in size {found.l0_above:.2f}; by range "
+        "tokens": f"{evaluation.n_rows:,} in contexts {start:,} to {stop - 1:,}",
+        "FVU": f"{_number(evaluation.fvu)}; with special tokens {_number(evaluation.fvu_with_special)}",
+        "L0": f"{evaluation.l0:.2f}; above .001 in size {evaluation.l0_above:.2f}; by range "
         + ", ".join(
-            f"{name} {_number(l0, 2)}" for name, l0 in zip(found.ranges, found.l0_by_range, strict=True)
+            f"{name} {_number(l0, 2)}"
+            for name, l0 in zip(evaluation.ranges, evaluation.l0_by_range, strict=True)
         ),
     }
     if outliers:
         lines["FVU"] += (
             f", without {outliers.n_rows:,} norm outliers (above {outliers.threshold:.1f}) "
-            f"{_number(found.fvu_without_outliers)}"
+            f"{_number(evaluation.fvu_without_outliers)}"
         )
-    if found.store.get("trained_from") is False:
-        lines["store"] = f"{found.store['path']}, {_about_another_store(found)}"
-    elif found.store.get("trained_from", True) is None:
+    if evaluation.store.get("trained_from") is False:
+        lines["store"] = f"{evaluation.store['path']}, {_about_another_store(evaluation)}"
+    elif evaluation.store.get("trained_from", True) is None:
         lines["store"] = "whether the run was trained on the contexts scored is unknown"
-    if found.fvu_base is not None:
-        lines["base code"] = f"FVU {_number(found.fvu_base)} alone; retention {_number(found.retention, 3)}"
+    if evaluation.fvu_base is not None:
+        lines["base code"] = (
+            f"FVU {_number(evaluation.fvu_base)} alone; retention {_number(evaluation.retention, 3)}"
+        )
     if drift:
         lines["drift"] = (
             f"cosine {drift.cosine_mean:.3f} with the end of warm-up, {drift.kept_share:.1%} above .9"
@@ -51,24 +55,26 @@ def _lines(found: Evaluation) -> dict[str, str]:
     if density:
         often = sum(density.counts[density.edges.index(-1.0) :])
         lines["features"] = f"{density.never:,} never fired, {often:,} on more than a tenth of the tokens"
-    if found.position_features:
+    if evaluation.position_features:
         lines["position"] = (
-            f"{found.position_features.features:,} features encode a position, "
-            f"{found.position_features.slots:.2f} of them active per token"
+            f"{evaluation.position_features.features:,} features encode a position, "
+            f"{evaluation.position_features.slots:.2f} of them active per token"
         )
-    lines |= _about_specificity(found) | _about_groups(found) | _about_ce_loss(found)
-    if found.training_seconds is not None:
+    lines |= _about_specificity(evaluation) | _about_groups(evaluation) | _about_ce_loss(evaluation)
+    if evaluation.training_seconds is not None:
         cpu = (
-            f", {found.training_cpu_seconds:,.0f} s of CPU" if found.training_cpu_seconds is not None else ""
+            f", {evaluation.training_cpu_seconds:,.0f} s of CPU"
+            if evaluation.training_cpu_seconds is not None
+            else ""
         )
-        lines["training"] = f"{found.training_seconds:,.0f} s{cpu}"
+        lines["training"] = f"{evaluation.training_seconds:,.0f} s{cpu}"
     return lines
 
 
-def _about_another_store(found: Evaluation) -> str:
+def _about_another_store(evaluation: Evaluation) -> str:
     """What a store that the run was not trained from has in common with the one that it was."""
-    store = found.store
-    n_seen, n_contexts = store.get("seen_contexts"), found.contexts[1] - found.contexts[0]
+    store = evaluation.store
+    n_seen, n_contexts = store.get("seen_contexts"), evaluation.contexts[1] - evaluation.contexts[0]
     text = "which the run was not trained from"
     if n_seen:
         contexts = counted(n_contexts, "context")
@@ -82,8 +88,8 @@ def _about_another_store(found: Evaluation) -> str:
     return text
 
 
-def _about_specificity(found: Evaluation) -> dict[str, str]:
-    scores = found.specificity
+def _about_specificity(evaluation: Evaluation) -> dict[str, str]:
+    scores = evaluation.specificity
     if scores is None or scores.mean is None:
         return {}
     return {
@@ -94,8 +100,8 @@ def _about_specificity(found: Evaluation) -> dict[str, str]:
     }
 
 
-def _about_groups(found: Evaluation) -> dict[str, str]:
-    groups = found.clusters
+def _about_groups(evaluation: Evaluation) -> dict[str, str]:
+    groups = evaluation.clusters
     if groups is None:
         return {"groups": "unknown: too few features fired often enough"}
     chance = f"silhouette {groups.score:.2f}, without groups up to {groups.null_score:.2f}"
@@ -106,8 +112,8 @@ def _about_groups(found: Evaluation) -> dict[str, str]:
     }
 
 
-def _about_ce_loss(found: Evaluation) -> dict[str, str]:
-    ce = found.ce_loss
+def _about_ce_loss(evaluation: Evaluation) -> dict[str, str]:
+    ce = evaluation.ce_loss
     if ce is None:
         return {}
     return {

@@ -225,7 +225,7 @@ def _less(one: Comparison) -> str:
 def _figures(one: Comparison) -> str:
     if one.kind is Kind.EQUAL_L0:
         return one.seen.brackets(100 if one.seen.mean >= 0 else -100)
-    return ", which no figure at equal L0 was measured for"
+    return " (no figure at equal L0 was measured)"
 
 
 def _mean_l0(runs: Series) -> float | None:

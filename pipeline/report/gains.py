@@ -130,8 +130,8 @@ def compare_pairs(
     if not known or len(known) < len(points):
         return None
     between = list(by_pair) or [None] * len(known)
-    found = [_compared(run, other, curve) for (run, other), curve in zip(known, between, strict=True)]
-    gains = [one for one in found if one]
+    by_seed = [_compared(run, other, curve) for (run, other), curve in zip(known, between, strict=True)]
+    gains = [one for one in by_seed if one]
     bounds = {kind for _, kind in gains} - {Kind.EQUAL_L0}
     seen = interval(gain for gain, _ in gains)
     if len(gains) < len(known) or len(bounds) > 1 or seen is None:

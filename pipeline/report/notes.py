@@ -57,7 +57,7 @@ def left_out(n: int) -> Note:
     """That ``n`` claims are not shown."""
     what, are = ("claim", "is") if n == 1 else ("claims", "are")
     return Note(
-        f"{n} more {what} of the paper {are} left out, without runs (examples/paper has sweeps for all)"
+        f"{n} more {what} of the paper {are} left out for lack of runs (examples/paper has sweeps for all)"
     )
 
 
@@ -106,7 +106,7 @@ def _scored_on(run: Measured) -> _Activations | None:
 
 def _not_held_out(runs: Sequence[Measured]) -> list[Note]:
     """Runs whose scores are of contexts that they were trained on, or may be."""
-    found: list[Note] = []
+    of_runs: list[Note] = []
     unknown: list[str] = []
     for run in runs:
         n_seen, n_scored = run.n_seen_contexts, run.n_scored_contexts
@@ -115,18 +115,18 @@ def _not_held_out(runs: Sequence[Measured]) -> list[Note]:
             text = (
                 f"was trained on {n_seen:,}{of} contexts that it is scored on; these are not held-out scores"
             )
-            found.append(Note(f"{run.folder} {text}", [run.folder]))
+            of_runs.append(Note(f"{run.folder} {text}", [run.folder]))
         elif n_seen is None and run.is_of_another_store:
             unknown.append(run.folder)
     if unknown:
         each = "it was" if len(unknown) == 1 else "they were"
         text = f"scored on another store; whether {each} trained on the same contexts is unknown"
-        found.append(Note(f"{named(unknown)}: {text}", unknown))
+        of_runs.append(Note(f"{named(unknown)}: {text}", unknown))
     probed = [run.folder for run in runs if run.is_probed_on_seen_contexts]
     if probed:
         text = "rows of sparse probes come from all contexts, those that were trained on included"
-        found.append(Note(f"{named(probed)}: {text}", probed))
-    return found
+        of_runs.append(Note(f"{named(probed)}: {text}", probed))
+    return of_runs
 
 
 def _above_one(runs: Iterable[Measured]) -> Note | None:

@@ -261,7 +261,9 @@ def position(findings: Sequence[Finding]) -> Table:
     """Whether position helped the runs that have more than an agnostic control; all, if none has."""
     full = [finding for finding in findings if {"shuffled", "more-active"} - {*finding.missing}]
     rows = [[finding.name, POSITION_ANSWERS[finding.answer], finding.reason] for finding in full or findings]
-    title = f"did position help, at equal L0 (within {L0_TOLERANCE:.0%}, or between two measured points)"
+    title = (
+        f"did position help, at equal L0 (within {100 * L0_TOLERANCE:g} %, or between two measured points)"
+    )
     return Table(title, ["run", "answer", "why"], rows, n_left=3)
 
 
