@@ -626,5 +626,5 @@ def _check_same(root: Path, recorded: Manifest, new: Manifest, *, allow_versions
     if all(key.startswith("versions ") for key, *_ in differ):
         remedy = "install those versions, or record the difference: --allow-versions"
     if not (recorded.planted or recorded.origin or recorded.imported):
-        differ = [(_option(key), *values) for key, *values in differ]
+        differ = [(_option(key), old, value) for key, old, value in differ]
     raise StoreMismatchError(f"{root} was begun with other settings: {differences(differ)}; {remedy}")
