@@ -1,7 +1,4 @@
-"""What a notebook shows for a store or a run: a heading and plain HTML tables.
-
-Every string is escaped, as stores and runs may come from strangers.
-"""
+"""HTML for notebooks, of a store or a run: a heading and plain tables; every string is escaped."""
 
 from collections.abc import Mapping, Sequence
 from html import escape

@@ -23,10 +23,7 @@ from .shards import ABSENT, ShardReader
 
 
 class ShardWriter:
-    """One shard being written, under its exclusive lock.
-
-    The temporary file is the lock: a kill frees it, and the next holder starts over.
-    """
+    """One shard being written; its temporary file is the lock, and a new holder starts over."""
 
     def __init__(self, files: StoreFiles, spec: ArraySpec, shard: int, handle: int) -> None:
         """Start with an empty file; use ``try_lock``."""

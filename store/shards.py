@@ -123,10 +123,7 @@ class ShardReader(Renewed):
 
     @classmethod
     def cut_short(cls) -> list[StoreDamagedError]:
-        """Messages about mapped files that are shorter than their maps, as reading one kills the process.
-
-        Takes no lock, so that a signal handler may call it.
-        """
+        """Messages about files that are shorter than their maps; lock-free, for a signal handler."""
         readers = [reader for ref in cls._all.valuerefs() if (reader := ref()) is not None]
         return [
             reader._damaged(shard, _CUT_SHORT)

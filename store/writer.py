@@ -53,7 +53,7 @@ _CHOSEN = {
     *("model", "dataset", "dataset_config", "n_contexts", "context_length", "skip_contexts", "packing"),
     *("held_out", "seed", "codec", "mantissa_bits", "batch_contexts", "attention", "device"),
 }
-"""Keys of the manifest that the user chose; in messages they stand before those that follow from them."""
+"""Keys of the manifest that the user chose; messages list them before those that follow from them."""
 _OTHER_OPTIONS = {"model_revision", "dataset_revision", "dataset_split", "dataset_column"}
 _LARGE_FILE = SealedFile(10**10 - 1, "0" * 64)
 
@@ -286,10 +286,7 @@ class StoreWriter:
         return [shard for shard in shards if not all(self.is_committed(layer, shard) for layer in layers)]
 
     def standing_shards(self, layers: Sequence[int]) -> set[int]:
-        """The shards whose files exist in all of ``layers``, from folder listings, without checks.
-
-        Enough to show the progress of other processes.
-        """
+        """The shards whose files exist in all of ``layers``, unchecked: the progress of other processes."""
         standing = set(range(self.manifest.n_shards))
         for layer in layers:
             spec = layer_spec(self.manifest, layer)
@@ -616,7 +613,6 @@ def _check_same(root: Path, recorded: Manifest, new: Manifest, *, allow_versions
     before, now = recorded.model_dump(), new.model_dump()
     for manifest in (before, now):
         manifest["versions"] = {} if allow_versions else _but_posae(manifest["versions"])
-        # Compared key by key.
         for name in ("planted", "origin", "imported", "versions"):
             inner: Json = manifest.pop(name) or {}
             manifest |= {f"{name} {key}": value for key, value in inner.items()}
@@ -630,5 +626,5 @@ def _check_same(root: Path, recorded: Manifest, new: Manifest, *, allow_versions
     if all(key.startswith("versions ") for key, *_ in differ):
         remedy = "install those versions, or record the difference: --allow-versions"
     if not (recorded.planted or recorded.origin or recorded.imported):
-        differ = [(_option(key), old, new) for key, old, new in differ]
+        differ = [(_option(key), old, value) for key, old, value in differ]
     raise StoreMismatchError(f"{root} was begun with other settings: {differences(differ)}; {remedy}")

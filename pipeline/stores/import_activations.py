@@ -72,7 +72,7 @@ class Import:
         if shape.length is not None and settings.context_length not in (None, shape.length):
             raise SettingsError(
                 f"{source} has contexts of {shape.length} tokens, not {settings.context_length}; leave "
-                "--context-length out"
+                "out --context-length"
             )
         self.length: int = shape.length or settings.context_length or 128
         entries_of_context = 1 if shape.length else self.length
@@ -89,7 +89,7 @@ class Import:
         if self.knows_positions and left_out:
             raise SettingsError(
                 f"{source} has {shape.n_entries} rows, which are not whole contexts of {self.length}; give "
-                "their true --context-length, or leave --positions out"
+                "their true --context-length, or leave out --positions"
             )
         if settings.special_token_ids is not None and not self.cache.has_tokens:
             raise SettingsError(

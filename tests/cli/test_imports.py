@@ -80,7 +80,7 @@ def test_rows_are_imported_inspected_trained_on_and_scored(
     assert "3 rows at the end do not fill a context" in ended.out
     assert "already finished" in posae(*words).out
     ended = posae(*words[:-1], 0.2)
-    assert (ended.code, "held_out is" in ended.err) == (1, True)
+    assert (ended.code, "held_out was" in ended.err) == (1, True)
 
     shown = posae("inspect-store", store, "--verify")
     assert shown.code == 0

@@ -113,5 +113,5 @@ def test_a_harvest_does_not_go_on_in_a_merge(posae: Posae, stores: list[Path], t
     assert posae("merge", *stores, "--out", out).code == 0
     before = tree(out)
     ended = posae("harvest", out, *SMALL[2:], "--contexts", 48)
-    assert (ended.code, "origin stores is (" in ended.err) == (1, True)
+    assert (ended.code, "origin stores was (" in ended.err) == (1, True)
     assert tree(out) == before

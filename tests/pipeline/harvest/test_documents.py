@@ -60,7 +60,7 @@ def test_stdlib() -> None:
         "stdlib has no split 'test'; it has train, held_out, all"
     )
     assert told(CorpusError, lambda: open_corpus("stdlib", revision="python-3.0.0-0")) == (
-        f"stdlib is at revision {stdlib_revision()}, python-3.0.0-0 was asked for; "
+        f"stdlib is at revision {stdlib_revision()}, not python-3.0.0-0; "
         "leave out --dataset-revision, or find that text"
     )
 

@@ -234,14 +234,14 @@ def tensors(path: Path, **named: torch.Tensor) -> Path:
 
 
 REFUSED: list[tuple[str, dict[str, Any], type[PosaeError], str]] = [
-    ("nowhere.npy", {}, ForeignFileError, "there is nothing"),
+    ("nowhere.npy", {}, ForeignFileError, "no such file or folder"),
     ("text.txt", {}, ForeignFileError, "convert it"),
     ("mixed", {}, ForeignFileError, "several kinds"),
     ("empty", {}, ForeignFileError, "there are none"),
     ("cut.npy", {}, ForeignFileError, "damaged"),
     ("cut.safetensors", {}, ForeignFileError, "damaged"),
     ("integers.npy", {}, ForeignFileError, "the tensor of activations is unclear"),
-    ("two.safetensors", {}, ForeignFileError, "'a', 'b'; choose one with --tensor"),
+    ("two.safetensors", {}, ForeignFileError, "'a', 'b'\\); choose one with --tensor"),
     ("two.safetensors", {"tensor": "c"}, ForeignFileError, "choose one with --tensor"),
     ("other_ids.safetensors", {}, ForeignFileError, "ids of the same tokens"),
     ("negative_ids.safetensors", {}, ForeignFileError, "token ids are not all"),

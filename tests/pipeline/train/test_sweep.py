@@ -178,7 +178,7 @@ WRONG = [
     ('study = "a"\n[runs.a]\nsteps = 5\nwarmup_steps = 6', "run 'a': .*does not fit"),
     ('study = "a"\n[train]\npreset = "paper"\n[runs.a]\narchitecture = "topk"', "leave one of them out"),
     ('study = "a"\nseeds = []\n[runs.a]', "at least one"),
-    ('study = "a"\nseeds = [1, 1]\n[runs.a]', "different"),
+    ('study = "a"\nseeds = [1, 1]\n[runs.a]', "distinct"),
     ('study = "a"\nseeds = [-1]\n[runs.a]', "from 0"),
     ('study = "a"\nseeds = "0"\n[runs.a]', "seeds"),
     ('study = "a"\ncontrols = ["agnostik"]\n[runs.a]', "did you mean 'agnostic'"),
@@ -187,7 +187,7 @@ WRONG = [
     ('include = ["a.toml"]', "includes itself: .*a.toml > .*a.toml"),
     ('include = ["b.toml"]', "includes itself: .*a.toml > .*b.toml > .*a.toml"),
     ('include = ["nowhere.toml"]', "there is no file"),
-    ('include = ["norm.toml", "norm.toml"]', "study 'norm' stands twice"),
+    ('include = ["norm.toml", "norm.toml"]', "study 'norm' occurs twice"),
     (
         'include = ["norm.toml"]\nstudy = "a"\n[runs.with]',
         "run 'with': another run of this name has a different",
