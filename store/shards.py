@@ -331,10 +331,7 @@ class ShardReader(Renewed):
         return runs
 
     def read_rows(
-        self,
-        rows: NDArray[np.int64],
-        pool: Executor | None = None,
-        columns: NDArray[np.int64] | None = None,
+        self, rows: NDArray[np.int64], pool: Executor | None = None, columns: NDArray[np.int64] | None = None
     ) -> NDArray[Any]:
         """The entries ``rows`` of axis 0, in that order; bits [rows, …].
 
