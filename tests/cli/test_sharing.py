@@ -119,10 +119,10 @@ def test_a_part_that_is_refused_leaves_nothing_here_and_one_that_may_be_sent_lat
 ) -> None:
     server = start_server("s3")
     server.put("other/notes.txt", b"of somebody else")
-    refused = posae("copy", store, server.url("other"), "--fraction", "0.5")
+    refused = posae("copy", store, server.url("other"), "--layers", "2")
     assert (refused.code, "holds no store" in refused.err) == (1, True)
     assert not list((own_cache / "staging").iterdir())
-    failed = posae("copy", store, "s3://no-such-bucket/part.zarr", "--fraction", "0.5")
+    failed = posae("copy", store, "s3://no-such-bucket/part.zarr", "--layers", "2")
     (staged,) = (own_cache / "staging").iterdir()
     assert failed.code == 1
     assert f"the part to send waits in {staged}: run the same command again, or remove it" in failed.err
