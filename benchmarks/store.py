@@ -381,7 +381,7 @@ def print_peak(root: Path) -> None:
 def writing(folder: Path, demo: ActivationStore, manifest: Manifest, table: Table) -> None:
     """One durable shard of 512 contexts, encoded in one thread; statistics are not made here."""
     spec = layer_spec(manifest, 0)
-    rows = tiled(demo, 0, spec.shard_rows)
+    rows = tiled(demo, 0, min(spec.shard_rows, spec.shape[0]))
     ours_at, zarr_at = folder / "ours.zarr", folder / "theirs.zarr"
 
     def ours() -> None:
@@ -391,7 +391,7 @@ def writing(folder: Path, demo: ActivationStore, manifest: Manifest, table: Tabl
         shutil.rmtree(zarr_at, ignore_errors=True)
         zarr_at.mkdir()
         (zarr_at / "zarr.json").write_bytes((folder / "small.zarr" / spec.metadata_path).read_bytes())
-        zarr.open_array(zarr_at, mode="r+")[: spec.shard_rows] = rows
+        zarr.open_array(zarr_at, mode="r+")[: len(rows)] = rows
         with (zarr_at / "c.0.0.0").open("rb+") as file:
             os.fsync(file.fileno())
 

@@ -8,6 +8,7 @@ import typer
 from ..pipeline.settings import CopySettings, resolve_settings
 from ..store.plain_text import layers_named
 from ..store.reader import ActivationStore
+from ..store.remote.folder import refuse_half_url
 from .display import LiveProgress, console, if_interrupted, quantity, resumable
 from .options import Cache, CacheSize, Config, on_this_machine, with_settings
 
@@ -32,6 +33,7 @@ def copy(
 
     Example: posae copy https://example.org/pile.zarr pile.zarr --layers 12
     """
+    refuse_half_url(destination)
     if "://" not in destination:
         on_this_machine(Path(destination))
     settings = resolve_settings(CopySettings, presets={}, config=config, options=options)

@@ -119,9 +119,5 @@ def _check_header(payload: memoryview, n_bytes: int) -> None:
         raise ChunkError("its Blosc header names more bytes than it can decode to")
 
 
-CODECS = {
-    "small": Codec("zstd", 1),
-    "fast": Codec("lz4", 5, "bitshuffle"),
-    "raw": Codec(None),
-}
+CODECS = {"small": Codec("zstd", 1), "fast": Codec("lz4", 5, "bitshuffle"), "raw": Codec(None)}
 """The presets by name; ``small`` is the default."""

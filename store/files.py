@@ -9,9 +9,11 @@ not there.
 
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import stat
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,9 +25,11 @@ PARTIAL = ".partial"
 """Ending of a file being written; such a file is never part of a store."""
 
 LOCK_PATH = ".lock"
+_SILENT_SECONDS = 1.0
 _PIECE_BYTES = 2**22
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 256, 4096  # on Linux, with the slash and the NUL
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_log = logging.getLogger(__name__)
 
 
 def partial_name(path: str) -> str:
@@ -35,12 +39,6 @@ def partial_name(path: str) -> str:
     '.c.0.0.0.partial'
     """
     return f".{path.rpartition('/')[2]}{PARTIAL}"
-
-
-_LINKED = (
-    "a store from the Hub is fetched with: hf download --local-dir FOLDER, or posae copy hf://… FOLDER; "
-    "restore any other from a copy"
-)
 
 
 def is_leftover(path: str) -> bool:
@@ -97,7 +95,9 @@ class StoreFiles:
                 os.close(folder)
         except OSError as error:
             if error.errno == errno.ELOOP:
-                raise StoreDamagedError("not a regular file but a link", array=path, remedy=_LINKED) from None
+                problem = f"in {self.root} it is a link, and links are not followed"
+                remedy = "get the files: hf download --local-dir FOLDER, or posae copy hf://… FOLDER"
+                raise StoreDamagedError(problem, array=path, remedy=remedy) from None
             if error.errno in (errno.ENOTDIR, errno.ENXIO):
                 raise StoreDamagedError("not a regular file (a link, pipe or device)", array=path) from None
             if error.errno in (errno.ENOENT, errno.EMFILE, errno.ENFILE):
@@ -340,7 +340,7 @@ def writing(path: Path) -> Generator[None]:
 
 @contextmanager
 def exclusive(folder: Path, *, wait: bool = True) -> Generator[bool]:
-    """Hold the lock of a folder; a kill frees it.
+    """Hold the lock of a folder; a kill frees it. Waiting for it for more than a second is logged.
 
     The lock is on a file that stays in the folder: a network file system does not pass on locks on the folder
     itself, and removing the file would race with whoever opens it. Anyone who may write into the folder may
@@ -363,7 +363,12 @@ def exclusive(folder: Path, *, wait: bool = True) -> Generator[bool]:
             return
     try:
         with writing(path):
-            is_held = lock(handle, wait=wait)
+            silent_until = time.monotonic() + _SILENT_SECONDS
+            while not (is_held := lock(handle, wait=False)) and wait and time.monotonic() < silent_until:
+                time.sleep(0.02)
+            if wait and not is_held:
+                _log.warning("waiting for another process that writes %s", folder)
+                is_held = lock(handle, wait=True)
         yield is_held
     finally:
         os.close(handle)

@@ -167,11 +167,7 @@ class ArraySpec:
                     "name": "sharding_indexed",
                     "configuration": {
                         "chunk_shape": list(self.chunk_shape),
-                        "codecs": [
-                            values,
-                            *self.codec.to_json(self.dtype.itemsize),
-                            {"name": "crc32c"},
-                        ],
+                        "codecs": [values, *self.codec.to_json(self.dtype.itemsize), {"name": "crc32c"}],
                         "index_codecs": [little, {"name": "crc32c"}],
                         "index_location": "end",
                     },

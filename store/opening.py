@@ -10,6 +10,7 @@ from .manifest import layer_spec, parse_manifest, token_specs
 from .readable import ReadableFiles
 from .remote.cache import PartCache
 from .remote.files import RemoteFiles
+from .remote.folder import refuse_half_url
 from .remote.servers import open_remote
 from .seal import (
     COPY_PATH,
@@ -39,12 +40,14 @@ def files_at(place: str | Path, cache: PartCache | None) -> ReadableFiles:
     """The files of the store at a folder or URL.
 
     Raises:
+        SettingsError: a URL of another kind, or one that lacks a slash.
         StoreNotFoundError: the server has no store there.
         StoreIncompleteError: the store is on a server and not sealed.
         StoreRemoteError: the server refused, or does not answer.
     """
     if "://" in str(place):  # no folder is named like this, whatever the scheme
         return RemoteFiles(open_remote(str(place)), cache or PartCache())
+    refuse_half_url(place)
     return StoreFiles(Path(place))
 
 

@@ -80,7 +80,7 @@ def parse_index(spec: ArraySpec, shard: int, data: bytes | memoryview, file_byte
     if (present[:, 1] <= CHECKSUM_BYTES).any() or (present[:, 1] > largest).any():
         raise damaged("its index names chunks of sizes that no chunk has")
     ends = np.cumsum(present[:, 1])
-    if (present[:, 0] != np.concatenate([[0], ends[:-1]])).any() or int(ends[-1]) + len(raw) != file_bytes:
+    if (present[:, 0] != ends - present[:, 1]).any() or int(ends[-1]) + len(raw) != file_bytes:
         raise damaged("its index names chunks that do not fill the file")
     return present
 
@@ -327,10 +327,7 @@ class ShardReader(Renewed):
         return runs
 
     def read_rows(
-        self,
-        rows: NDArray[np.int64],
-        pool: Executor | None = None,
-        columns: NDArray[np.int64] | None = None,
+        self, rows: NDArray[np.int64], pool: Executor | None = None, columns: NDArray[np.int64] | None = None
     ) -> NDArray[Any]:
         """The entries ``rows`` of axis 0, in that order; bits [rows, …].
 

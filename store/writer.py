@@ -441,11 +441,7 @@ class ShardOfLayers:
             writer.abandon()
 
     def append(
-        self,
-        layer: int,
-        bits: NDArray[np.uint16],
-        ordinary: NDArray[np.bool_],
-        pool: Executor,
+        self, layer: int, bits: NDArray[np.uint16], ordinary: NDArray[np.bool_], pool: Executor
     ) -> "list[Encoding]":
         """Take the next contexts of one layer, a whole number of chunks unless the shard ends.
 
@@ -556,10 +552,7 @@ Encoding = Future[tuple[list[bytes], ChunkStats]]
 
 
 def _encode_and_count(
-    spec: ArraySpec,
-    bits: NDArray[np.uint16],
-    ordinary: NDArray[np.bool_],
-    mantissa_bits: int | None,
+    spec: ArraySpec, bits: NDArray[np.uint16], ordinary: NDArray[np.bool_], mantissa_bits: int | None
 ) -> tuple[list[bytes], ChunkStats]:
     if mantissa_bits is None:
         return encode_chunks(spec, bits), ChunkStats.of(bits, ordinary)

@@ -2,7 +2,7 @@
 
 A whole store is copied file by file. A part is first made in a local folder, from whole shards where
 possible; for a server that folder is in ``staging``, beside the cache of parts, and is removed after the
-upload.
+upload or a refusal; after an error of the server it stays.
 """
 
 import hashlib
@@ -10,10 +10,10 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from ...store.errors import SettingsError, StoreIncompleteError
+from ...store.errors import SettingsError, StoreError, StoreIncompleteError, StoreRemoteError
 from ...store.reader import ActivationStore
 from ...store.remote.cache import default_folder
-from ...store.remote.folder import RemoteFolder, shown
+from ...store.remote.folder import RemoteFolder, refuse_half_url, shown
 from ...store.remote.servers import open_remote
 from ..progress import Progress, Silent
 from ..settings import CopySettings
@@ -62,6 +62,7 @@ def copy(
         raise StoreIncompleteError(
             f"{source.root} is an unfinished harvest and cannot be copied; run the harvest again to finish it"
         )
+    refuse_half_url(destination)
     is_remote = "://" in destination
     if is_remote and destination.lower().startswith(("http://", "https://")):
         raise SettingsError(
@@ -82,7 +83,15 @@ def copy(
     words = f"{source.identity} {settings.model_dump_json()} {place}"
     folder = default_folder() / "staging" / hashlib.sha256(words.encode()).hexdigest()[:16]
     part, _, _ = _part(source, folder, settings, progress)
-    copied = _published(part, server, progress)
+    try:
+        copied = _published(part, server, progress)
+    except StoreRemoteError as error:  # which may pass
+        raise StoreRemoteError(
+            f"{error}; the part to send waits in {folder}: run the same command again, or remove it"
+        ) from None
+    except StoreError:
+        shutil.rmtree(folder)
+        raise
     shutil.rmtree(folder)
     return copied
 

@@ -1,20 +1,19 @@
 """Parts of files that were fetched from a server, kept in a folder of bounded size.
 
-All lies in ``parts-v1`` below the folder that the user names, marked by a CACHEDIR.TAG. Only what has the
-form ``<32 hex digits>/<path>/<start>-<stop>`` in there is counted and removed, and no link is followed, so
+Everything is in ``parts-v2`` below the folder that the user names, marked by a CACHEDIR.TAG. Only files
+``<32 hex digits>/<path>.<start>-<stop>`` in there are counted and removed, and no link is followed, so
 whatever else a user keeps in the folder is safe.
 
-An entry is one file, written under a temporary name and renamed, so processes may share the folder. What was
-used longest ago is removed first. Nothing depends on an entry: one that is gone, cut short or changed is
-fetched again, and a full disk only means that nothing is kept. Getting a part is reading a file, some 10 us
-and a copy.
+An entry is one file, made and written with one call each; processes may share the folder. What was used
+longest ago is removed first. Nothing depends on an entry: one that is gone, still being written, cut short or
+changed is fetched again, and a full disk only means that nothing is kept. Getting a part is reading a file,
+some 10 us and a copy; keeping one takes four system calls.
 """
 
 import contextlib
 import os
 import re
 import stat
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +23,13 @@ from ..errors import SettingsError
 from ..threads import Renewed
 
 DEFAULT_BYTES = 50 * 10**9
-_OWN = "parts-v1"
+_OWN = "parts-v2"
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Parts of stores on servers, kept by posae.\n"
 _STORE, _ANY = re.compile("[0-9a-f]{32}"), re.compile(".*")
-_PART = re.compile(r"[0-9]+-[0-9]+|\.[a-z0-9_]{8}\.partial")
-"""A part, or one that a killed process was writing; of those that are being written none is old."""
+_PART = re.compile(r".+\.[0-9]+-[0-9]+")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_READ = os.O_RDONLY | os.O_NOFOLLOW
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _LEAST_BYTES = 10**6
 _KEPT_OF_FULL = 0.9
 _LOOKS = 16
@@ -81,7 +81,7 @@ class PartCache(Renewed):
         self.folder = (folder or default_folder()) / _OWN
         self.limit_bytes = limit_bytes or (parse_size(named) if named else DEFAULT_BYTES)
         self._written = self.limit_bytes  # so that the first to be kept looks
-        self._own_folders: set[Path] = set()
+        self._own_folders: set[str] = set()
         super().__init__()
 
     def renew(self) -> None:
@@ -93,12 +93,11 @@ class PartCache(Renewed):
         return PartCache, (self.folder.parent, self.limit_bytes)
 
     def get(self, name: str) -> bytes | None:
-        """The part called ``name``, or None."""
-        path = self.folder / name
+        """The part called ``name``, or None; shorter than it should be while another process writes it."""
         try:
-            if not self._is_own(path.parent):
+            if not self._is_own(name.rpartition("/")[0]):
                 return None
-            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as file:
+            with os.fdopen(os.open(f"{self.folder}/{name}", _READ), "rb", buffering=0) as file:
                 data = file.read()
                 with contextlib.suppress(OSError):
                     os.utime(file.fileno())  # used just now
@@ -106,30 +105,20 @@ class PartCache(Renewed):
         except OSError:
             return None
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes | memoryview) -> None:
         """Keep a part, if there is room for it at all."""
-        path = self.folder / name
         if len(data) > self.limit_bytes // 2:
             return
         with contextlib.suppress(OSError):
-            if not self._mark() or not self._is_own(path.parent, make=True):
-                return
-            self._make_room(len(data))
-            handle, partial = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
-            try:
-                with os.fdopen(handle, "wb", buffering=0) as file:
-                    if file.write(data) < len(data):  # the disk is full
-                        raise OSError
-                os.replace(partial, path)  # noqa: PTH105 (a name, not a path)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.unlink(partial)  # noqa: PTH108 (a name, not a path)
+            if self._mark() and self._is_own(name.rpartition("/")[0], make=True):
+                self._make_room(len(data))
+                _write(f"{self.folder}/{name}", data)
 
     def _mark(self) -> bool:
         """Make the marked folder, if it is missing; whether it is one of ours."""
-        tag = self.folder / "CACHEDIR.TAG"
-        if self.folder in self._own_folders:
+        if "" in self._own_folders:
             return True
+        tag = self.folder / "CACHEDIR.TAG"
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.folder.is_symlink():
             return False
@@ -137,16 +126,18 @@ class PartCache(Renewed):
             tag.write_text(_TAG)
         if tag.is_symlink() or not tag.is_file() or tag.read_text(errors="replace") != _TAG:
             return False
-        self._own_folders.add(self.folder)
+        self._own_folders.add("")
         return True
 
-    def _is_own(self, folder: Path, *, make: bool = False) -> bool:
+    def _is_own(self, folder: str, *, make: bool = False) -> bool:
         """Whether no link leads from the marked folder to ``folder`` within it."""
         if folder not in self._own_folders:
-            for step in reversed([folder, *folder.parents][: len(folder.parts) - len(self.folder.parts) + 1]):
+            within = Path(folder)
+            for step in [*reversed(within.parents), within]:
+                place = self.folder / step
                 if make:
-                    step.mkdir(exist_ok=True)
-                if not stat.S_ISDIR(step.lstat().st_mode):
+                    place.mkdir(exist_ok=True)
+                if not stat.S_ISDIR(place.lstat().st_mode):
                     return False
             self._own_folders.add(folder)
         return True
@@ -187,3 +178,16 @@ class PartCache(Renewed):
                         found = entry.stat(follow_symlinks=False)
                         if names is _ANY and _PART.fullmatch(entry.name) and stat.S_ISREG(found.st_mode):
                             yield found.st_mtime, found.st_size, entry.path
+
+
+def _write(path: str, data: bytes | memoryview) -> None:
+    """Write a new file; what does not fit on the disk is removed."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)  # noqa: PTH108 (a name, not a path): of another length, or changed
+    n_written, file = 0, os.open(path, _CREATE, 0o600)
+    try:
+        n_written = os.write(file, data)
+    finally:
+        os.close(file)
+        if n_written < len(data):
+            os.unlink(path)  # noqa: PTH108 (a name, not a path)

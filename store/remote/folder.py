@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 from urllib.parse import urlsplit, urlunsplit
 
-from ..errors import StoreRemoteError
+from ..errors import SettingsError, StoreRemoteError
 
 SCHEMES = ("http", "https", "hf", "s3", "gs", "az")
 """What a URL may begin with."""
@@ -121,6 +121,13 @@ def is_url(place: str | Path) -> bool:
     """
     scheme, separator, _ = str(place).partition("://")
     return bool(separator) and scheme.isalnum()
+
+
+def refuse_half_url(place: str | Path) -> None:
+    """Refuse, with SettingsError, a URL that lost a slash, as in a ``Path``: it names no folder."""
+    scheme, _, rest = str(place).partition(":/")
+    if scheme.lower() in SCHEMES and not rest.startswith("/"):
+        raise SettingsError(f"{place} lacks a slash; write {scheme}://{rest}")
 
 
 def shown(url: str) -> str:

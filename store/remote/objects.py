@@ -183,16 +183,14 @@ class ObjectFolder:
 
     def _received(self, answer: Any, path: str, n_bytes: int) -> Generator[bytes]:
         """The body, which must have ``n_bytes``."""
-        n_received = 0
-        stream: Iterator[Any] = answer.stream(min_chunk_size=max(1, min(n_bytes, 1 << 18)))
-        while True:
+        n_received, least, is_last = 0, 1 + min(n_bytes, 1 << 18), False
+        stream: Iterator[Any] = answer.stream(min_chunk_size=least)
+        while not is_last:
             with self._explained(path):
                 piece = bytes(next(stream, b""))
-            n_received += len(piece)
+            n_received, is_last = n_received + len(piece), len(piece) < least
             if n_received > n_bytes:
                 raise self._error(path, "the server sends more than was asked for; do not use it")
-            if not piece:
-                break
             yield piece
         if n_received < n_bytes:
             raise RetryableError("the connection was cut")

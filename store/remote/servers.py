@@ -21,7 +21,8 @@ def open_remote(url: str) -> RemoteFolder:
             "see docs/sharing.md"
         )
     if scheme not in SCHEMES:
-        raise SettingsError(f"{shown(url)} is no URL of {', '.join(f'{name}://' for name in SCHEMES)}")
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise SettingsError(f"{shown(url)}: posae cannot open this kind of URL; use one of {known}")
     if scheme == "hf":
         from .hub import HubFolder
 

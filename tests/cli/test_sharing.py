@@ -114,6 +114,34 @@ def test_a_part_goes_to_a_server(
     assert not list((own_cache / "staging").iterdir())
 
 
+def test_a_part_that_is_refused_leaves_nothing_here_and_one_that_may_be_sent_later_stays(
+    posae: Posae, store: Path, start_server: StartServer, own_cache: Path
+) -> None:
+    server = start_server("s3")
+    server.put("other/notes.txt", b"of somebody else")
+    refused = posae("copy", store, server.url("other"), "--layers", "2")
+    assert (refused.code, "holds no store" in refused.err) == (1, True)
+    assert not list((own_cache / "staging").iterdir())
+    failed = posae("copy", store, "s3://no-such-bucket/part.zarr", "--layers", "2")
+    (staged,) = (own_cache / "staging").iterdir()
+    assert failed.code == 1
+    assert f"the part to send waits in {staged}: run the same command again, or remove it" in failed.err
+    assert ActivationStore.open(staged).is_sealed
+
+
+def test_verifying_a_store_of_links_says_how_to_get_the_files(
+    posae: Posae, store: Path, tmp_path: Path
+) -> None:
+    for file in tree(store):
+        (tmp_path / "linked" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "linked" / file).symlink_to(store / file)
+    ended = posae("inspect-store", tmp_path / "linked", "--verify")
+    assert ended.code == 1
+    assert f"in {tmp_path / 'linked'} it is a link" in ended.err
+    assert "hf download --local-dir" in ended.err
+    assert "damaged" not in ended.out + ended.err
+
+
 def test_a_store_is_copied_from_a_server_that_sends_whole_files_only(
     posae: Posae, make_store: MakeStore, start_server: StartServer, tmp_path: Path
 ) -> None:
@@ -175,7 +203,10 @@ def test_a_copy_that_was_killed_goes_on(store: Path, start_server: StartServer, 
         (("copy", "STORE", "OUT", "--layers", "9"), "has no layer 9; it has 1, 2, 4"),
         (("copy", "STORE", "https://localhost:1/pile.zarr"), "cannot be written"),
         (("train", "STORE", "OUT", "--cache-size", "much"), "write it as 50GB"),
-        (("train", "ftp://host/pile.zarr", "OUT"), "ftp://host/pile.zarr is no URL of http://"),
+        (
+            ("train", "ftp://host/pile.zarr", "OUT"),
+            "ftp://host/pile.zarr: posae cannot open this kind of URL; use one of http://",
+        ),
         (
             ("harvest", "s3://bucket/x.zarr"),
             "s3://bucket/x.zarr is a URL, but this command writes to a local folder",
@@ -184,8 +215,13 @@ def test_a_copy_that_was_killed_goes_on(store: Path, start_server: StartServer, 
         (("report", "OUT", "--out", "gs://bucket/x.html"), "gs://bucket/x.html is a URL"),
         (("train", "STORE", "WITHIN"), "demo.zarr; choose a folder outside of it"),
         (("copy", "STORE", "WITHIN"), "demo.zarr; choose a folder outside of it"),
+        (("copy", "STORE", "s3:/bucket/x.zarr"), "s3:/bucket/x.zarr lacks a slash; write s3://bucket/x.zarr"),
+        (("train", "gs:/bucket/x.zarr", "OUT"), "gs:/bucket/x.zarr lacks a slash; write gs://bucket/x.zarr"),
         (("copy", "STORE", "sftp://host/x"), "copy the folder with rsync -a, or mount it with sshfs"),
-        (("copy", "STORE", "nope://b/x", "--fraction", "0.5"), "nope://b/x is no URL of http://"),
+        (
+            ("copy", "STORE", "nope://b/x", "--fraction", "0.5"),
+            "nope://b/x: posae cannot open this kind of URL; use one of http://",
+        ),
     ],
     ids=str,
 )

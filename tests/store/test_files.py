@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -9,8 +11,8 @@ from unittest.mock import patch
 import pytest
 
 from posae.store import ActivationStore
-from posae.store.errors import StoreDamagedError, StoreWriteError
-from posae.store.files import StoreFiles
+from posae.store.errors import SettingsError, StoreDamagedError, StoreWriteError
+from posae.store.files import StoreFiles, exclusive
 from posae.store.manifest import layer_spec
 from posae.store.shard_writer import ShardWriter
 
@@ -148,5 +150,38 @@ def test_a_store_whose_files_are_links_as_hf_download_leaves_them_says_what_to_d
         link.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, blobs / str(number))
         link.symlink_to(blobs / str(number))
-    with pytest.raises(StoreDamagedError, match=r"a link; .*: hf download --local-dir FOLDER, or posae copy"):
+    with pytest.raises(
+        StoreDamagedError,
+        match=rf"in {snapshot} it is a link, .*: hf download --local-dir FOLDER, or posae copy",
+    ):
         ActivationStore.open(snapshot)
+
+
+def test_waiting_for_a_lock_is_logged_once_and_a_short_wait_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for seconds, n_lines in ((0.2, 0), (1.5, 1)):
+        caplog.clear()
+        is_locked = threading.Event()
+
+        def hold(seconds: float = seconds, is_locked: threading.Event = is_locked) -> None:
+            with exclusive(tmp_path):
+                is_locked.set()
+                time.sleep(seconds)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert is_locked.wait(20)
+        with exclusive(tmp_path) as is_held:
+            assert is_held
+        holder.join()
+        said = [record.getMessage() for record in caplog.records]
+        assert said == [f"waiting for another process that writes {tmp_path}"] * n_lines
+
+
+@pytest.mark.parametrize("place", ["s3:/bucket/pile.zarr", Path("s3://bucket/pile.zarr")])
+def test_a_url_that_lost_a_slash_is_not_taken_for_a_folder(place: str | Path) -> None:
+    with pytest.raises(
+        SettingsError, match=r"^s3:/bucket/pile\.zarr lacks a slash; write s3://bucket/pile\.zarr$"
+    ):
+        ActivationStore.open(place)

@@ -1,5 +1,6 @@
 """A store read from a server: the same values as from a folder, few requests, and a cache that is bounded."""
 
+import errno
 import json
 import os
 import threading
@@ -196,12 +197,12 @@ def test_neighbours_come_with_one_request_and_what_lies_between_is_kept(wide: Ma
 def test_verifying_leaves_nothing_on_this_machine(wide: Made, cache: PartCache) -> None:
     folder = FolderOnDisk(wide.root)
     store = opened(folder, cache)
-    kept = [path for path in cache.folder.rglob("*/c.*") if path.is_dir()]
+    kept = [*cache.folder.rglob("layer_*/c.*")]
     folder.asked.clear()
     with patch("tempfile.mkdtemp", side_effect=AssertionError):
         found = verify(store)
     assert not found.damaged
-    assert [path for path in cache.folder.rglob("*/c.*") if path.is_dir()] == kept
+    assert [*cache.folder.rglob("layer_*/c.*")] == kept
     # Each byte once, of the long shards the index before, and metadata as it is parsed.
     asked = sum(stop - start for _, start, stop in folder.asked)
     assert found.n_bytes <= asked < 1.02 * found.n_bytes
@@ -218,19 +219,19 @@ def test_the_cache_stays_below_its_limit(
     two = [PartCache(folder, limit), PartCache(folder, limit)]
     for number, size in enumerate(sizes):
         data = number.to_bytes(1, "little") * size
-        name = f"{STORE}/layer_1/c.0/0-{number}"
+        name = f"{STORE}/layer_1/c.0.0-{number}"
         two[number % 2].put(name, data)
         kept = two[0].get(name)
         assert kept == data
-        total = sum(file.stat().st_size for file in folder.rglob("0-*") if file.is_file())
+        total = sum(file.stat().st_size for file in folder.rglob("c.0.0-*") if file.is_file())
         # Each of the two may have written its sixteenth since it looked.
         assert total <= limit * (1 + 1 / 16)
-    assert two[0].get(f"{STORE}/never/0-1") is None
+    assert two[0].get(f"{STORE}/never/c.0.0-1") is None
 
 
 def test_what_was_used_last_is_kept(tmp_path: Path) -> None:
     cache = PartCache(tmp_path, 1_000_000)
-    old, used, new = (f"{STORE}/tokens/c.0.0/0-{number}" for number in (1, 2, 3))
+    old, used, new = (f"{STORE}/tokens/c.0.0.0-{number}" for number in (1, 2, 3))
     cache.put(old, bytes(300_000))
     cache.put(used, bytes(300_000))
     for name, seconds in ((old, 1), (used, 2)):
@@ -245,27 +246,27 @@ def test_a_cache_removes_nothing_but_its_own(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     scratch = tmp_path / "scratch"
-    own = scratch / "parts-v1"
-    PartCache(scratch).put(f"{STORE}/tokens/0-10", bytes(10))
+    own = scratch / "parts-v2"
+    PartCache(scratch).put(f"{STORE}/tokens/c.0-10", bytes(10))
     other = "f" * 32
-    files = ["thesis", "deep/er/0-100", f"{STORE}/tokens/0-100", f"parts-v1/{STORE}/tokens/notes.txt"]
-    files += ["parts-v1/0-100", "parts-v1/thesis/0-100", "parts-v1/README"]
+    files = ["thesis", "deep/er/c.0-100", f"{STORE}/tokens/c.0-100", f"parts-v2/{STORE}/tokens/notes.txt"]
+    files += ["parts-v2/c.0-100", "parts-v2/thesis/c.0-100", "parts-v2/README", f"parts-v2/{STORE}/0-100"]
     for path in files:
         (scratch / path).parent.mkdir(parents=True, exist_ok=True)
         (scratch / path).write_bytes(bytes(900_000))
         os.utime(scratch / path, (1, 1))
-    for path in ("0-100", "sub/0-100"):
+    for path in ("c.0-100", "sub/c.0-100"):
         (mine / path).parent.mkdir(exist_ok=True)
         (mine / path).write_bytes(bytes(900_000))
         os.utime(mine / path, (1, 1))
-    (own / STORE / "tokens/0-200").symlink_to(mine / "0-100")
+    (own / STORE / "tokens/c.0-200").symlink_to(mine / "c.0-100")
     (own / STORE / "linked").symlink_to(mine)
     (own / other).symlink_to(mine)
-    before = {path: path.stat().st_mtime for path in [*(scratch / p for p in files), *mine.rglob("0-*")]}
+    before = {path: path.stat().st_mtime for path in [*(scratch / p for p in files), *mine.rglob("c.0-*")]}
     cache = PartCache(scratch, 1_000_000)
     for number in range(20):
-        cache.put(f"{STORE}/layer_1/0-{number + 1}", bytes(300_000))
-    for name in (f"{STORE}/tokens/0-200", f"{STORE}/linked/0-100", f"{other}/sub/0-100"):
+        cache.put(f"{STORE}/layer_1/c.0-{number + 1}", bytes(300_000))
+    for name in (f"{STORE}/tokens/c.0-200", f"{STORE}/linked/c.0-100", f"{other}/sub/c.0-100"):
         cache.put(name, b"a part")
         assert cache.get(name) in (None, b"a part")
     assert {path: path.stat().st_mtime for path in before} == before
@@ -276,26 +277,49 @@ def test_a_cache_removes_nothing_but_its_own(tmp_path: Path) -> None:
     assert (own / "CACHEDIR.TAG").read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55")
 
 
+def test_a_part_that_was_cut_short_is_written_anew(tmp_path: Path) -> None:
+    cache, name = PartCache(tmp_path / "cache"), f"{STORE}/tokens/c.0-10"
+    cache.put(name, b"0123")  # as a killed process leaves it
+    (tmp_path / "other name").hardlink_to(cache.folder / name)
+    cache.put(name, b"0123456789")
+    assert cache.get(name) == b"0123456789"
+    assert (tmp_path / "other name").read_bytes() == b"0123"
+    cache.put(name, memoryview(b"9876543210"))
+    assert cache.get(name) == b"9876543210"
+
+
+def test_what_does_not_fit_on_the_disk_is_not_kept(tmp_path: Path) -> None:
+    cache, name = PartCache(tmp_path), f"{STORE}/tokens/c.0-10"
+    with patch("os.write", side_effect=OSError(errno.ENOSPC, "full")):
+        cache.put(name, b"0123456789")
+    assert not (cache.folder / name).exists()
+    with patch("os.write", return_value=4):
+        cache.put(name, b"0123456789")
+    assert not (cache.folder / name).exists()
+    cache.put(name, b"0123456789")
+    assert cache.get(name) == b"0123456789"
+
+
 @pytest.mark.parametrize("kind", ["unmarked", "link"])
 def test_a_folder_that_only_has_the_name_of_a_cache_is_left_alone(kind: str, tmp_path: Path) -> None:
     scratch, mine = tmp_path / "scratch", tmp_path / "mine"
     mine.mkdir()
     scratch.mkdir()
     if kind == "link":
-        (scratch / "parts-v1").symlink_to(mine)
+        (scratch / "parts-v2").symlink_to(mine)
     else:
-        mine = scratch / "parts-v1"
+        mine = scratch / "parts-v2"
     (mine / STORE).mkdir(parents=True)
-    (mine / STORE / "0-100").write_bytes(bytes(900_000))
+    (mine / STORE / "c.0-100").write_bytes(bytes(900_000))
     cache = PartCache(scratch, 1_000_000)
-    cache.put(f"{STORE}/0-200", bytes(400_000))
-    assert [path.name for path in mine.rglob("*")] == [STORE, "0-100"]
+    cache.put(f"{STORE}/c.0-200", bytes(400_000))
+    assert [path.name for path in mine.rglob("*")] == [STORE, "c.0-100"]
 
 
 def test_a_cache_that_cannot_be_written_only_keeps_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     cache = PartCache(tmp_path / "file" / "cache")
-    name = f"{STORE}/tokens/0-1"
+    name = f"{STORE}/tokens/c.0-1"
     cache.put(name, b"1")
     assert cache.get(name) is None
 

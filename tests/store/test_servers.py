@@ -460,8 +460,8 @@ class TestUrls:
     @pytest.mark.parametrize(
         ("url", "problem"),
         [
-            ("ftp://host/a", "no URL of http://"),
-            ("data/pile.zarr", "no URL of http://"),
+            ("ftp://host/a", "^ftp://host/a: posae cannot open this kind of URL; use one of http://"),
+            ("data/pile.zarr", "cannot open this kind of URL; use one of http://"),
             ("https:///a", "names no host"),
             ("s3:///a", "names no bucket"),
             ("s3://key:secret@bucket/a", "names no bucket"),
