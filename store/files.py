@@ -334,7 +334,7 @@ def writing(path: Path) -> Generator[None]:
             errno.ENOLCK: "its file system has no locks (flock); choose another one",
         }.get(error.errno or 0, error.strerror or str(error))
         raise StoreWriteError(
-            f"cannot write {path}: {reason} and run the same command again: it goes on where it stopped"
+            f"cannot write {path}: {reason} and run the same command again: it resumes where it stopped"
         ) from error
 
 
@@ -343,7 +343,7 @@ def exclusive(folder: Path, *, wait: bool = True) -> Generator[bool]:
     """Hold the lock of a folder; a kill frees it. Waiting for it for more than a second is logged.
 
     The lock is on a file that stays in the folder: a network file system does not pass on locks on the folder
-    itself, and removing the file would race with whoever opens it. Anyone who may write into the folder may
+    itself, and removing the file would race with a process that opens it. Anyone who may write into the folder may
     lock it. Where nothing can be written there is nothing to lock.
 
     Yields:

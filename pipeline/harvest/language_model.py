@@ -84,7 +84,7 @@ class LanguageModel:
         if folder and facts.revision is None:
             raise ModelError(
                 f"{model} holds no weights in the format safetensors, and pickles "
-                f"(pytorch_model.bin) are not loaded: save the model anew with save_pretrained"
+                f"(pytorch_model.bin) are not loaded: save the model again with save_pretrained"
             )
         with loading(model, facts.revision):
             # bfloat16 whatever type the weights have: it is what a store holds.

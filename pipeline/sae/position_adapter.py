@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     """Where the rows of a batch stand in their contexts; they are sorted by range."""
 
     lengths: list[int]
-    """Rows in each range; empty where whoever calls does not tell."""
+    """Rows in each range; empty where the caller does not say."""
     positions: Tensor | None = None
     """int64 [rows]; None likewise."""
 

@@ -1,4 +1,4 @@
-"""The settings of a run: a union of what the architectures declare, told apart by ``architecture``.
+"""The settings of a run: a union of what the architectures declare, distinguished by ``architecture``.
 
 All is flat: a file or a command line names settings of any architecture side by side. Those that another
 architecture has are dropped where they are at its default, and refused where they are not.

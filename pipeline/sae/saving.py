@@ -110,7 +110,7 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path | str, metadata: Map
 def load_autoencoder(folder: Path | str) -> Autoencoder:
     """The autoencoder saved in ``folder``, on the CPU and in ``eval()`` mode.
 
-    It is for use, not for going on with training: its ``activation_scale`` is 1, so that its losses
+    It is for use, not for resuming training: its ``activation_scale`` is 1, so that its losses
     are in raw units and the rows of its decoder do not have unit norm.
 
     Raises:
@@ -125,11 +125,11 @@ def load_autoencoder(folder: Path | str) -> Autoencoder:
 
 
 def without_values(configuration: Mapping[str, Any], folder: Path | str) -> Autoencoder:
-    """The autoencoder that a ``cfg.json`` speaks of, in ``eval()`` mode, its weights only shapes as yet.
+    """The autoencoder that a ``cfg.json`` describes, in ``eval()`` mode, its weights only shapes as yet.
 
     Args:
         configuration: what the file holds.
-        folder: where it lies, to be told in errors.
+        folder: where it lies, for error messages.
 
     Raises:
         RunError: posae has not saved it so.
@@ -161,7 +161,7 @@ def _read_configuration(folder: Path) -> _Configuration:
 
 
 def _without_values(configuration: _Configuration, folder: Path) -> Autoencoder:
-    """The autoencoder that ``cfg.json`` speaks of, its weights only shapes as yet."""
+    """The autoencoder that ``cfg.json`` describes, its weights only shapes as yet."""
     ours = configuration.posae
     try:
         kind = architecture_class(ours.architecture)

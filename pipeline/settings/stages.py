@@ -1,4 +1,4 @@
-"""What each stage can be told, but for training.
+"""The settings of each stage except training.
 
 A class per stage, frozen; the string under a field is its only description, and makes the help. What
 contradicts itself is refused here, before anything is loaded.
@@ -54,7 +54,7 @@ class HarvestSettings(Settings):
     """How many tokens to harvest instead, rounded up to whole contexts; BOS is counted."""
 
     context_length: int = Field(default=128, ge=2)
-    """Tokens to a context."""
+    """Tokens per context."""
 
     skip_contexts: int = Field(default=0, ge=0)
     """Contexts of the corpus to pass over first."""
@@ -77,7 +77,7 @@ class HarvestSettings(Settings):
     to 1 at an error of about 0.7 %. By default nothing is lost."""
 
     batch_contexts: int = Field(default=32, ge=8, multiple_of=8)
-    """Contexts to a forward pass; part of what the bytes depend on."""
+    """Contexts per forward pass; part of what the bytes depend on."""
 
     attention: Literal["eager", "sdpa"] = "eager"
     """Attention implementation; Gemma 2 needs eager for its soft-capping."""
@@ -227,14 +227,14 @@ class ImportSettings(Settings):
     """Name of the tensor, or column, of activations, where a file has several."""
 
     context_length: int | None = Field(default=None, ge=2)
-    """Rows to a context, where the files have rows and no contexts; by default 128."""
+    """Rows per context, where the files have rows and no contexts; by default 128."""
 
     positions: bool | None = None
     """Whether a context's rows are the tokens of one context of the model, in order, so that their positions
     are known; by default so of activations with three axes, and not of rows."""
 
     model: str = Field(default="unknown", min_length=1)
-    """Language model that they are of, for people to read."""
+    """Language model that they come from, shown in reports."""
 
     special_token_ids: tuple[int, ...] | None = None
     """Ids of special tokens (BOS, EOS …), as 0,1,2; training leaves them out."""

@@ -18,16 +18,16 @@ from .setup import Setup
 AnySetup = TypeVar("AnySetup", bound=Setup)
 
 
-def side_by_side(trainings: Sequence[AnySetup], most: int) -> list[list[AnySetup]]:
+def side_by_side(runs: Sequence[AnySetup], most: int) -> list[list[AnySetup]]:
     """Group runs that can share a pass, as many per group as half of the free memory holds.
 
     Args:
-        trainings: the runs, in the order wanted; a group takes the place of its first member.
+        runs: the runs, in the order wanted; a group takes the place of its first member.
         most: maximum number of runs per group.
     """
     groups: list[list[AnySetup]] = []
     open_groups: dict[tuple[Any, ...], list[AnySetup]] = {}
-    for training in trainings:
+    for run in runs:
         group = open_groups.get(training.reads)
         room = free_bytes(training.device) // 2
         if group is None or len(group) == most or sum(t.n_bytes for t in (*group, training)) > room:
@@ -38,7 +38,7 @@ def side_by_side(trainings: Sequence[AnySetup], most: int) -> list[list[AnySetup
 
 
 def train_together(
-    trainings: Sequence[Ongoing],
+    runs: Sequence[Ongoing],
     progress: Progress | None = None,
     memory: LayerMemory | None = None,
     watch: Watch | None = None,
@@ -48,7 +48,7 @@ def train_together(
     If they resume at different steps, reading starts at the earliest of these, and the others skip ahead.
 
     Args:
-        trainings: at least one; all have equal ``reads``.
+        runs: at least one; all have equal ``reads``.
         progress: of the tokens of all of them together.
         memory: keeps their layer decoded, if it does.
         watch: receives each line of metrics.
@@ -59,12 +59,12 @@ def train_together(
         StoreWriteError: the disk refused.
     """
     progress = progress or Silent()
-    first, team = trainings[0].training, trainings[0].state.team
-    if any(one.training.reads != first.reads for one in trainings):
+    first, team = runs[0].training, runs[0].state.team
+    if any(one.training.reads != first.reads for one in runs):
         raise ValueError("runs that read different batches cannot share a pass")
     asked_size = first.settings.batch_size
-    start, stop = min(one.start for one in trainings), max(one.stop for one in trainings)
-    n_steps, n_before = sum(one.stop for one in trainings), sum(one.start for one in trainings)
+    start, stop = min(one.start for one in runs), max(one.stop for one in runs)
+    n_steps, n_before = sum(one.stop for one in runs), sum(one.start for one in runs)
     decoded = (memory or LayerMemory("never")).of(
         first.store, first.layer, first.n_contexts, n_tokens=(stop - start) * asked_size, device=first.device
     )
@@ -85,7 +85,7 @@ def train_together(
     with CheckpointWriter() as writer, held_back(is_alone=is_alone) as interrupt:
         for batch in batches.steps(start, stop):
             x = batch.on_device.to(torch.float32)
-            taking = [one for one in trainings if one.start <= batch.step < one.stop]
+            taking = [one for one in runs if one.start <= batch.step < one.stop]
             for one in taking:
                 progress.advance(size, one.take(batch, x, watch))
             # An interrupt that arrives during this exchange takes effect after the next step.
@@ -100,7 +100,7 @@ def train_together(
                 interrupt.stop()
         progress.end()
         writer.wait()
-        for one in trainings:
+        for one in runs:
             one.finish(batches)
         if interrupt.asked:
             interrupt.stop()

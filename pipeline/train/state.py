@@ -41,7 +41,7 @@ class State:
         Args:
             autoencoder: untrained.
             settings: resolved.
-            ranges: that FVU is told of.
+            ranges: that FVU is reported for.
             device: where the autoencoder is.
             team: the processes that share the training.
         """

@@ -50,7 +50,7 @@ class RemoteFolder(Protocol):
         Raises:
             FileNotFoundError: no such file.
             StoreDamagedError: the file has another size, so it is not what was sealed.
-            WholeFilesOnlyError: a part was asked for, and the server sends whole files only.
+            WholeFilesOnlyError: a part was requested, but the server sends whole files only.
             StoreRemoteError: the server refused, did not answer, or sent something else; retried in vain.
         """
         ...

@@ -58,7 +58,7 @@ def retry(action: Callable[[], _T], place: str) -> _T:
 
 
 def resume(fetch: Callable[[int], Iterator[bytes]], place: str) -> Iterator[bytes]:
-    """The pieces of a body; one that is cut goes on where it stopped, in ``N_TRIES`` tries for each MiB.
+    """The pieces of a body; one that is cut resumes where it stopped, in ``N_TRIES`` tries for each MiB.
 
     Args:
         fetch: the body from a byte on, counted from 0; raises ``RetryableError`` where it is cut.

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ...errors import RunError
 
 Number = float | None
-"""Null where it cannot be told."""
+"""Null where it cannot be determined."""
 
 
 class _Part(BaseModel):

@@ -1,7 +1,7 @@
 """How much each feature keeps to some positions, and what that costs in interpretability.
 
 *Specificity* is the mutual information of firing and position range, in bits, beside what it would be if
-the same firings had fallen on tokens at random. *Specialisation* is the same to a firing, so that rare and
+the same firings had fallen on tokens at random. *Specialisation* is the same per firing, so that rare and
 frequent features compare. *Purity* stands for interpretability, without a judge: how much less the tokens of
 a feature's largest activations vary than random tokens do. The curve sets purity against specialisation.
 
@@ -79,7 +79,7 @@ class FeatureSpecificity(NamedTuple):
     is_above: NDArray[np.bool_]
     """Whether it exceeds 99 of 100 such permutations."""
     specialisation: Floats
-    """Bits to a firing, less the mean of the same with positions permuted."""
+    """Bits per firing, less the mean of the same with positions permuted."""
 
 
 def feature_specificity(firings: Counts, n_rows: Counts, seed: int = 0) -> FeatureSpecificity:
