@@ -28,12 +28,12 @@ def side_by_side(runs: Sequence[AnySetup], most: int) -> list[list[AnySetup]]:
     groups: list[list[AnySetup]] = []
     open_groups: dict[tuple[Any, ...], list[AnySetup]] = {}
     for run in runs:
-        group = open_groups.get(training.reads)
-        room = free_bytes(training.device) // 2
-        if group is None or len(group) == most or sum(t.n_bytes for t in (*group, training)) > room:
-            group = open_groups[training.reads] = []
+        group = open_groups.get(run.reads)
+        room = free_bytes(run.device) // 2
+        if group is None or len(group) == most or sum(t.n_bytes for t in (*group, run)) > room:
+            group = open_groups[run.reads] = []
             groups.append(group)
-        group.append(training)
+        group.append(run)
     return groups
 
 
