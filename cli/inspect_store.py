@@ -42,7 +42,7 @@ def inspect_store(
         opened = ActivationStore.open(store)
     except (StoreDamagedError, StoreFormatError) as error:
         root = Path(store) / "zarr.json"  # where it is a link, so are all files: nothing is damaged
-        if is_url(store) or root.is_symlink() or not (verify and os.path.lexists(root)):
+        if is_url(store) or os.path.islink(root) or not (verify and os.path.lexists(root)):
             raise
         _verify_what_will_not_open(Path(store), error, as_json)
         raise typer.Exit(1) from None

@@ -126,7 +126,7 @@ def train(
             title = f"{name} and its controls"
             studies = [Study(str(run), name, title, None, {name: settings}, (seeds,))]
     opened = ActivationStore.open(store)
-    # Find damage and hostile files before anything heavy is loaded.
+    # Find damage and hostile files before a run is prepared.
     for layer in sorted({opened.layer_or_middle(settings.layer) for settings in all_settings}):
         opened.check_layer(layer)
     from ..pipeline.device import keep_freed_memory

@@ -343,8 +343,8 @@ def exclusive(folder: Path, *, wait: bool = True) -> Generator[bool]:
     """Hold the lock of a folder; a kill frees it. Waiting for it for more than a second is logged.
 
     The lock is on a file that stays in the folder: a network file system does not pass on locks on the folder
-    itself, and removing the file would race with a process that opens it. Anyone who may write into the folder may
-    lock it. Where nothing can be written there is nothing to lock.
+    itself, and removing the file would race with a process that opens it. Anyone who may write into the
+    folder may lock it. Where nothing can be written there is nothing to lock.
 
     Yields:
         Whether it is held: not where another process holds it and ``wait`` is not set.

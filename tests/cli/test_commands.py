@@ -222,7 +222,7 @@ def test_plant_puts_an_effect_into_a_copy_and_says_what_position_explains(
     refused = posae(*words, "--seed", 1)
     assert (refused.code, "planted seed was '0' and is now '1'" in refused.err) == (1, True)
     refused = posae("harvest", planted, *SMALL)
-    assert (refused.code, "model is 'demo + planted additive 0.5' there" in refused.err) == (1, True)
+    assert (refused.code, "model was 'demo + planted additive 0.5'" in refused.err) == (1, True)
     assert posae("plant", store, planted, "--effect", "scale").code == 2
     assert tree(planted) == before
 
@@ -254,6 +254,8 @@ def test_train_scores_the_paper_on_the_held_out_part(posae: Posae, store: Path, 
     ended = posae("evaluate", trained, "--json")
     found = json.loads(ended.out)
     assert ended.code == 0
+    notes = found.pop("notes")
+    assert any("FVU above 1" in note for note in notes)
     assert found == json.loads((trained / "evaluation.json").read_text())
     assert found["architecture"] == "hierarchical"
     assert found["contexts"] == [16, 24]
@@ -438,10 +440,10 @@ def test_settings_come_from_a_file_and_options_win(posae: Posae, store: Path, tm
 
 
 WRONG: list[tuple[list[str], str]] = [
-    (["inspect-store", "{nowhere}"], "there is no store at"),
+    (["inspect-store", "{nowhere}"], "there is not a store at"),
     (["inspect-store", "{text}"], "a store is a folder"),
-    (["inspect-store", "{folder}"], "is no store"),
-    (["train", "{nowhere}", "{run}"], "there is no store at"),
+    (["inspect-store", "{folder}"], "is not a store"),
+    (["train", "{nowhere}", "{run}"], "there is not a store at"),
     (["train", "{store}", "{run}", "--layer", "3"], "has no layer 3; it has 1, 2, 4"),
     (["train", "{store}", "{run}", "--steps", "0"], "steps"),
     (["train", "{store}", "{run}", "--preset", "papper"], "did you mean 'paper'"),
@@ -455,9 +457,9 @@ WRONG: list[tuple[list[str], str]] = [
         "do not fit into 9",
     ),
     (["train", "{store}", "{run}", "--config", "{toml}"], "did you mean 'learning_rate'"),
-    (["train", "{store}", "{folder}"], "is no run"),
+    (["train", "{store}", "{folder}"], "is not a run"),
     (["evaluate", "{nowhere}"], "there is no run at"),
-    (["report", "{nowhere}"], "is not there; give folders of runs"),
+    (["report", "{nowhere}"], "does not exist; name folders of runs"),
     (["report", "{store}"], "is a store, not a run"),
     (["harvest", "{run}", "--layers", "6"], "layer"),
     (["harvest", "{run}", "--layers", "one"], "write e.g. 5,12,19"),
@@ -470,7 +472,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["train", "{store}", "{run}", "--position-mean", "means"], "none, range, exact, or lowrank:R"),
     (["train", "{store}", "{run}", "--architecture", "topk", "--target-l0", "2000"], "target_l0 is 2000"),
     (["harvest", "{text}"], "text.txt"),
-    (["harvest", "{folder}"], "is no store"),
+    (["harvest", "{folder}"], "is not a store"),
 ]
 
 

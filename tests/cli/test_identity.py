@@ -63,11 +63,11 @@ def test_other_text_of_the_same_name_is_refused(posae: Posae, tmp_path: Path, *,
     before = tree(store)
     for words in (layers, (*SMALL, "--layers", "0,1")):
         told = is_refused(posae, "harvest", store, "--dataset", other, *words)
-        assert "dataset_revision is 'sha256:" in told
+        assert "was 'sha256:" in told
         assert told.count("sha256:") == 2
     assert tree(store) == before
     shutil.copy(german, english)
-    assert "dataset_revision" in is_refused(posae, "harvest", store, "--dataset", text, *layers)
+    assert "--dataset-revision" in is_refused(posae, "harvest", store, "--dataset", text, *layers)
     assert tree(store) == before
 
 
@@ -97,7 +97,7 @@ def test_only_the_first_of_many_processes_reads_the_text_again(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert posae("harvest", store, *words).code == 0
     monkeypatch.setenv("RANK", "0")
-    assert "dataset_revision" in is_refused(posae, "harvest", store, *words)
+    assert "--dataset-revision" in is_refused(posae, "harvest", store, *words)
 
 
 def test_other_weights_in_a_folder_of_the_same_name_are_refused(posae: Posae, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_other_weights_in_a_folder_of_the_same_name_are_refused(posae: Posae, tm
     before = tree(store)
     for layers in (1, "0,1"):
         told = is_refused(posae, "harvest", store, "--model", other, *SMALL, "--layers", layers)
-        assert "begun with other settings: model_revision is 'sha256:" in told
+        assert "begun with other settings: --model-revision was 'sha256:" in told
     assert tree(store) == before
     changes_nothing(posae, store, ("--model", copy_model(tmp_path / "moved"), *words))
     # A layer more from another place: the manifest names the model as it did.
@@ -170,4 +170,4 @@ def test_activations_of_the_same_name_and_size_are_not_taken_for_those_imported(
     size = (folder / "part.safetensors").stat().st_size
     write(1)
     assert (folder / "part.safetensors").stat().st_size == size
-    assert "dataset_revision is 'sha256:" in is_refused(posae, *words)
+    assert "was 'sha256:" in is_refused(posae, *words)

@@ -177,7 +177,7 @@ def test_a_killed_sweep_goes_on_to_the_same_weights_and_one_bad_run_does_not_sto
     checkpoint.write_bytes(kept)
     ended = posae(*words)
     assert ended.code == 0
-    assert "6 trainings, 5 of them already finished" in ended.err
+    assert "6 runs, 5 of them already finished" in ended.err
     assert posae("train", store, whole, "--sweep", path).code == 0
     assert weights(killed) == weights(whole)
 

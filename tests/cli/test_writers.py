@@ -122,5 +122,5 @@ def test_an_import_of_another_tensor_is_not_resumed(posae: Posae, tmp_path: Path
     assert posae(*words, "a").code == 0
     refused = posae(*words, "b")
     assert refused.code == 1
-    assert "--column was 'a' and is now 'b'" in " ".join(refused.err.split())
+    assert "dataset_column was 'a' and is now 'b'" in " ".join(refused.err.split())
     assert posae(*words, "a").code == 0

@@ -16,12 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import posae.pipeline.sae.run_settings  # noqa: F401 (options of train; imported once for all tasks)
 from posae.cli.app import main
 from posae.store import ActivationStore
 from posae.store.errors import StoreError
 
 SECONDS = 20
-REACHED_TORCH = 99
+REACHED_TRAINING = 99
 
 
 def use(root: Path) -> str:
@@ -48,16 +49,16 @@ def use(root: Path) -> str:
     return stage
 
 
-class NoTorch:
-    """Ends the process where torch would be imported."""
+class NoTraining:
+    """Ends the process where a run would be prepared."""
 
     def find_spec(self, name: str, *_: object) -> None:
-        if name == "torch":
-            os._exit(REACHED_TORCH)
+        if name == "posae.pipeline.train.training":
+            os._exit(REACHED_TRAINING)
 
 
 def train(root: Path) -> None:
-    sys.meta_path.insert(0, NoTorch())  # pyright: ignore[reportArgumentType]
+    sys.meta_path.insert(0, NoTraining())  # pyright: ignore[reportArgumentType]
     command("train", str(root), str(root.parent / "run"))
 
 

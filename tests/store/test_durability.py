@@ -796,7 +796,9 @@ def test_what_could_not_be_opened_is_refused_before_anything_is_written(
     whole: "Made", tmp_path: Path
 ) -> None:
     long = whole.manifest.model_copy(update={"context_length": 131_072, "d_model": 1024, "chunk_contexts": 8})
-    with pytest.raises(SettingsError, match=r"make chunks of 2\.15 GB in layer_0.*take shorter contexts"):
+    with pytest.raises(
+        SettingsError, match=r"make chunks of 2\.15 GB in layer_0.*choose a smaller --context-length"
+    ):
         StoreWriter.begin(tmp_path / "a.zarr", long, LAYERS)
     assert not (tmp_path / "a.zarr").exists()
 
@@ -829,7 +831,7 @@ def test_a_layer_begun_by_other_versions_is_finished_by_these_alone(whole: "Made
             if version == "9.9":
                 writer.begin_layers(LAYERS[1:])
                 continue
-            with pytest.raises(StoreMismatchError, match="begun with other versions of libraries"):
+            with pytest.raises(StoreMismatchError, match="begun with other library versions"):
                 writer.begin_layers(LAYERS[1:])
 
 

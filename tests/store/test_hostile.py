@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from ..conftest import Made, MakeStore
 
 SECONDS = 2  # of CPU time, on top of what the good store costs on this machine
-BYTES = 256 * 10**6
-REACHED_TORCH = 99
+BYTES = 320 * 10**6  # torch, which the options of train need, takes 180 of them
+REACHED_TRAINING = 99
 LAYERS = (0,)
 
 Damage = Callable[[Path], object]
@@ -791,7 +791,7 @@ def test_a_hostile_store_gives_one_clear_error(
         assert trained.code == 1, trained
         assert trained.said == f"error: {error}\n"
     else:
-        assert trained.code == REACHED_TORCH, trained
+        assert trained.code == REACHED_TRAINING, trained
 
 
 BY_THE_REAL_COMMANDS = (
@@ -822,10 +822,10 @@ def test_the_real_commands_say_the_same(
     assert abs(verified.n_bytes - here.n_bytes) < 30 * 10**6
     trained = run("train anew", root)
     assert trained.code == 1
-    # What only the chunks show ends it as well, after torch was loaded.
+    # What only the chunks show ends it as well, after training began.
     assert trained.said.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in trained.said
-    if run("train", root).code != REACHED_TORCH:
+    if run("train", root).code != REACHED_TRAINING:
         assert is_one_clear_error(trained.said)
         assert is_cheap(trained, good)
 
@@ -842,7 +842,7 @@ def test_the_undamaged_store_gives_none(run: Commands, victim: "Made", tmp_path:
     verified = run("verify", root)
     assert verified.code == 0, verified.said
     assert "verified: all files are unchanged since they were written" in verified.said
-    assert run("train", root).code == REACHED_TORCH
+    assert run("train", root).code == REACHED_TRAINING
 
 
 @pytest.mark.parametrize("at", ["zarr.json", "seal.json"])
@@ -859,10 +859,10 @@ def test_a_newer_format_is_said_to_be_newer(run: Commands, victim: "Made", tmp_p
 
 
 NO_STORES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nothing": (lambda _: None, "there is no store"),
-    "an_empty_folder": (lambda p: p.mkdir(), "there is no store"),
-    "a_link_to_nothing": (lambda p: p.symlink_to("/no/such"), "there is no store"),
-    "a_folder_of_something_else": (lambda p: (p.mkdir(), (p / "a.txt").write_text("a")), "is no store"),
+    "nothing": (lambda _: None, "there is not a store"),
+    "an_empty_folder": (lambda p: p.mkdir(), "there is not a store"),
+    "a_link_to_nothing": (lambda p: p.symlink_to("/no/such"), "there is not a store"),
+    "a_folder_of_something_else": (lambda p: (p.mkdir(), (p / "a.txt").write_text("a")), "is not a store"),
     "a_file": (lambda p: p.write_text("a"), "is a file"),
     "a_pipe": (os.mkfifo, "is a file"),
     "a_link_to_itself": (lambda p: p.symlink_to(p), "cannot be read"),

@@ -136,5 +136,5 @@ def test_a_pickled_store_that_is_another_one_by_now_is_refused(
     pickled = pickle.dumps(ActivationStore.open(made.root))
     made.root.rename(tmp_path / "old.zarr")
     make_store(tmp_path / "a.zarr", seed=1)
-    with pytest.raises(StoreMismatchError, match="another store than it was"):
+    with pytest.raises(StoreMismatchError, match="was replaced by another store"):
         pickle.loads(pickled)

@@ -155,7 +155,7 @@ def test_damaged_scores_are_to_be_made_again_not_the_run(made: "type[MadeRuns]",
         with pytest.raises(RunError, match=f"score the run again: posae evaluate {tmp_path / 'a'}"):
             collect([tmp_path / "a"])
         (tmp_path / "a" / "config.json").write_text(content)
-        with pytest.raises(RunError, match="train the run anew"):
+        with pytest.raises(RunError, match="train the run again"):
             collect([tmp_path / "a"])
         (tmp_path / "a" / "config.json").write_text("{}")
 

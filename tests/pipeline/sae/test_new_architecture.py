@@ -149,7 +149,7 @@ def test_it_is_trained_killed_and_resumed_scored_and_reported(
     assert settings["first_gain"] == 1.0
     assert not settings.keys() & {"target_l0", "adapter_width", "mask"}
     refused = posae("train", store, whole, *words, "--first-gain", 2)
-    assert (refused.code, "first_gain is 1.0 there and 2.0 now" in refused.err) == (1, True)
+    assert (refused.code, "first_gain was 1.0 and is now 2.0" in refused.err) == (1, True)
     scores = json.loads(posae("evaluate", whole, "--json").out)
     assert scores["n_parameters"] - scores["n_base_parameters"] == 2 * scores["dictionary_size"]
     assert "gained" in posae("report", whole, killed).out

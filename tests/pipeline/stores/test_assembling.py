@@ -337,7 +337,7 @@ def test_a_link_in_a_source_is_not_taken(sources: list["Made"], tmp_path: Path) 
     shutil.copytree(sources[0].root, own)
     (own / "layer_0/c.1.0.0").unlink()
     (own / "layer_0/c.1.0.0").symlink_to(sources[0].root / "layer_0/c.1.0.0")
-    with pytest.raises(StoreDamagedError, match="not a regular file"):
+    with pytest.raises(StoreDamagedError, match="links are not followed"):
         assemble(tmp_path / "new.zarr", [Piece(ActivationStore.open(own), 0, 28)])
     assert not any(path.is_symlink() for path in (tmp_path / "new.zarr").rglob("*"))
 

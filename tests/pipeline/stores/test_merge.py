@@ -222,7 +222,7 @@ def test_layers_are_those_of_all_stores_or_those_asked_for(
     first: "Made", make_store: "MakeStore", tmp_path: Path
 ) -> None:
     other = make_store(tmp_path / "o.zarr", layers=(3, 5), skip_contexts=33, **SIZES)
-    with pytest.raises(StoreMismatchError, match=r"has layers 0, 3 and .* has 3, 5; take .*: --layers 3$"):
+    with pytest.raises(StoreMismatchError, match=r"has layers 0, 3 and .* has 3, 5; merge .*: --layers 3$"):
         merge(tmp_path / "new.zarr", first, other)
     with pytest.raises(StoreIncompleteError, match="no layer 0"):
         merge(tmp_path / "new.zarr", first, other, layers=(0,))
@@ -234,7 +234,7 @@ def test_what_cannot_be_merged_is_refused(
 ) -> None:
     unsealed = make_store(tmp_path / "u.zarr", seal=False, layers=(0, 3), skip_contexts=33, **SIZES)
     refused: list[tuple[type[StoreError | SettingsError], str, tuple[Any, ...], Path]] = [
-        (SettingsError, "two or more", (first,), tmp_path / "new.zarr"),
+        (SettingsError, "at least two stores", (first,), tmp_path / "new.zarr"),
         (StoreIncompleteError, "unfinished harvest", (first, unsealed), tmp_path / "new.zarr"),
         (StoreMismatchError, "both hold contexts 0 to 32", (first, first), tmp_path / "new.zarr"),
         (SettingsError, "one of the source stores", (first, second), second.root),
@@ -256,7 +256,7 @@ def test_a_part_keeps_layers_contexts_and_codec_as_asked(first: "Made", tmp_path
     refused: list[tuple[str, dict[str, Any]]] = [
         ("has 0:33", {"contexts": (8, 34)}),
         ("has 0:33", {"contexts": (8, 8)}),
-        ("no codec 'gzip'", {"codec": "gzip"}),
+        ("codec 'gzip' does not exist", {"codec": "gzip"}),
         ("all 4 contexts are held out", {"contexts": (24, 28)}),
     ]
     for words, options in refused:
@@ -276,5 +276,5 @@ def test_a_fraction_is_whole_shards_at_least_one(first: "Made", fraction: float,
 
 @pytest.mark.parametrize("fraction", [0, -1, 1.5, float("nan")])
 def test_what_is_no_fraction_is_refused(first: "Made", fraction: float) -> None:
-    with pytest.raises(SettingsError, match="above 0, up to 1"):
+    with pytest.raises(SettingsError, match="above 0 and at most 1"):
         first_part(first.manifest, fraction)

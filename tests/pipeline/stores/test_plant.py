@@ -257,7 +257,7 @@ def test_what_cannot_be_planted_is_refused(made: "Made", make_store: "MakeStore"
     assert not out.exists()
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(StoreFormatError, match="is no store"):
+    with pytest.raises(StoreFormatError, match="is not a store"):
         planting(made, out).run()
     assert [file.name for file in out.iterdir()] == ["notes.txt"]
 

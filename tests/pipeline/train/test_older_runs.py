@@ -81,7 +81,7 @@ def test_an_older_run_resumes_and_is_equal_to_a_new_one(
 def test_what_differs_from_an_older_run_is_named_and_nothing_else(good_store: Made, tmp_path: Path) -> None:
     training(good_store, tmp_path, "topk").train()
     make_older(tmp_path)
-    with pytest.raises(RunMismatchError, match="begun otherwise: target_l0 is 4 there and 5 now; give"):
+    with pytest.raises(RunMismatchError, match="begun differently: target_l0 was 4 and is now 5; use"):
         training(good_store, tmp_path, "topk", target_l0=5).train()
     with pytest.raises(RunMismatchError, match="architecture is 'topk' there and 'batchtopk' now; give"):
         training(good_store, tmp_path, "batchtopk").train()

@@ -143,7 +143,7 @@ def test_another_layer_to_train_on_is_told_as_the_setting_that_it_is(
     trained: Trained, tmp_path: Path
 ) -> None:
     more = trained.another(tmp_path / "more.zarr")
-    with pytest.raises(RunMismatchError, match=r"layer was 0 and is now 3; give") as told:
+    with pytest.raises(RunMismatchError, match=r"layer was 0 and is now 3; use") as told:
         train(more.root, trained.run, layer=3)
     assert "read" not in str(told.value)
 
