@@ -41,8 +41,9 @@ def inspect_store(
     try:
         opened = ActivationStore.open(store)
     except (StoreDamagedError, StoreFormatError) as error:
-        root = Path(store) / "zarr.json"  # where it is a link, so are all files: nothing is damaged
-        if is_url(store) or os.path.islink(root) or not (verify and os.path.lexists(root)):
+        root = Path(store) / "zarr.json"
+        # Where it is a link, so are all files, and nothing is damaged.
+        if is_url(store) or not (verify and os.path.lexists(root)) or root.is_symlink():
             raise
         _verify_what_will_not_open(Path(store), error, as_json)
         raise typer.Exit(1) from None

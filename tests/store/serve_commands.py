@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import posae.pipeline.sae.run_settings  # noqa: F401 (options of train; imported once for all tasks)
+import posae.pipeline.sae.run_settings  # noqa: F401  # pyright: ignore[reportUnusedImport] (options of train, for all tasks)
 from posae.cli.app import main
 from posae.store import ActivationStore
 from posae.store.errors import StoreError
