@@ -106,9 +106,9 @@ class LoadedHarvest(Harvest):
     def _load_model(self) -> LanguageModel:
         return self.loaded
 
-    def _fill(self, *given: Any) -> int:
+    def _commit_tokens(self, *arguments: Any) -> None:
+        super()._commit_tokens(*arguments)
         self.started = (time.perf_counter(), time.process_time())
-        return super()._fill(*given)
 
 
 def harvest(root: Path, settings: HarvestSettings, model: LanguageModel) -> tuple[float, float]:

@@ -440,10 +440,10 @@ def test_settings_come_from_a_file_and_options_win(posae: Posae, store: Path, tm
 
 
 WRONG: list[tuple[list[str], str]] = [
-    (["inspect-store", "{nowhere}"], "there is not a store at"),
+    (["inspect-store", "{nowhere}"], "there is no store at"),
     (["inspect-store", "{text}"], "a store is a folder"),
     (["inspect-store", "{folder}"], "is not a store"),
-    (["train", "{nowhere}", "{run}"], "there is not a store at"),
+    (["train", "{nowhere}", "{run}"], "there is no store at"),
     (["train", "{store}", "{run}", "--layer", "3"], "has no layer 3; it has 1, 2, 4"),
     (["train", "{store}", "{run}", "--steps", "0"], "steps"),
     (["train", "{store}", "{run}", "--preset", "papper"], "did you mean 'paper'"),

@@ -122,12 +122,12 @@ def test_a_run_whose_store_was_moved_is_told_how_to_name_it(
     assert posae("train", old, run, *QUICK).code == 0
     old.rename(new)
     refused = posae("evaluate", run)
-    told = f"there is not a store at {old}; if it was moved, name it with --store"
+    told = f"there is no store at {old}; if it was moved, name it with --store"
     assert (refused.code, the_error(refused.err)) == (1, told)
     page = tmp_path / "page.html"
     said = posae("report", run, "--out", page, "--features", 2).err
     remedy = f"posae evaluate {run} --store STORE"
-    assert f"there is not a store at {old}; if it was moved, name it with {remedy}" in " ".join(said.split())
+    assert f"there is no store at {old}; if it was moved, name it with {remedy}" in " ".join(said.split())
     assert posae("evaluate", run, "--store", new).code == 0
     words = ("--out", page, "--features", 2, "--tokenizer", DEMO_MODEL)
     assert "no explorer" not in posae("report", run, *words).err

@@ -859,9 +859,9 @@ def test_a_newer_format_is_said_to_be_newer(run: Commands, victim: "Made", tmp_p
 
 
 NO_STORES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nothing": (lambda _: None, "there is not a store"),
-    "an_empty_folder": (lambda p: p.mkdir(), "there is not a store"),
-    "a_link_to_nothing": (lambda p: p.symlink_to("/no/such"), "there is not a store"),
+    "nothing": (lambda _: None, "there is no store"),
+    "an_empty_folder": (lambda p: p.mkdir(), "there is no store"),
+    "a_link_to_nothing": (lambda p: p.symlink_to("/no/such"), "there is no store"),
     "a_folder_of_something_else": (lambda p: (p.mkdir(), (p / "a.txt").write_text("a")), "is not a store"),
     "a_file": (lambda p: p.write_text("a"), "is a file"),
     "a_pipe": (os.mkfifo, "is a file"),

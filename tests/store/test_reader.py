@@ -330,7 +330,7 @@ def test_a_store_removed_under_an_open_reader_is_an_error_where_nothing_is_mappe
     with pytest.raises(StoreDamagedError, match=told):
         store.tokens()
     assert {damage.problem for damage in verify(store).damaged} >= {"the file is missing"}
-    with pytest.raises(StoreNotFoundError, match="there is not a store"):
+    with pytest.raises(StoreNotFoundError, match="there is no store"):
         ActivationStore.open(made.root)
 
 

@@ -204,7 +204,7 @@ def test_a_feature_shows_what_its_run_says_of_it(open_page: "OpenPage", tmp_path
 
 
 def test_without_any_run_to_explore_a_page_says_why(tmp_path: Path) -> None:
-    text = page([], [], [], [Unexplored("a", "runs/a", "there is not a store at nowhere.zarr")])
-    assert "<b>a</b> has no explorer: there is not a store at nowhere.zarr" in text
+    text = page([], [], [], [Unexplored("a", "runs/a", "there is no store at nowhere.zarr")])
+    assert "<b>a</b> has no explorer: there is no store at nowhere.zarr" in text
     assert 'class="explored"' not in text
     assert "Feature explorer" not in page([], [], [])

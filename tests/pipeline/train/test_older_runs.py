@@ -83,7 +83,7 @@ def test_what_differs_from_an_older_run_is_named_and_nothing_else(good_store: Ma
     make_older(tmp_path)
     with pytest.raises(RunMismatchError, match="begun differently: target_l0 was 4 and is now 5; use"):
         training(good_store, tmp_path, "topk", target_l0=5).train()
-    with pytest.raises(RunMismatchError, match="architecture is 'topk' there and 'batchtopk' now; give"):
+    with pytest.raises(RunMismatchError, match="architecture was 'topk' and is now 'batchtopk'; use"):
         training(good_store, tmp_path, "batchtopk").train()
 
 
