@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import posae.pipeline.sae.run_settings  # noqa: F401  # pyright: ignore[reportUnusedImport] (options of train, for all tasks)
 from posae.cli.app import main
 from posae.store import ActivationStore
 from posae.store.errors import StoreError
@@ -77,6 +76,7 @@ TASKS: dict[str, Callable[[Path], object]] = {
     "verify": lambda root: command("inspect-store", str(root), "--verify"),
     "train": train,
     "verify anew": lambda root: anew("inspect-store", str(root), "--verify"),
+    "help of train anew": lambda _: anew("train", "--help"),
     "train anew": lambda root: anew("train", str(root), str(root.parent / "run"), "--steps", "1"),
 }
 
@@ -117,6 +117,8 @@ def measured(what: str, root: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if "train" in sys.argv:
+        import posae.pipeline.sae.run_settings  # noqa: F401  # pyright: ignore[reportUnusedImport] (its options need torch)
     imports = resource.getrusage(resource.RUSAGE_SELF)
     for line in sys.stdin:
         task = json.loads(line)
