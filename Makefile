@@ -16,7 +16,7 @@ demo: .venv/ready  ## harvest the built-in model, inspect the store, train two a
 	$(BIN)/posae inspect-store $(STORE) --brief
 	$(BIN)/posae report $(RUNS)/hierarchical $(RUNS)/baseline
 
-paper: .venv/ready  ## every variant, ablation and control of the paper on the demo store, and a report; goes on where it stopped
+paper: .venv/ready  ## every variant, ablation and control of the paper on the demo store, and a report; resumes where it stopped
 	$(BIN)/posae harvest $(STORE) --contexts 1024
 	$(SHARED) $(BIN)/posae train $(STORE) data/paper --sweep examples/paper/all.toml --steps 600
 	$(BIN)/posae report data/paper --out data/paper.html

@@ -219,7 +219,7 @@ def disk(folder: Path, n_bytes: int) -> Iterator[None]:
 
 
 def disks(faults: Faults, n_disks: int) -> None:
-    """A harvest onto disks of every size that is too small; then room is made, and it goes on."""
+    """A harvest onto disks of every size that is too small; then room is made, and it resumes."""
     pages = sum(-(-len(data) // 4096) for data in faults.tree.values())
     sizes = np.linspace(1, pages - 1, n_disks).astype(int) * 4096
     say(f"harvest onto {n_disks} disks of {sizes[0]:,} to {sizes[-1]:,} bytes, all too small")

@@ -10,7 +10,7 @@ part's variance is left unexplained, in each seed, with the 95 % interval of the
 of the paired differences). An effect counts as found where the whole interval lies below 0. Where nothing is
 planted, nothing may be found. Ends with 1 where this fails, or a gain is below its target.
 
-Costs about 80 s of one core a training, of which there are eight a seed; run again it goes on.
+Costs about 80 s of one core per run, eight runs per seed; run again, it resumes.
 """
 
 import argparse

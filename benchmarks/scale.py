@@ -292,7 +292,7 @@ def begun(root: Path, layer: int) -> Callable[[], str]:
 
 
 def resumed(root: Path, layer: int) -> Callable[[], str]:
-    """The first batch of a run that goes on in its third epoch; all token ids are read."""
+    """The first batch of a run that is resumed in its third epoch; all token ids are read."""
     batches = _batches(root, layer)
     step = int((EPOCHS_BEFORE + 0.37) * batches.n_contexts * LENGTH / BATCH)
     return lambda: f"step {next(batches.steps(step, step + 1)).step:,}"

@@ -198,11 +198,6 @@ class Manifest(BaseModel):
         return (self.planted or {}).get("model", self.model)
 
     @property
-    def is_of_local_model(self) -> bool:
-        """Whether the model came from a local folder, so that its name is not a hub id."""
-        return (self.model_revision or "").startswith("sha256:") and self.language_model != "demo"
-
-    @property
     def unknown(self) -> tuple[str, ...]:
         """What is not known about imported activations; empty for a harvest."""
         return self.imported.unknown if self.imported else ()

@@ -1,4 +1,4 @@
-"""The hook points of a block, each defined once per block layout, and read in one forward pass.
+"""The hook points of a block, each defined once per block layout; ``hooks.capture`` reads them.
 
 A block adds what its attention computes, then what its MLP computes, to the residual stream. Families differ
 in where their norms stand and in the names of their modules; a ``Layout`` says for each hook point which
@@ -7,27 +7,17 @@ is loaded. docs/format.md says what each hook point means where norms stand behi
 """
 
 import re
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ModelError
+from .hooks import Side
 
 HOOKS = ("resid_pre", "resid_mid", "resid_post", "attn_z", "attn_out", "mlp_in", "mlp_out")
 """Residual stream before the block, after attention, after the block; input of attention's output projection,
 heads side by side; what attention and the MLP add to the stream; the MLP module's input."""
-
-TRANSFORMER_LENS = {
-    "resid_pre": "hook_resid_pre",
-    "resid_mid": "hook_resid_mid",
-    "resid_post": "hook_resid_post",
-    "attn_z": "attn.hook_z",
-    "attn_out": "hook_attn_out",
-    "mlp_out": "hook_mlp_out",
-}
-"""What TransformerLens calls them; it has no name for ``mlp_in``, which is behind the norm and its gain."""
 
 
 class Place(NamedTuple):
@@ -36,14 +26,7 @@ class Place(NamedTuple):
     module: str
     """Path below the block; empty for the block itself. With ``{layer}`` in it: path below the model."""
 
-    side: Literal["input", "output"]
-
-
-class Site(NamedTuple):
-    """One hook point of one layer."""
-
-    layer: int
-    hook: str
+    side: Side
 
 
 Layout = Mapping[str, Place]
@@ -180,49 +163,3 @@ def module_at(model: nn.Module, block: nn.Module, place: Place, layer: int) -> n
     if "{layer}" in place.module:
         return model.get_submodule(place.module.replace("{layer}", str(layer)))
     return block.get_submodule(place.module)
-
-
-class AllRead(Exception):
-    """Every site was read, so the forward pass need not continue."""
-
-
-@contextmanager
-def reading(
-    modules: Mapping[Site, tuple[nn.Module, str]], keep: Callable[[Site, Tensor], None]
-) -> Generator[set[Site]]:
-    """Read sites while the model runs within; the pass ends, without an error, once each was read.
-
-    Args:
-        modules: module and side of each site.
-        keep: is given each site's activations, as the model has them.
-
-    Yields:
-        The sites that were not read yet: empty after a pass in which every hook fired.
-    """
-    left = set(modules)
-
-    def read(site: Site, value: Any) -> None:
-        keep(site, cast(Tensor, value[0] if isinstance(value, tuple) else value))
-        left.discard(site)
-        if not left:
-            raise AllRead
-
-    handles = [_hook(site, *place, read) for site, place in modules.items()]
-    try:
-        yield left
-    except AllRead:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hook(site: Site, module: nn.Module, side: str, read: Callable[[Site, Any], None]) -> Any:
-    if side == "output":
-        return module.register_forward_hook(lambda _module, _arguments, output: read(site, output))
-
-    def before(_module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        values: Iterable[Any] = arguments or named.values()
-        read(site, next(iter(values)))
-
-    return module.register_forward_pre_hook(before, with_kwargs=True)

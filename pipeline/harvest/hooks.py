@@ -1,20 +1,23 @@
 """Hook points: places in a language model where activations are read and replaced.
 
-A hook point is the output of a module. ``resid_post`` of a layer, the residual stream after it, is the output
-of its block. One forward pass serves any number of hook points, and ends after the last of them.
+A hook point is the input or output of a module. ``resid_post`` of a layer, the residual stream after it, is
+the output of its block. One forward pass serves any number of hook points, and ends after the last of them.
 """
 
 import re
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from torch import Tensor
 from torch.nn import Module, ModuleList
 
 _AFTER = re.compile(r"blocks\.(\d{1,5})\.hook_resid_post|(?:\w+\.)*(?:layers|layer|h)\.(\d{1,5})")
 _BEFORE = re.compile(r"blocks\.(\d{1,5})\.hook_resid_pre")
+
+Side = Literal["input", "output"]
+"""Which side of a module is read."""
 
 Point = TypeVar("Point", bound=Hashable)
 """What a caller knows a hook point by: today the layer."""
@@ -48,27 +51,26 @@ def find_blocks(text_model: Module, n_layers: int) -> ModuleList | None:
 
 
 def capture(
-    modules: Mapping[Point, Module], forward: Callable[[], object], last: Point
+    places: Mapping[Point, tuple[Module, Side]], forward: Callable[[], object]
 ) -> dict[Point, Tensor]:
-    """Run a forward pass and return the outputs of some modules.
+    """Run a forward pass and return the inputs or outputs of some modules.
 
     Args:
-        modules: the modules to read, each by the name of its hook point.
-        forward: runs the model.
-        last: the hook point after which the pass ends; modules behind it do not run.
+        places: by the name of each hook point, its module and which side of it is read.
+        forward: runs the model; it ends once every hook point is captured.
 
     Returns:
-        Outputs by hook point, in the order in which they were computed. A hook point whose module did not
-        run is absent. Of a module that returns a tuple, the first entry.
+        Activations by hook point, in the order in which they were computed. A hook point whose module did not
+        run is absent. Of a module that returns a tuple, the first entry; of inputs, the first.
     """
     captured: dict[Point, Tensor] = {}
 
-    def keep(point: Point, _module: Module, _arguments: Any, output: Any) -> None:
-        captured[point] = output[0] if isinstance(output, tuple) else output
-        if point == last:
+    def keep(point: Point, value: Any) -> None:
+        captured[point] = value[0] if isinstance(value, tuple) else value
+        if len(captured) == len(places):
             raise _PassComplete
 
-    hooks = [module.register_forward_hook(partial(keep, point)) for point, module in modules.items()]
+    hooks = [_hook(module, side, partial(keep, point)) for point, (module, side) in places.items()]
     try:
         forward()
     except _PassComplete:
@@ -77,6 +79,16 @@ def capture(
         for hook in hooks:
             hook.remove()
     return captured
+
+
+def _hook(module: Module, side: Side, keep: Callable[[Any], None]) -> Any:
+    if side == "output":
+        return module.register_forward_hook(lambda _module, _arguments, output: keep(output))
+
+    def before(_module: Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        keep(next(iter(arguments or named.values())))
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import transformers
 
 from ...store.errors import SettingsError
 from ..errors import ModelError
-from .hooks import capture, find_blocks, replaced
+from .hooks import Side, capture, find_blocks, replaced
 from .model_facts import ModelFacts, check_layers, model_facts
 from .model_files import loading, local_folder, read_config
 
@@ -154,9 +154,11 @@ class LanguageModel:
         self.check_length(tokens.shape[1])
         shape = (*tokens.shape, self.facts.d_model)
         # Not transformers' hidden_states: the last of those comes after the final norm.
-        blocks = {layer: self.blocks[layer] for layer in set(layers)}
+        outputs: dict[int, tuple[torch.nn.Module, Side]] = {
+            layer: (self.blocks[layer], "output") for layer in set(layers)
+        }
         with torch.inference_mode():
-            captured = capture(blocks, lambda: self.text_model(tokens.to(self.device)), last=max(layers))
+            captured = capture(outputs, lambda: self.text_model(tokens.to(self.device)))
         for layer, activations in captured.items():
             if activations.shape != shape:
                 raise ModelError(

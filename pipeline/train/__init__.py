@@ -8,8 +8,9 @@ weights per step, and nothing for adapters while alpha is 0. Memory: three times
 optimizer, per run; two windows of the store, or the decoded layer.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ... import lazy
 
 if TYPE_CHECKING:
     from .data_parallel import Team as Team
@@ -34,9 +35,4 @@ _HOMES = {
 
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name from its home when it is first asked for (PEP 562): the homes need torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+__getattr__ = lazy(__name__, _HOMES)  # the homes need torch

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...errors import CorpusError
+from ...harvest.text.contexts import encode
 from .protocol import SEED, SIZES, Choice, Rows, Sizes, probe_task
 from .representations import Encoder, Means
 from .results import ClassResult, ProbingResult, TaskResult, class_result, probing_result, task_result
@@ -237,16 +238,7 @@ def tokenised(
     begin = [] if first is None else [first]
     found: list[list[int]] = []
     for start in range(0, len(texts), _TOKENIZER_BATCH):
-        encoding = tokenizer(
-            list(texts[start : start + _TOKENIZER_BATCH]),
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        rows = cast("list[list[int]]", encoding["input_ids"])
+        rows = encode(tokenizer, list(texts[start : start + _TOKENIZER_BATCH]))["input_ids"]
         found += [[*begin, *ids[: length - len(begin)]] for ids in rows]
     return found
 

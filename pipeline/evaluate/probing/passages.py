@@ -11,10 +11,12 @@ twice (about 30,000 tokens a second).
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ...harvest.text.contexts import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,20 +126,7 @@ def passages_of_documents(
 
 def _tokenised(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[bytes, NDArray[np.int64]]:
     """Ids of a document as bytes of int32, and the characters that each stands for; [tokens, 2]."""
-    encoding = cast(
-        "dict[str, Any]",
-        tokenizer(
-            text,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            padding=False,
-            truncation=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        ),
-    )
+    encoding = encode(tokenizer, text, split_special_tokens=True, return_offsets_mapping=True)
     offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
     return np.array(encoding["input_ids"], np.int32).tobytes(), offsets
 

@@ -224,17 +224,28 @@ def _batch(pieces: Iterator[_Piece], packing: str, body: int, missing: int) -> l
 
 
 def _encoded(batch: list[_Piece], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    return encode(tokenizer, [piece.text for piece in batch], split_special_tokens=True)["input_ids"]
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str | list[str], **options: Any) -> dict[str, Any]:
+    """What a tokenizer makes of a text, or of several: nothing added, padded or cut off.
+
+    Args:
+        tokenizer: of the model.
+        text: one text, or a list of them.
+        **options: of the tokenizer's own, e.g. ``return_offsets_mapping``.
+    """
     encoding = tokenizer(
-        [piece.text for piece in batch],
+        text,
         add_special_tokens=False,
-        split_special_tokens=True,
         padding=False,
         truncation=False,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,  # otherwise it warns about every text longer than the model's context
+        **options,
     )
-    return cast("list[list[int]]", encoding["input_ids"])
+    return cast("dict[str, Any]", encoding)
 
 
 def _empty(

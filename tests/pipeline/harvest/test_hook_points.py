@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from posae.pipeline.errors import ModelError
 from posae.pipeline.harvest.hook_points import (
     HOOKS,
-    Site,
     layout_of,
     module_at,
     parse_module,
     place_of,
-    reading,
     width_of,
 )
+from posae.pipeline.harvest.hooks import Side, capture
 
 _transformers: Any = transformers
 N_LAYERS = 3
@@ -69,15 +68,14 @@ def blocks_of(model: Any) -> nn.ModuleList:
 def read(model: Any, hooks: tuple[str, ...], layers: tuple[int, ...] = tuple(range(N_LAYERS))) -> Any:
     blocks = blocks_of(model)
     places = {hook: place_of(model.config, hook, "it") for hook in hooks}
-    modules = {
-        Site(layer, hook): (module_at(model, blocks[layer], place, layer), place.side)
+    modules: dict[tuple[int, str], tuple[nn.Module, Side]] = {
+        (layer, hook): (module_at(model, blocks[layer], place, layer), place.side)
         for layer in layers
         for hook, place in places.items()
     }
-    values: dict[Site, Tensor] = {}
-    with torch.no_grad(), reading(modules, values.__setitem__) as left:
-        model(input_ids=TOKENS)
-    assert not left
+    with torch.no_grad():
+        values = capture(modules, lambda: model(input_ids=TOKENS))
+    assert values.keys() == modules.keys()
     return values
 
 
@@ -91,7 +89,7 @@ def test_hook_points_follow_from_one_another(family: str) -> None:
     with torch.no_grad():
         hidden = model(input_ids=TOKENS, output_hidden_states=True).hidden_states
     for layer, block in enumerate(blocks_of(model)):
-        x = {hook: values[Site(layer, hook)] for hook in hooks}
+        x = {hook: values[(layer, hook)] for hook in hooks}
         for hook, value in x.items():
             assert value.shape == (*TOKENS.shape, width_of(model.config, hook)), hook
         torch.testing.assert_close(x["resid_pre"], hidden[layer], rtol=0, atol=0)
@@ -146,7 +144,7 @@ def test_the_pass_ends_once_everything_was_read() -> None:
     for layer, block in enumerate(blocks_of(model)):
         block.register_forward_hook(partial(note, ran, layer))
     values = read(model, ("resid_mid",), layers=(1,))
-    assert [site.layer for site in values] == [1]
+    assert [layer for layer, _hook in values] == [1]
     assert ran == [0]
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -156,17 +154,16 @@ def test_one_pass_reads_what_single_passes_read() -> None:
     together = read(model, HOOKS)
     for hook in HOOKS:
         alone = read(model, (hook,), layers=(1,))
-        torch.testing.assert_close(alone[Site(1, hook)], together[Site(1, hook)], rtol=0, atol=0)
+        torch.testing.assert_close(alone[(1, hook)], together[(1, hook)], rtol=0, atol=0)
 
 
 def test_a_module_can_be_named() -> None:
     model = model_of("llama")
     place = parse_module("layers.{layer}.mlp.down_proj:input")
     module = module_at(model, blocks_of(model)[1], place, 1)
-    values: dict[Site, Tensor] = {}
-    with torch.no_grad(), reading({Site(1, "x"): (module, place.side)}, values.__setitem__):
-        model(input_ids=TOKENS)
-    assert values[Site(1, "x")].shape == (2, 7, 40)
+    with torch.no_grad():
+        values = capture({"x": (module, place.side)}, lambda: model(input_ids=TOKENS))
+    assert values["x"].shape == (2, 7, 40)
 
 
 @pytest.mark.parametrize(
